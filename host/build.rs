@@ -1,0 +1,20 @@
+//! Builds the kernels to PTX where the feature `cuda` is on, to be embedded by `src/device/ptx.rs`.
+
+use cuda_builder::{CudaBuilder, NvvmArch};
+use std::path::PathBuf;
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    if std::env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let built = CudaBuilder::new("../kernels")
+        .arch(NvvmArch::Compute80)
+        .copy_to(out.join("kernels.sm_80.ptx"))
+        .build();
+    if let Err(error) = built {
+        eprintln!("error: the GPU kernels could not be built: {error}");
+        std::process::exit(1);
+    }
+}

@@ -1,0 +1,163 @@
+//! `kigo bench`: seconds to load, tokens per second of prefill and decode.
+
+use super::{Common, load, positive, print_json, stdout_error};
+use crate::engine::Direct;
+use crate::error::Result;
+use clap::Args;
+use serde_json::json;
+use std::io::Write;
+use std::time::Instant;
+
+#[derive(Debug, Args)]
+pub(super) struct BenchArgs {
+    /// Prompt tokens of the prefill test; 0 leaves it out
+    #[arg(short, long, value_name = "P", default_value_t = 512)]
+    prompt: usize,
+    /// Tokens to generate in the decode test; 0 leaves it out
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
+    generate: usize,
+    /// Times each test is measured, after one warm-up
+    #[arg(short, long, value_name = "R", default_value_t = 5, value_parser = positive)]
+    repetitions: usize,
+    /// Tokens already in the cache when the decode test starts
+    #[arg(long, value_name = "D", default_value_t = 0)]
+    depth: usize,
+}
+
+pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Result<()> {
+    let file = load::open(common)?;
+    let tokens = args.prompt.max(args.depth + args.generate);
+    let loaded = load::load(common, &file, tokens)?;
+    let load_s = loaded.seconds;
+    let mut direct = Direct::new(loaded.runner);
+    let vocabulary = direct.runner().info().vocabulary as u64;
+    let mut random = Random(0x4b69_676f);
+    let mut ids = |n: usize| -> Vec<u32> {
+        (0..n)
+            .map(|_| (random.next() % vocabulary) as u32)
+            .collect()
+    };
+
+    let mut prefill = Vec::new();
+    if args.prompt > 0 {
+        for repetition in 0..=args.repetitions {
+            let prompt = ids(args.prompt);
+            direct.reset();
+            let started = Instant::now();
+            direct.feed(&prompt)?;
+            // Choosing a token waits for the device.
+            direct.sample_greedy()?;
+            if repetition > 0 {
+                prefill.push(args.prompt as f64 / started.elapsed().as_secs_f64());
+            }
+        }
+    }
+    let mut decode = Vec::new();
+    if args.generate > 0 {
+        for repetition in 0..=args.repetitions {
+            direct.reset();
+            let depth = ids(args.depth);
+            direct.feed(&depth)?;
+            if args.depth > 0 {
+                direct.sample_greedy()?;
+            }
+            let mut id = ids(1)[0];
+            let started = Instant::now();
+            for _ in 0..args.generate {
+                direct.feed(&[id])?;
+                id = direct.sample_greedy()?;
+            }
+            if repetition > 0 {
+                decode.push(args.generate as f64 / started.elapsed().as_secs_f64());
+            }
+        }
+    }
+
+    let runner = direct.runner();
+    let (model, device) = (runner.info(), runner.device());
+    if common.json {
+        let value = json!({
+            "device": device.name,
+            "backend": device.backend,
+            "architecture": device.architecture,
+            "model": model.name,
+            "file_bytes": model.file_bytes,
+            "exact": common.exact,
+            "load_s": load_s,
+            "depth": args.depth,
+            "pp": { "n": args.prompt, "tokens_per_s": prefill },
+            "tg": { "n": args.generate, "tokens_per_s": decode },
+        });
+        return print_json(out, &value);
+    }
+    let mut report = format!(
+        "{} on {} ({}, {})\nload  {load_s:.2} s, {:.2} GB/s\n",
+        model.name,
+        device.name,
+        device.backend,
+        device.architecture,
+        model.file_bytes as f64 / load_s / 1e9
+    );
+    for (name, n, rates) in [
+        ("pp", args.prompt, &prefill),
+        ("tg", args.generate, &decode),
+    ] {
+        if let Some((mean, deviation)) = mean_and_deviation(rates) {
+            report.push_str(&format!(
+                "{name}{n:<6} {mean:.1} ± {deviation:.1} tokens/s\n"
+            ));
+        }
+    }
+    write!(out, "{report}").map_err(stdout_error)
+}
+
+/// Mean and sample standard deviation.
+fn mean_and_deviation(values: &[f64]) -> Option<(f64, f64)> {
+    if values.is_empty() {
+        return None;
+    }
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
+    Some((mean, (squares / (n - 1.0).max(1.0)).sqrt()))
+}
+
+/// SplitMix64 (Steele et al. 2014): every run measures the same ids.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mean_and_deviation_of_known_values() {
+        assert_eq!(mean_and_deviation(&[]), None);
+        assert_eq!(mean_and_deviation(&[3.0]), Some((3.0, 0.0)));
+        assert_eq!(mean_and_deviation(&[1.0, 2.0, 3.0]), Some((2.0, 1.0)));
+    }
+
+    /// The reference sequence for seed 1234567, from the algorithm's published test values.
+    #[test]
+    fn random_numbers_are_splitmix64() {
+        let mut random = Random(1_234_567);
+        let first: Vec<u64> = (0..3).map(|_| random.next()).collect();
+        assert_eq!(
+            first,
+            [
+                6_457_827_717_110_365_317,
+                3_203_168_211_198_807_973,
+                9_817_491_932_198_370_423
+            ]
+        );
+    }
+}

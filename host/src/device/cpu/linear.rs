@@ -1,0 +1,185 @@
+//! Weight matrices, and their products tile by tile.
+
+use super::activations::{Activations, TILED_FROM};
+use super::float::{self, FloatRows};
+use super::gemm::{self, ROWS, Tile};
+use super::pool::Pool;
+use super::quant::{self, Kernels};
+use super::simd::Level;
+use crate::error::{Error, Result};
+use gguf::{GgmlType, Gguf};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A matrix in the mapped file, as it lies there.
+pub struct Weight {
+    file: Arc<Gguf>,
+    name: String,
+    ty: GgmlType,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    row_bytes: usize,
+    /// `None` for plain types.
+    kernels: Option<Kernels>,
+}
+
+impl Weight {
+    /// # Errors
+    /// A type that has no products here.
+    pub(super) fn new(tensor: gguf::Tensor<'_>, file: &Arc<Gguf>) -> Result<Weight> {
+        let kernels = quant::kernels(tensor.ty());
+        let plain = matches!(tensor.ty(), GgmlType::F32 | GgmlType::F16 | GgmlType::BF16);
+        if kernels.is_none() && !plain {
+            let what = format!(
+                "tensor {} has type {}, which the CPU cannot multiply",
+                tensor.name(),
+                tensor.ty()
+            );
+            return Err(Error::Model {
+                file: tensor.path().to_owned(),
+                what,
+            });
+        }
+        // The sizes are those of data in memory.
+        Ok(Weight {
+            file: Arc::clone(file),
+            name: tensor.name().to_owned(),
+            ty: tensor.ty(),
+            rows: tensor.rows() as usize,
+            cols: tensor.row_len() as usize,
+            row_bytes: tensor.row_bytes() as usize,
+            kernels,
+        })
+    }
+
+    /// The tensor in the file.
+    pub(super) fn tensor(&self) -> Result<gguf::Tensor<'_>> {
+        Ok(self.file.require(&self.name)?)
+    }
+
+    /// The matrix, ready to be multiplied.
+    pub(super) fn view(&self, exact: bool) -> Result<View<'_>> {
+        let data = self.tensor()?.data();
+        Ok(View {
+            weight: self,
+            data,
+            quantised: !exact && self.kernels.is_some(),
+        })
+    }
+}
+
+/// A [`Weight`] and its data.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    weight: &'a Weight,
+    data: &'a [u8],
+    /// Activations are taken in 8 bits.
+    quantised: bool,
+}
+
+/// Activations in the forms that an operation's weights take.
+#[derive(Default)]
+pub(super) struct Input {
+    quantised: Activations,
+    float: FloatRows,
+}
+
+impl Input {
+    /// Takes `rows` rows of `cols` elements, which `fill` gives, for `weights`.
+    pub fn fill<'x>(
+        &mut self,
+        level: Level,
+        pool: &mut Pool,
+        (rows, cols): (usize, usize),
+        weights: &[View<'_>],
+        fill: impl Fn(usize, &mut [f32]) -> Option<&'x [f32]> + Sync,
+    ) {
+        for view in weights {
+            assert_eq!(view.weight.cols, cols, "columns of {}", view.weight.name);
+        }
+        if weights.iter().any(|w| w.quantised) {
+            let tiled = rows >= TILED_FROM;
+            self.quantised
+                .quantize(level, pool, rows, cols, tiled, &fill);
+        }
+        if weights.iter().any(|w| !w.quantised) {
+            self.float.fill(pool, rows, cols, &fill);
+        }
+    }
+}
+
+/// What a thread needs while it multiplies.
+#[derive(Default)]
+pub(super) struct Scratch {
+    tile: Tile,
+    float: Vec<f32>,
+    /// Products: a row of 16 for each row of activations.
+    pub out: Vec<[f32; ROWS]>,
+    pub second: Vec<[f32; ROWS]>,
+}
+
+impl View<'_> {
+    pub fn rows(&self) -> usize {
+        self.weight.rows
+    }
+
+    /// Tiles of [`ROWS`] rows.
+    pub fn tiles(&self) -> usize {
+        self.weight.rows.div_ceil(ROWS)
+    }
+
+    /// The rows of tile `tile`.
+    pub fn tile_rows(&self, tile: usize) -> Range<usize> {
+        tile * ROWS..(tile * ROWS + ROWS).min(self.weight.rows)
+    }
+
+    /// Multiplies tile `tile` by the `n` rows of `input`; `scratch.out[row]` are the products, of
+    /// which those past the matrix's last row mean nothing.
+    pub fn multiply(
+        &self,
+        level: Level,
+        tile: usize,
+        input: &Input,
+        n: usize,
+        scratch: &mut Scratch,
+    ) {
+        let rows = self.tile_rows(tile);
+        let row_bytes = self.weight.row_bytes;
+        let data = &self.data[rows.start * row_bytes..rows.end * row_bytes];
+        scratch.out.resize(n, [0.0; ROWS]);
+        if !self.quantised {
+            let Scratch {
+                float: tile, out, ..
+            } = scratch;
+            let (ty, cols) = (self.weight.ty, self.weight.cols);
+            float::unpack(
+                level,
+                ty,
+                self.weight.kernels.as_ref(),
+                data,
+                row_bytes,
+                cols,
+                tile,
+            );
+            assert_eq!(input.float.rows, n);
+            float::multiply(level, tile, &input.float.data, input.float.stride, out);
+            return;
+        }
+        let Some(kernels) = self.weight.kernels else {
+            return;
+        };
+        match input.quantised.tiled() {
+            Some(x) => {
+                (kernels.unpack)(level, data, row_bytes, &mut scratch.tile);
+                gemm::multiply(level, &scratch.tile, &x, &mut scratch.out);
+            }
+            None => {
+                assert_eq!(input.quantised.rows(), n);
+                for (row, out) in scratch.out.iter_mut().enumerate() {
+                    let x = input.quantised.row(row);
+                    (kernels.dot)(level, data, &x, &mut out[..rows.len()]);
+                }
+            }
+        }
+    }
+}

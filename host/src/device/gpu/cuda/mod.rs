@@ -1,0 +1,13 @@
+//! [`Driver`](super::Driver) over CUDA, through `cust`.
+
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(feature = "cuda")]
+mod real;
+#[cfg(feature = "cuda")]
+pub use real::Cuda;
+
+#[cfg(not(feature = "cuda"))]
+mod absent;
+#[cfg(not(feature = "cuda"))]
+pub use absent::Cuda;

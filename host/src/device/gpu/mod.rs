@@ -1,0 +1,502 @@
+//! The GPU backend: operations as launches of the kernels in the crate `kernels`.
+//!
+//! Launches go through a [`Driver`]: [`cuda`] on a card, [`emulated`] on a machine without one. Everything
+//! above that line is the same code, so what the emulator checks is what the card runs.
+
+pub mod cuda;
+mod emulated;
+mod ops;
+mod selftest;
+mod weights;
+
+pub use emulated::Emulated;
+pub use selftest::Outcome;
+
+use super::{BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo};
+use super::{Heads, Linear, Norm, Qkv, SampleRow};
+use crate::error::{Error, Result};
+use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
+use std::collections::HashMap;
+use std::io::Write;
+use std::sync::Arc;
+
+/// An address in device memory.
+pub type Address = u64;
+
+/// Memory of a device; freed with the driver that gave it, or by [`Driver::free`].
+#[derive(Debug)]
+pub struct Allocation {
+    pub address: Address,
+    pub bytes: usize,
+}
+
+/// What runs kernels: memory, copies, launches, all in order on one stream.
+pub trait Driver: Send + Sized + 'static {
+    /// Launches recorded once, to be repeated.
+    type Graph: Send;
+
+    fn info(&self) -> &DeviceInfo;
+    fn multiprocessors(&self) -> u32;
+    fn free_bytes(&self) -> Result<u64>;
+
+    /// Memory aligned to 256 bytes, its content whatever it was.
+    fn alloc(&mut self, bytes: usize) -> Result<Allocation>;
+    fn free(&mut self, allocation: Allocation);
+
+    /// Copies to the device; `bytes` may change once this returns.
+    fn write(&mut self, to: Address, bytes: &[u8]) -> Result<()>;
+
+    /// Copies from the device; waits for all that was queued.
+    fn read(&mut self, from: Address, bytes: &mut [u8]) -> Result<()>;
+
+    /// Brings up to [`Driver::STAGE_BYTES`] to a staging area on the device and calls `consume` with
+    /// its address; what `consume` launches may read it. Returns while copies still run.
+    fn stage(
+        &mut self,
+        bytes: &[u8],
+        consume: &mut dyn FnMut(&mut Self, Address) -> Result<()>,
+    ) -> Result<()>;
+
+    /// Bytes that one [`Driver::stage`] takes.
+    const STAGE_BYTES: usize;
+
+    /// Launches `kernel` with its one argument struct. The pointers in `args` must be addresses that this
+    /// driver allocated, good for what the kernel's documentation says it reads and writes.
+    fn launch<A: Copy>(
+        &mut self,
+        kernel: &'static str,
+        grid: (u32, u32),
+        block: u32,
+        shared: usize,
+        args: &A,
+    ) -> Result<()>;
+
+    /// Waits for all that was queued.
+    fn wait(&mut self) -> Result<()>;
+
+    /// Records launches from here on instead of running them; `false` where that is not supported.
+    fn begin_capture(&mut self) -> Result<bool>;
+
+    /// Ends what [`Driver::begin_capture`] began.
+    fn end_capture(&mut self) -> Result<Self::Graph>;
+
+    fn replay(&mut self, graph: &Self::Graph) -> Result<()>;
+}
+
+/// f32 values on the device.
+#[derive(Debug)]
+pub struct Buffer {
+    address: Address,
+    len: usize,
+}
+
+impl Buffer {
+    fn ptr(&self) -> *mut f32 {
+        self.address as *mut f32
+    }
+}
+
+/// A repacked weight matrix.
+#[derive(Debug)]
+pub struct Weight {
+    matrix: kernels::types::Matrix,
+    /// Columns without padding.
+    cols: usize,
+    quantised: bool,
+}
+
+// The addresses in a `Matrix` belong to the device, not to this thread.
+unsafe impl Send for Weight {}
+
+/// Keys and values on the device, layer after layer.
+#[derive(Debug)]
+pub struct Cache {
+    keys: Address,
+    values: Address,
+    shape: CacheShape,
+    element_bytes: usize,
+}
+
+/// Memory that operations of a step use between them, grown as they need it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Scratch {
+    /// f16 input rows of tensor-core products.
+    Half,
+    /// Keys, values, or gate and up, before their epilogue.
+    First,
+    Second,
+    /// Normed rows in f32.
+    Normed,
+    /// Attention's splits.
+    Partial,
+    /// Sampling.
+    Logits,
+    Ids,
+    Ranks,
+}
+
+/// Steps that repeat: same rows, outputs and attention splits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct StepKey {
+    rows: usize,
+    outputs: usize,
+    splits: u32,
+}
+
+/// A recorded step; recorded the second time it is seen, so that scratch has its size by then.
+enum Recording<G> {
+    SeenOnce,
+    Graph(G),
+}
+
+/// Sequences that one step can hold.
+const MAX_SPANS: usize = MAX_ROWS;
+
+/// The current step, as the kernels see it.
+struct Current {
+    memory: Allocation,
+    tables: Option<Allocation>,
+    table_stride: usize,
+    rows: usize,
+    outputs: usize,
+    splits: u32,
+    /// Host copy of the arrays, reused.
+    staging: Vec<u32>,
+}
+
+/// A GPU, real or emulated.
+pub struct Gpu<D: Driver> {
+    // First, so that graphs are dropped while the driver that made them lives.
+    recordings: HashMap<StepKey, Recording<D::Graph>>,
+    driver: D,
+    exact: bool,
+    current: Current,
+    scratch: HashMap<Scratch, Allocation>,
+    /// Query heads, set by the first attention; splits depend on it.
+    heads: usize,
+}
+
+impl Gpu<Emulated> {
+    /// The kernels on the emulator.
+    pub fn emulated(exact: bool) -> Result<Self> {
+        Self::new(Emulated::new(), exact)
+    }
+}
+
+impl Gpu<cuda::Cuda> {
+    /// CUDA device `index`.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] without a driver, a device of that number, or a driver new enough.
+    pub fn cuda(index: usize, exact: bool) -> Result<Self> {
+        Self::new(cuda::Cuda::open(index)?, exact)
+    }
+}
+
+impl<D: Driver> Gpu<D> {
+    fn new(mut driver: D, exact: bool) -> Result<Self> {
+        let words = 3 * MAX_ROWS + MAX_OUTPUTS;
+        let memory = driver.alloc(4 * words)?;
+        Ok(Gpu {
+            driver,
+            exact,
+            current: Current {
+                memory,
+                tables: None,
+                table_stride: 0,
+                rows: 0,
+                outputs: 0,
+                splits: 1,
+                staging: vec![0; words],
+            },
+            scratch: HashMap::new(),
+            recordings: HashMap::new(),
+            heads: 1,
+        })
+    }
+
+    /// Scratch memory of at least `bytes`.
+    fn scratch(&mut self, which: Scratch, bytes: usize) -> Result<Address> {
+        if let Some(a) = self.scratch.get(&which)
+            && a.bytes >= bytes
+        {
+            return Ok(a.address);
+        }
+        // Recorded steps hold the old address.
+        self.recordings.clear();
+        if let Some(old) = self.scratch.remove(&which) {
+            self.driver.wait()?;
+            self.driver.free(old);
+        }
+        let new = self.driver.alloc(bytes)?;
+        let address = new.address;
+        self.scratch.insert(which, new);
+        Ok(address)
+    }
+
+    fn set_batch(&mut self, batch: &Batch) -> Result<()> {
+        let current = &mut self.current;
+        let Some(tables) = &current.tables else {
+            return Err(Error::Request(
+                "a step before the cache was allocated".into(),
+            ));
+        };
+        if batch.spans.len() > MAX_SPANS {
+            let n = batch.spans.len();
+            return Err(Error::Request(format!(
+                "a step of {n} sequences, at most {MAX_SPANS}"
+            )));
+        }
+        let (mut longest, stride) = (0, current.table_stride);
+        let s = &mut current.staging;
+        let mut table = Vec::new();
+        s[..batch.tokens.len()].copy_from_slice(&batch.tokens);
+        for (i, span) in batch.spans.iter().enumerate() {
+            for row in 0..span.len {
+                s[MAX_ROWS + span.start + row] = (span.past + row) as u32;
+                s[2 * MAX_ROWS + span.start + row] = i as u32;
+            }
+            longest = longest.max(span.past + span.len);
+            table.resize(i * stride, 0);
+            let used = (span.past + span.len).div_ceil(BLOCK_TOKENS);
+            table.extend_from_slice(&span.blocks[..used]);
+        }
+        for (i, &row) in batch.outputs.iter().enumerate() {
+            s[3 * MAX_ROWS + i] = row as u32;
+        }
+        self.driver
+            .write(current.memory.address, bytemuck::cast_slice(s))?;
+        self.driver
+            .write(tables.address, bytemuck::cast_slice(&table))?;
+        current.rows = batch.tokens.len();
+        current.outputs = batch.outputs.len();
+        current.splits = ops::attention_splits(
+            self.driver.multiprocessors(),
+            current.rows * self.heads,
+            longest,
+        );
+        Ok(())
+    }
+
+    /// The arrays of the current step.
+    fn step_args(&self) -> kernels::rows::Step {
+        let at = |words: usize| (self.current.memory.address + 4 * words as u64) as *const u32;
+        kernels::rows::Step {
+            tokens: at(0),
+            positions: at(MAX_ROWS),
+            sequences: at(2 * MAX_ROWS),
+            tables: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
+            table_stride: self.current.table_stride as u32,
+            rows: self.current.rows as u32,
+            outputs: at(3 * MAX_ROWS),
+        }
+    }
+}
+
+impl<D: Driver> Device for Gpu<D> {
+    type Weight = Weight;
+    type Buffer = Buffer;
+    type Cache = Cache;
+
+    fn info(&self) -> &DeviceInfo {
+        self.driver.info()
+    }
+
+    fn free_bytes(&self) -> Result<u64> {
+        self.driver.free_bytes()
+    }
+
+    fn cache_element_bytes(&self) -> usize {
+        if self.exact { 4 } else { 2 }
+    }
+
+    fn load(&mut self, tensor: gguf::Tensor<'_>, _file: &Arc<gguf::Gguf>) -> Result<Weight> {
+        weights::load(&mut self.driver, tensor)
+    }
+
+    fn finish_loading(&mut self) -> Result<()> {
+        self.driver.wait()
+    }
+
+    fn shape(weight: &Weight) -> (usize, usize) {
+        (weight.matrix.rows as usize, weight.cols)
+    }
+
+    fn upload(&mut self, values: &[f32]) -> Result<Buffer> {
+        let buffer = self.alloc(values.len())?;
+        self.driver
+            .write(buffer.address, bytemuck::cast_slice(values))?;
+        Ok(buffer)
+    }
+
+    fn alloc(&mut self, len: usize) -> Result<Buffer> {
+        let allocation = self.driver.alloc(4 * len)?;
+        Ok(Buffer {
+            address: allocation.address,
+            len,
+        })
+    }
+
+    fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache> {
+        if !shape.head_dim.is_multiple_of(8) || shape.head_dim > 256 {
+            return Err(Error::Request(format!(
+                "heads of {} elements; the GPU kernels take multiples of 8 up to 256",
+                shape.head_dim
+            )));
+        }
+        let element_bytes = self.cache_element_bytes();
+        let keys = self.driver.alloc(shape.elements() * element_bytes)?;
+        let values = self.driver.alloc(shape.elements() * element_bytes)?;
+        self.current.table_stride = shape.blocks;
+        self.current.tables = Some(self.driver.alloc(4 * MAX_SPANS * shape.blocks)?);
+        Ok(Cache {
+            keys: keys.address,
+            values: values.address,
+            shape,
+            element_bytes,
+        })
+    }
+
+    fn step(
+        &mut self,
+        batch: &Batch,
+        record: &mut dyn FnMut(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        self.set_batch(batch)?;
+        let key = StepKey {
+            rows: self.current.rows,
+            outputs: self.current.outputs,
+            splits: self.current.splits,
+        };
+        // Only steps of one row come again and again in the same shape.
+        if key.rows != 1 {
+            return record(self);
+        }
+        match self.recordings.get(&key) {
+            Some(Recording::Graph(graph)) => self.driver.replay(graph),
+            None => {
+                record(self)?;
+                self.recordings.insert(key, Recording::SeenOnce);
+                Ok(())
+            }
+            Some(Recording::SeenOnce) => match self.capture(record)? {
+                Some(graph) => {
+                    self.driver.replay(&graph)?;
+                    self.recordings.insert(key, Recording::Graph(graph));
+                    Ok(())
+                }
+                None => record(self),
+            },
+        }
+    }
+
+    fn embed(&mut self, table: &Weight, scale: f32, out: &mut Buffer) -> Result<()> {
+        self.op_embed(table, scale, out)
+    }
+
+    fn norm_qkv(
+        &mut self,
+        x: &Buffer,
+        op: &Qkv<'_, Self>,
+        cache: &mut Cache,
+        layer: usize,
+        q: &mut Buffer,
+    ) -> Result<()> {
+        self.op_norm_qkv(x, op, cache, layer, q)
+    }
+
+    fn attend(
+        &mut self,
+        q: &Buffer,
+        cache: &Cache,
+        layer: usize,
+        heads: Heads,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        self.op_attend(q, cache, layer, heads, out)
+    }
+
+    fn linear_add(
+        &mut self,
+        linear: Linear<'_, Self>,
+        input: &Buffer,
+        x: &mut Buffer,
+    ) -> Result<()> {
+        self.op_linear_add(linear, input, x)
+    }
+
+    fn norm_gate_up(
+        &mut self,
+        x: &Buffer,
+        norm: Norm<'_, Self>,
+        gate: Linear<'_, Self>,
+        up: Linear<'_, Self>,
+        out: &mut Buffer,
+    ) -> Result<()> {
+        self.op_norm_gate_up(x, norm, gate, up, out)
+    }
+
+    fn norm_head(
+        &mut self,
+        x: &Buffer,
+        norm: Norm<'_, Self>,
+        head: Linear<'_, Self>,
+        logits: &mut Buffer,
+    ) -> Result<()> {
+        self.op_norm_head(x, norm, head, logits)
+    }
+
+    fn sample(
+        &mut self,
+        logits: &Buffer,
+        vocabulary: usize,
+        rows: &[SampleRow<'_>],
+    ) -> Result<Vec<u32>> {
+        self.op_sample(logits, vocabulary, rows)
+    }
+
+    fn read(&mut self, buffer: &Buffer, offset: usize, out: &mut [f32]) -> Result<()> {
+        if offset + out.len() > buffer.len {
+            return Err(Error::Request(format!(
+                "a read of values {offset}..{} from a buffer of {}",
+                offset + out.len(),
+                buffer.len
+            )));
+        }
+        self.driver.read(
+            buffer.address + 4 * offset as u64,
+            bytemuck::cast_slice_mut(out),
+        )
+    }
+}
+
+impl<D: Driver> Gpu<D> {
+    /// Records a step; `None` where the driver cannot.
+    fn capture(
+        &mut self,
+        record: &mut dyn FnMut(&mut Self) -> Result<()>,
+    ) -> Result<Option<D::Graph>> {
+        if !self.driver.begin_capture()? {
+            return Ok(None);
+        }
+        let recorded = record(self);
+        let graph = self.driver.end_capture();
+        recorded?;
+        graph.map(Some)
+    }
+}
+
+/// Runs every kernel on `device` against a plain reference, a line each.
+///
+/// # Errors
+/// No such device. `Ok(false)` where a kernel's result is wrong.
+pub fn selftest(device: DeviceChoice, out: &mut dyn Write) -> Result<bool> {
+    match device {
+        DeviceChoice::Emulated => selftest::report(Emulated::new(), out),
+        DeviceChoice::Cuda(index) => selftest::report(cuda::Cuda::open(index)?, out),
+        DeviceChoice::Auto => selftest::report(cuda::Cuda::open(0)?, out),
+        DeviceChoice::Cpu => Err(Error::Request(
+            "selftest checks the GPU kernels; expected --device cuda or --device emulated".into(),
+        )),
+    }
+}

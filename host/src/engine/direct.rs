@@ -1,0 +1,172 @@
+//! One sequence on a runner, driven by hand: for commands and checks that look at logits.
+
+use crate::device::{Batch, SampleRow, Span};
+use crate::error::{Error, Result};
+use crate::model::{MAX_OUTPUTS, MAX_ROWS, Runner};
+use crate::sampling::SamplingParams;
+
+/// A runner whose whole cache belongs to one sequence. Prompts go in the same chunks as the
+/// engine's, so that the same device computes the same logits.
+pub struct Direct {
+    runner: Box<dyn Runner>,
+    blocks: Vec<u32>,
+    /// Tokens in the cache.
+    past: usize,
+}
+
+impl Direct {
+    pub fn new(runner: Box<dyn Runner>) -> Self {
+        let blocks = (0..runner.cache_blocks() as u32).collect();
+        Self {
+            runner,
+            blocks,
+            past: 0,
+        }
+    }
+
+    pub fn runner(&self) -> &dyn Runner {
+        &*self.runner
+    }
+
+    /// Tokens in the cache.
+    pub fn past(&self) -> usize {
+        self.past
+    }
+
+    /// Starts a new sequence; the cache's contents are forgotten.
+    pub fn reset(&mut self) {
+        self.past = 0;
+    }
+
+    /// Says how many tokens there are in all, before the first chunk of them costs any work.
+    fn check(&self, tokens: &[u32]) -> Result<()> {
+        let (end, context) = (self.past + tokens.len(), self.runner.info().context);
+        if end > context {
+            return Err(Error::Request(format!(
+                "{end} tokens do not fit in the context of {context}; use a larger --ctx-size"
+            )));
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, tokens: &[u32], outputs: Vec<usize>) -> Result<()> {
+        let span = Span {
+            start: 0,
+            len: tokens.len(),
+            past: self.past,
+            blocks: self.blocks.clone(),
+        };
+        self.runner.forward(&Batch {
+            tokens: tokens.to_vec(),
+            spans: vec![span],
+            outputs,
+        })?;
+        self.past += tokens.len();
+        Ok(())
+    }
+
+    /// Appends tokens; the logits of the last one can then be read or sampled from.
+    ///
+    /// # Errors
+    /// As [`Runner::forward`].
+    pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
+        self.check(tokens)?;
+        let chunks = tokens.chunks(MAX_ROWS);
+        let last = chunks.len().saturating_sub(1);
+        for (i, chunk) in chunks.enumerate() {
+            let outputs = if i == last {
+                vec![chunk.len() - 1]
+            } else {
+                Vec::new()
+            };
+            self.step(chunk, outputs)?;
+        }
+        Ok(())
+    }
+
+    /// Appends tokens and hands over the logits of each, in order.
+    ///
+    /// # Errors
+    /// As [`Runner::forward`].
+    pub fn feed_each(&mut self, tokens: &[u32], mut each: impl FnMut(Vec<f32>)) -> Result<()> {
+        self.check(tokens)?;
+        for chunk in tokens.chunks(MAX_OUTPUTS) {
+            self.step(chunk, (0..chunk.len()).collect())?;
+            for output in 0..chunk.len() {
+                each(self.runner.logits(output)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// The last token's logits, `vocabulary` long.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub fn logits(&mut self) -> Result<Vec<f32>> {
+        self.runner.logits(0)
+    }
+
+    /// The likeliest next token, chosen where the engine's tokens are chosen.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub fn sample_greedy(&mut self) -> Result<u32> {
+        let params = SamplingParams::greedy();
+        let ids = self.runner.sample(&[SampleRow {
+            params: &params,
+            u: 0.0,
+            seen: &[],
+        }])?;
+        ids.first().copied().ok_or_else(|| {
+            Error::Request("the device chose no token for one row of logits".to_owned())
+        })
+    }
+}
+
+/// The `n` greatest logits as `(id, logit)`, greatest first, the lower id first among equals.
+pub fn top_logits(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
+    let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let n = n.min(all.len());
+    if n < all.len() && n > 0 {
+        all.select_nth_unstable_by(n - 1, order);
+    }
+    all.truncate(n);
+    all.sort_by(order);
+    all
+}
+
+/// `ln(sum(exp(logits)))`, computed in f64.
+pub fn log_sum_exp(logits: &[f32]) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if !max.is_finite() {
+        return f64::from(max);
+    }
+    let max = f64::from(max);
+    max + logits
+        .iter()
+        .map(|&l| (f64::from(l) - max).exp())
+        .sum::<f64>()
+        .ln()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn top_logits_are_ordered_and_break_ties_by_id() {
+        let logits = [1.0, 3.0, f32::NEG_INFINITY, 3.0, 2.0];
+        assert_eq!(top_logits(&logits, 3), [(1, 3.0), (3, 3.0), (4, 2.0)]);
+        assert_eq!(top_logits(&logits, 0), []);
+        assert_eq!(top_logits(&logits, 9).len(), 5);
+    }
+
+    #[test]
+    fn log_sum_exp_of_large_logits_does_not_overflow() {
+        let l = log_sum_exp(&[1000.0, 1000.0]);
+        assert!((l - (1000.0 + 2f64.ln())).abs() < 1e-9);
+        assert_eq!(log_sum_exp(&[f32::NEG_INFINITY; 3]), f64::NEG_INFINITY);
+    }
+}

@@ -1,0 +1,195 @@
+//! A model that is a function, for tests of everything around models.
+//!
+//! Its cache holds token ids, written and read through the block tables it is given, so a wrong
+//! table changes what comes out.
+
+use super::{Detokenize, Text};
+use crate::device::{BLOCK_TOKENS, Batch, DeviceInfo, SampleRow};
+use crate::error::{Error, Result};
+use crate::model::{ModelInfo, Runner};
+use serde_json::Value;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// Ids are bytes; this one ends the text.
+pub const EOS: u32 = 256;
+pub const VOCABULARY: usize = 257;
+
+type Next = Box<dyn Fn(&[u32]) -> u32 + Send>;
+
+pub struct FakeRunner {
+    info: ModelInfo,
+    device: DeviceInfo,
+    cache: Vec<u32>,
+    /// The likeliest token after a sequence.
+    next: Next,
+    pub step_time: Duration,
+    /// Steps done.
+    pub steps: Arc<AtomicUsize>,
+    /// The step at which to panic, and at which to fail.
+    pub panic_at: Option<usize>,
+    pub fail_at: Option<usize>,
+    logits: Vec<Vec<f32>>,
+}
+
+impl FakeRunner {
+    pub fn new(context: usize, next: impl Fn(&[u32]) -> u32 + Send + 'static) -> Self {
+        Self {
+            info: ModelInfo {
+                name: "fake".to_owned(),
+                architecture: "fake".to_owned(),
+                path: "fake.gguf".into(),
+                file_bytes: 0,
+                parameters: 0,
+                vocabulary: VOCABULARY,
+                trained_context: context,
+                context,
+                layers: 0,
+            },
+            device: DeviceInfo {
+                backend: "cpu",
+                name: "fake".to_owned(),
+                memory_bytes: 0,
+                architecture: "fake".to_owned(),
+            },
+            cache: vec![u32::MAX; context.div_ceil(BLOCK_TOKENS) * BLOCK_TOKENS],
+            next: Box::new(next),
+            step_time: Duration::ZERO,
+            steps: Arc::default(),
+            panic_at: None,
+            fail_at: None,
+            logits: Vec::new(),
+        }
+    }
+
+    /// Answers `script` to whatever prompt of `prompt_len` tokens, then the end token.
+    pub fn script(context: usize, prompt_len: usize, script: &'static str) -> Self {
+        Self::new(context, move |tokens| {
+            script
+                .as_bytes()
+                .get(tokens.len() - prompt_len)
+                .map_or(EOS, |&b| u32::from(b))
+        })
+    }
+
+    /// A letter that depends on every token before it.
+    pub fn hashing(context: usize) -> Self {
+        Self::new(context, |tokens| {
+            let hash = tokens
+                .iter()
+                .fold(0u32, |h, &t| (h ^ t).wrapping_mul(0x0100_0193));
+            u32::from(b'a') + (hash >> 8) % 26
+        })
+    }
+}
+
+impl Runner for FakeRunner {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn device(&self) -> &DeviceInfo {
+        &self.device
+    }
+
+    fn cache_blocks(&self) -> usize {
+        self.cache.len() / BLOCK_TOKENS
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<()> {
+        std::thread::sleep(self.step_time);
+        let step = self.steps.fetch_add(1, Ordering::SeqCst);
+        assert!(self.panic_at != Some(step), "asked to");
+        if self.fail_at == Some(step) {
+            return Err(Error::Device {
+                device: "fake".to_owned(),
+                what: "asked to".to_owned(),
+            });
+        }
+        self.logits.clear();
+        for span in &batch.spans {
+            let slot =
+                |t: usize| span.blocks[t / BLOCK_TOKENS] as usize * BLOCK_TOKENS + t % BLOCK_TOKENS;
+            for i in 0..span.len {
+                self.cache[slot(span.past + i)] = batch.tokens[span.start + i];
+            }
+            for i in 0..span.len {
+                if batch.outputs.contains(&(span.start + i)) {
+                    let tokens: Vec<u32> =
+                        (0..=span.past + i).map(|t| self.cache[slot(t)]).collect();
+                    assert!(
+                        !tokens.contains(&u32::MAX),
+                        "a block was read before it was written"
+                    );
+                    let id = (self.next)(&tokens);
+                    let mut logits: Vec<f32> = (0..VOCABULARY).map(|i| -(i as f32)).collect();
+                    logits[id as usize] = 1000.0;
+                    // The runner-up, for tests that sample.
+                    logits[(id as usize + 1) % VOCABULARY] = 999.5;
+                    self.logits.push(logits);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<u32>> {
+        Ok(rows
+            .iter()
+            .zip(&self.logits)
+            .map(|(row, logits)| {
+                crate::sampling::sample(row.params, row.u, row.seen, &mut logits.clone())
+            })
+            .collect())
+    }
+
+    fn logits(&mut self, output: usize) -> Result<Vec<f32>> {
+        Ok(self.logits[output].clone())
+    }
+}
+
+/// Text in bytes: an id a byte.
+pub struct ByteText;
+
+impl Text for ByteText {
+    fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
+        Ok(prompt.bytes().map(u32::from).collect())
+    }
+
+    fn render(&self, messages: &Value) -> Result<String> {
+        let texts = messages.as_array().into_iter().flatten();
+        Ok(texts.filter_map(|m| m["content"].as_str()).collect())
+    }
+
+    fn detokenizer(&self) -> Box<dyn Detokenize + '_> {
+        Box::new(ByteDecoder::default())
+    }
+
+    fn is_end_of_generation(&self, id: u32) -> bool {
+        id == EOS
+    }
+}
+
+#[derive(Default)]
+struct ByteDecoder {
+    held: Vec<u8>,
+}
+
+impl Detokenize for ByteDecoder {
+    fn push(&mut self, id: u32) -> String {
+        self.held.push(id as u8);
+        match std::str::from_utf8(&self.held) {
+            Ok(text) => {
+                let text = text.to_owned();
+                self.held.clear();
+                text
+            }
+            Err(_) => String::new(),
+        }
+    }
+
+    fn finish(&mut self) -> String {
+        String::from_utf8_lossy(&std::mem::take(&mut self.held)).into_owned()
+    }
+}

@@ -1,0 +1,118 @@
+//! Counters of the engine, in Prometheus' terms.
+
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+use std::fmt;
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    Completed,
+    Cancelled,
+    Failed,
+}
+
+impl EncodeLabelValue for Outcome {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        let name = match self {
+            Self::Completed => "completed",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+        };
+        name.encode(encoder)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct OutcomeLabel {
+    pub outcome: Outcome,
+}
+
+/// What the engine counts. The registry that [`Metrics::encode`] writes shares these cells.
+pub struct Metrics {
+    registry: Registry,
+    pub tokens_in: Counter,
+    pub tokens_out: Counter,
+    pub requests: Family<OutcomeLabel, Counter>,
+    /// Requests waiting.
+    pub queued: Gauge,
+    /// Sequences in the current batch.
+    pub running: Gauge,
+    pub kv_blocks_used: Gauge,
+    pub kv_blocks_total: Gauge,
+    /// From submission to the first token.
+    pub first_token: Histogram,
+    /// From one token of a sequence to its next.
+    pub between_tokens: Histogram,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        // 0.1 ms to 100 s: an emulator and a fast card both fall inside.
+        let seconds = || Histogram::new(exponential_buckets(1e-4, 2.0, 21));
+        let mut m = Self {
+            registry: Registry::default(),
+            tokens_in: Counter::default(),
+            tokens_out: Counter::default(),
+            requests: Family::default(),
+            queued: Gauge::default(),
+            running: Gauge::default(),
+            kv_blocks_used: Gauge::default(),
+            kv_blocks_total: Gauge::default(),
+            first_token: seconds(),
+            between_tokens: seconds(),
+        };
+        let r = &mut m.registry;
+        // The encoder appends `_total` to counters and the unit to what has one.
+        r.register("tokens_in", "Prompt tokens processed", m.tokens_in.clone());
+        r.register("tokens_out", "Tokens generated", m.tokens_out.clone());
+        r.register("requests", "Requests ended, by outcome", m.requests.clone());
+        r.register("requests_queued", "Requests waiting", m.queued.clone());
+        r.register(
+            "requests_running",
+            "Requests being worked on",
+            m.running.clone(),
+        );
+        r.register(
+            "kv_blocks_used",
+            "Blocks of the KV cache in use",
+            m.kv_blocks_used.clone(),
+        );
+        r.register(
+            "kv_blocks",
+            "Blocks of the KV cache",
+            m.kv_blocks_total.clone(),
+        );
+        r.register_with_unit(
+            "time_to_first_token",
+            "From submission to the first token",
+            Unit::Seconds,
+            m.first_token.clone(),
+        );
+        r.register_with_unit(
+            "inter_token_latency",
+            "From one token of a request to its next",
+            Unit::Seconds,
+            m.between_tokens.clone(),
+        );
+        m
+    }
+}
+
+impl Metrics {
+    pub fn count(&self, outcome: Outcome) {
+        self.requests.get_or_create(&OutcomeLabel { outcome }).inc();
+    }
+
+    /// Writes everything in the OpenMetrics text format.
+    ///
+    /// # Errors
+    /// Those of the writer.
+    pub fn encode(&self, out: &mut impl fmt::Write) -> fmt::Result {
+        prometheus_client::encoding::text::encode(out, &self.registry)
+    }
+}

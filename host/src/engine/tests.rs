@@ -1,0 +1,332 @@
+//! The engine against a model that is a function.
+
+use super::fake::{ByteText, EOS, FakeRunner};
+use super::*;
+use std::sync::Arc;
+use std::time::Duration;
+
+fn start(runner: FakeRunner) -> EngineHandle {
+    Engine::start(Box::new(runner), Arc::new(ByteText)).unwrap()
+}
+
+fn request(prompt: &str, max_tokens: usize) -> Request {
+    Request {
+        job_id: "job".to_owned(),
+        prompt: prompt.bytes().map(u32::from).collect(),
+        max_tokens,
+        sampling: SamplingParams {
+            seed: Some(7),
+            ..SamplingParams::greedy()
+        },
+        ..Request::default()
+    }
+}
+
+/// All events of a job.
+fn drain(mut job: Job) -> Vec<Event> {
+    std::iter::from_fn(|| job.blocking_next()).collect()
+}
+
+/// The answer and how it ended; checks the order of events.
+fn answer(events: &[Event]) -> (String, End) {
+    assert_eq!(events[0], Event::Started);
+    let mut text = String::new();
+    for (i, event) in events[1..events.len() - 1].iter().enumerate() {
+        match event {
+            Event::Token {
+                index, text: piece, ..
+            } => {
+                assert_eq!(*index, i);
+                text.push_str(piece);
+            }
+            other => panic!("{other:?} in the middle"),
+        }
+    }
+    match events.last() {
+        Some(Event::End(end)) => {
+            assert_eq!(end.tokens_out, events.len() - 2);
+            (text, end.clone())
+        }
+        other => panic!("{other:?} at the end"),
+    }
+}
+
+/// Waits for the thread to have nothing left, then checks that it gave everything back.
+fn assert_idle(engine: &EngineHandle) {
+    let m = engine.metrics();
+    for _ in 0..500 {
+        if m.running.get() == 0 && m.queued.get() == 0 && m.kv_blocks_used.get() == 0 {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    panic!(
+        "running {}, queued {}, blocks in use {}",
+        m.running.get(),
+        m.queued.get(),
+        m.kv_blocks_used.get()
+    );
+}
+
+#[test]
+fn an_answer_ends_at_the_end_token() {
+    let engine = start(FakeRunner::script(64, 2, "hello"));
+    let (text, end) = answer(&drain(engine.submit(request("ab", 20)).unwrap()));
+    assert_eq!(text, "hello");
+    assert_eq!(end.stop_reason, StopReason::Eos);
+    assert_eq!((end.tokens_out, end.prompt_tokens), (6, 2));
+    assert_idle(&engine);
+    let m = engine.metrics();
+    assert_eq!((m.tokens_in.get(), m.tokens_out.get()), (2, 6));
+}
+
+#[test]
+fn an_answer_ends_at_max_tokens_with_half_a_character_replaced() {
+    let engine = start(FakeRunner::script(64, 1, "né"));
+    let (text, end) = answer(&drain(engine.submit(request("x", 2)).unwrap()));
+    assert_eq!(
+        (text.as_str(), end.stop_reason),
+        ("n\u{fffd}", StopReason::MaxTokens)
+    );
+}
+
+#[test]
+fn a_stop_string_is_matched_across_tokens_and_not_shown() {
+    let engine = start(FakeRunner::script(64, 1, "one, two, three"));
+    let mut r = request("x", 30);
+    r.stop = vec!["zzz".to_owned(), ", t".to_owned()];
+    let (text, end) = answer(&drain(engine.submit(r).unwrap()));
+    assert_eq!(
+        (text.as_str(), end.stop_reason),
+        ("one", StopReason::StopSequence)
+    );
+    assert_eq!(end.stop_sequence.as_deref(), Some(", t"));
+    assert_eq!(end.tokens_out, 6);
+    assert_idle(&engine);
+}
+
+#[test]
+fn text_held_back_for_a_stop_string_comes_at_the_end() {
+    let engine = start(FakeRunner::script(64, 1, "one,"));
+    let mut r = request("x", 30);
+    r.stop = vec![", t".to_owned()];
+    let (text, end) = answer(&drain(engine.submit(r).unwrap()));
+    assert_eq!((text.as_str(), end.stop_reason), ("one,", StopReason::Eos));
+}
+
+#[test]
+fn a_long_prompt_goes_in_chunks_over_many_blocks() {
+    let prompt: String = (0..1300)
+        .map(|i| char::from(b'a' + (i % 23) as u8))
+        .collect();
+    let runner = FakeRunner::hashing(2048);
+    let steps = runner.steps.clone();
+    let engine = start(runner);
+    // The cache's last contents must not matter: another sequence goes first.
+    drain(engine.submit(request("something else", 100)).unwrap());
+    let before = steps.load(Ordering::SeqCst);
+    let (text, _) = answer(&drain(engine.submit(request(&prompt, 70)).unwrap()));
+    assert_eq!(steps.load(Ordering::SeqCst) - before, 3 + 69);
+
+    let mut direct = Direct::new(Box::new(FakeRunner::hashing(2048)));
+    let mut id_text = String::new();
+    direct.feed(&request(&prompt, 1).prompt).unwrap();
+    for _ in 0..70 {
+        let id = direct.sample_greedy().unwrap();
+        id_text.push(char::from(id as u8));
+        direct.feed(&[id]).unwrap();
+    }
+    assert_eq!(text, id_text);
+}
+
+#[test]
+fn requests_are_served_in_order_and_do_not_mix() {
+    let engine = start(FakeRunner::hashing(256));
+    let prompts = ["first", "second", "third"];
+    let jobs: Vec<Job> = prompts
+        .iter()
+        .map(|p| engine.submit(request(p, 40)).unwrap())
+        .collect();
+    let together: Vec<String> = jobs.into_iter().map(|j| answer(&drain(j)).0).collect();
+    for (prompt, text) in prompts.iter().zip(&together) {
+        let alone = start(FakeRunner::hashing(256));
+        assert_eq!(
+            &answer(&drain(alone.submit(request(prompt, 40)).unwrap())).0,
+            text
+        );
+    }
+    assert_ne!(together[0], together[1]);
+    assert_idle(&engine);
+}
+
+#[test]
+fn the_same_seed_gives_the_same_tokens_and_another_seed_others() {
+    let engine = start(FakeRunner::hashing(256));
+    let run = |seed| {
+        let mut r = request("x", 60);
+        r.sampling = SamplingParams {
+            seed,
+            temperature: 1.0,
+            ..SamplingParams::default()
+        };
+        let job = engine.submit(r).unwrap();
+        (job.seed, answer(&drain(job)).0)
+    };
+    let (seed, text) = run(None);
+    assert!(seed < 1 << 53);
+    assert_eq!(run(Some(seed)), (seed, text.clone()));
+    assert_eq!(run(Some(3)).0, 3);
+    assert_ne!(run(Some(3)).1, run(Some(4)).1);
+}
+
+#[test]
+fn cancelling_stops_within_a_step() {
+    let mut runner = FakeRunner::hashing(4096);
+    runner.step_time = Duration::from_millis(5);
+    let steps = runner.steps.clone();
+    let engine = start(runner);
+    let mut job = engine.submit(request("x", 2000)).unwrap();
+    let canceller = job.canceller();
+    let mut seen = 0;
+    while seen < 5 {
+        if let Some(Event::Token { .. }) = job.blocking_next() {
+            seen += 1;
+        }
+    }
+    let before = steps.load(Ordering::SeqCst);
+    canceller.cancel();
+    let events = drain(job);
+    match events.last() {
+        Some(Event::End(end)) => assert_eq!(end.stop_reason, StopReason::Cancelled),
+        other => panic!("{other:?}"),
+    }
+    assert!(steps.load(Ordering::SeqCst) - before <= 1);
+    assert_idle(&engine);
+}
+
+#[test]
+fn a_dropped_job_stops_within_a_step_and_the_next_one_runs() {
+    let mut runner = FakeRunner::hashing(4096);
+    runner.step_time = Duration::from_millis(5);
+    let steps = runner.steps.clone();
+    let engine = start(runner);
+    let mut job = engine.submit(request("x", 2000)).unwrap();
+    while !matches!(job.blocking_next(), Some(Event::Token { .. })) {}
+    let before = steps.load(Ordering::SeqCst);
+    drop(job);
+    let next = engine.submit(request("y", 3)).unwrap();
+    let (_, end) = answer(&drain(next));
+    assert_eq!(end.stop_reason, StopReason::MaxTokens);
+    assert!(steps.load(Ordering::SeqCst) - before <= 1 + 3);
+    assert_idle(&engine);
+    let cancelled = OutcomeLabel {
+        outcome: Outcome::Cancelled,
+    };
+    assert_eq!(engine.metrics().requests.get_or_create(&cancelled).get(), 1);
+}
+
+#[test]
+fn a_job_cancelled_in_the_queue_never_starts() {
+    let mut runner = FakeRunner::hashing(4096);
+    runner.step_time = Duration::from_millis(5);
+    let engine = start(runner);
+    let first = engine.submit(request("x", 20)).unwrap();
+    let second = engine.submit(request("y", 20)).unwrap();
+    second.canceller().cancel();
+    let events = drain(second);
+    assert!(
+        matches!(
+            &events[..],
+            [Event::End(End {
+                stop_reason: StopReason::Cancelled,
+                tokens_out: 0,
+                ..
+            })]
+        ),
+        "{events:?}"
+    );
+    answer(&drain(first));
+    assert_idle(&engine);
+}
+
+#[test]
+fn a_panic_becomes_an_error_for_every_job_and_no_hang() {
+    let mut runner = FakeRunner::hashing(256);
+    runner.step_time = Duration::from_millis(5);
+    runner.panic_at = Some(3);
+    let engine = start(runner);
+    let first = engine.submit(request("x", 50)).unwrap();
+    let waiting = engine.submit(request("y", 50)).unwrap();
+    for job in [first, waiting] {
+        match drain(job).last() {
+            Some(Event::Error(failure)) => {
+                assert_eq!(failure.code, Code::Internal);
+                assert!(failure.message.contains("asked to"), "{failure}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(engine.broken().is_some());
+    assert!(engine.submit(request("z", 1)).is_err());
+    assert_idle(&engine);
+}
+
+#[test]
+fn a_device_failure_is_reported_and_blocks_are_given_back() {
+    let mut runner = FakeRunner::hashing(256);
+    runner.fail_at = Some(2);
+    let engine = start(runner);
+    let events = drain(engine.submit(request("x", 50)).unwrap());
+    assert!(matches!(events.last(), Some(Event::Error(_))), "{events:?}");
+    assert_eq!(events.len(), 1 + 2 + 1, "Started, two tokens, Error");
+    assert_idle(&engine);
+}
+
+#[test]
+fn the_first_token_brings_the_top_logits_when_asked() {
+    let engine = start(FakeRunner::script(64, 1, "ab"));
+    let mut r = request("x", 5);
+    r.top_logits = 2;
+    let tops: Vec<_> = drain(engine.submit(r).unwrap())
+        .into_iter()
+        .filter_map(|e| match e {
+            Event::Token { top, .. } => Some(top),
+            _ => None,
+        })
+        .collect();
+    let (a, b) = (u32::from(b'a'), u32::from(b'b'));
+    assert_eq!(tops, [vec![(a, 1000.0), (b, 999.5)], vec![], vec![]]);
+}
+
+#[test]
+fn what_cannot_be_served_is_refused_at_once() {
+    let engine = start(FakeRunner::hashing(64));
+    let refused = |r: Request| match engine.submit(r) {
+        Err(failure) => {
+            assert_eq!(failure.code, Code::InvalidRequest);
+            failure.message
+        }
+        Ok(_) => panic!("accepted"),
+    };
+    assert!(refused(request("", 5)).contains("no tokens"));
+    assert!(refused(request("x", 0)).contains("max_tokens"));
+    assert!(refused(request("x", 64)).contains("64 tokens in all"));
+    assert!(refused(request("x", usize::MAX)).contains("64 tokens in all"));
+    let mut r = request("x", 5);
+    r.prompt.push(EOS + 1);
+    assert!(refused(r).contains("vocabulary"));
+    let mut r = request("x", 5);
+    r.sampling.top_p = 2.0;
+    assert!(refused(r).contains("top_p"));
+    assert!(engine.submit(request("x", 63)).is_ok());
+}
+
+#[test]
+fn the_thread_finishes_its_work_when_the_last_handle_goes() {
+    let mut runner = FakeRunner::script(64, 1, "hello");
+    runner.step_time = Duration::from_millis(2);
+    let engine = start(runner);
+    let job = engine.submit(request("x", 20)).unwrap();
+    drop(engine);
+    assert_eq!(answer(&drain(job)).0, "hello");
+}

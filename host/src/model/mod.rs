@@ -1,0 +1,150 @@
+//! Models: configuration from metadata, weights, and the forward pass over device operations.
+
+mod config;
+mod transformer;
+
+pub use config::{ARCHITECTURES, Architecture, Config};
+
+use crate::device::{self, Batch, DeviceInfo, SampleRow};
+use crate::error::{Error, Result};
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// Where a model runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The first CUDA device where there is one that works, else the CPU.
+    #[default]
+    Auto,
+    /// CUDA device `N`.
+    Cuda(usize),
+    Cpu,
+    /// The CUDA kernels, on the emulator.
+    Emulated,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        Ok(match s {
+            "auto" => Self::Auto,
+            "cuda" => Self::Cuda(0),
+            "cpu" => Self::Cpu,
+            "emulated" => Self::Emulated,
+            _ => match s.strip_prefix("cuda:").map(str::parse) {
+                Some(Ok(n)) => Self::Cuda(n),
+                _ => {
+                    return Err(format!(
+                        "{s:?} is no device; expected auto, cuda, cuda:N, cpu or emulated"
+                    ));
+                }
+            },
+        })
+    }
+}
+
+/// How a model is loaded.
+#[derive(Clone, Debug, Default)]
+pub struct LoadOptions {
+    pub device: DeviceChoice,
+    /// f32 activations and cache throughout.
+    pub exact: bool,
+    /// CPU threads; `None` for all cores.
+    pub threads: Option<usize>,
+    /// Tokens the KV cache holds, all sequences together; `None` for the model's own context, at
+    /// most [`DEFAULT_CONTEXT`].
+    pub context: Option<usize>,
+}
+
+/// Context when none is asked for: enough for a long chat, small beside any model.
+pub const DEFAULT_CONTEXT: usize = 4096;
+
+/// Rows of one step; a longer prompt goes in several.
+pub const MAX_ROWS: usize = 512;
+
+/// Rows of one step whose logits can be asked for.
+pub const MAX_OUTPUTS: usize = 64;
+
+/// How far loading has come.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoadProgress {
+    pub bytes: u64,
+    pub total_bytes: u64,
+}
+
+/// What a model is, as reports and `kigo serve` name it.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct ModelInfo {
+    /// `general.name`, or the file's stem.
+    pub name: String,
+    pub architecture: String,
+    pub path: std::path::PathBuf,
+    pub file_bytes: u64,
+    pub parameters: u64,
+    /// Logits per position, padding included.
+    pub vocabulary: usize,
+    /// Tokens the model was trained to attend over.
+    pub trained_context: usize,
+    /// Tokens the KV cache holds.
+    pub context: usize,
+    pub layers: usize,
+}
+
+/// A loaded model on its device, whichever that is.
+pub trait Runner: Send {
+    fn info(&self) -> &ModelInfo;
+
+    fn device(&self) -> &DeviceInfo;
+
+    /// Blocks of [`device::BLOCK_TOKENS`] tokens in the KV cache.
+    fn cache_blocks(&self) -> usize;
+
+    /// Runs the batch; its logits stay on the device until the next call.
+    ///
+    /// # Errors
+    /// More than [`MAX_ROWS`] rows or [`MAX_OUTPUTS`] outputs, a token id outside the vocabulary, a
+    /// position past the context, blocks outside the cache; or the device's failure.
+    fn forward(&mut self, batch: &Batch) -> Result<()>;
+
+    /// Chooses a token from each of the first `rows.len()` logit rows of the last [`Runner::forward`].
+    fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<u32>>;
+
+    /// The logits of output `i` of the last [`Runner::forward`], `vocabulary` long.
+    fn logits(&mut self, output: usize) -> Result<Vec<f32>>;
+}
+
+/// Loads a model.
+///
+/// # Errors
+/// A file that is no model Kigo runs, a device that is not there, too little memory.
+pub fn load(
+    file: &Arc<gguf::Gguf>,
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Box<dyn Runner>> {
+    let config = Config::from_gguf(file)?;
+    match options.device {
+        DeviceChoice::Cpu => {
+            let device = device::cpu::Cpu::new(options.threads, options.exact)?;
+            transformer::load(device, file, config, options, progress)
+        }
+        DeviceChoice::Emulated => {
+            let device = device::gpu::Gpu::emulated(options.exact)?;
+            transformer::load(device, file, config, options, progress)
+        }
+        DeviceChoice::Cuda(index) => {
+            let device = device::gpu::Gpu::cuda(index, options.exact)?;
+            transformer::load(device, file, config, options, progress)
+        }
+        DeviceChoice::Auto => match device::gpu::Gpu::cuda(0, options.exact) {
+            Ok(device) => transformer::load(device, file, config, options, progress),
+            Err(Error::NoDevice(why)) => {
+                tracing::info!(%why, "no CUDA device; using the CPU");
+                let device = device::cpu::Cpu::new(options.threads, options.exact)?;
+                transformer::load(device, file, config, options, progress)
+            }
+            Err(error) => Err(error),
+        },
+    }
+}

@@ -1,0 +1,430 @@
+//! The worker over real sockets, on a model that is a function.
+
+use super::{Config, Server};
+use crate::engine::Engine;
+use crate::engine::fake::{ByteText, FakeRunner};
+use serde_json::{Value, json};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+struct Worker {
+    address: SocketAddr,
+    steps: Arc<AtomicUsize>,
+    engine: crate::engine::EngineHandle,
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+async fn start(mut runner: FakeRunner, step_ms: u64, config: Config) -> Worker {
+    runner.step_time = Duration::from_millis(step_ms);
+    let steps = runner.steps.clone();
+    let engine = Engine::start(Box::new(runner), Arc::new(ByteText)).unwrap();
+    let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
+    let server = Server::bind(any_port, engine.clone(), config)
+        .await
+        .unwrap();
+    let address = server.address();
+    let (stop, stopped) = oneshot::channel();
+    let task = tokio::spawn(server.run(async {
+        let _ = stopped.await;
+    }));
+    Worker {
+        address,
+        steps,
+        engine,
+        stop,
+        task,
+    }
+}
+
+impl Worker {
+    /// Sends a request and returns the connection, unread.
+    async fn send(&self, method: &str, path: &str, body: &str) -> BufReader<TcpStream> {
+        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: kigo\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        BufReader::new(stream)
+    }
+
+    async fn execute(&self, body: &Value) -> BufReader<TcpStream> {
+        self.send("POST", "/execute", &body.to_string()).await
+    }
+
+    /// Status and body.
+    async fn ask(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+        let mut text = String::new();
+        self.send(method, path, body)
+            .await
+            .read_to_string(&mut text)
+            .await
+            .unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        (
+            head.split(' ').nth(1).unwrap().parse().unwrap(),
+            body.to_owned(),
+        )
+    }
+
+    async fn idle(&self) {
+        let m = self.engine.metrics();
+        for _ in 0..500 {
+            if m.running.get() == 0 && m.queued.get() == 0 && m.kv_blocks_used.get() == 0 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        panic!("the engine is still busy");
+    }
+}
+
+/// An event as it came over the wire, and how many steps the model had done by then.
+#[derive(Debug)]
+struct Seen {
+    name: String,
+    id: u64,
+    data: Value,
+    at_step: usize,
+}
+
+/// The next event, `None` at the end of the stream. Fails on anything that is not the framing of
+/// server-sent events in chunks.
+async fn next_event(stream: &mut BufReader<TcpStream>, steps: &AtomicUsize) -> Option<Seen> {
+    let (mut name, mut id, mut data) = (None, None, None);
+    loop {
+        let mut line = String::new();
+        if stream.read_line(&mut line).await.unwrap() == 0 {
+            assert!(
+                name.is_none() && data.is_none(),
+                "the stream ended inside an event"
+            );
+            return None;
+        }
+        let line = line.trim_end();
+        if let Some(value) = line.strip_prefix("event:") {
+            name = Some(value.trim().to_owned());
+        } else if let Some(value) = line.strip_prefix("id:") {
+            id = Some(value.trim().parse().unwrap());
+        } else if let Some(value) = line.strip_prefix("data:") {
+            data = Some(serde_json::from_str(value).unwrap());
+        } else if line.is_empty()
+            && let (Some(name), Some(id), Some(data)) = (name.take(), id.take(), data.take())
+        {
+            return Some(Seen {
+                name,
+                id,
+                data,
+                at_step: steps.load(Ordering::SeqCst),
+            });
+        }
+        // Else headers, chunk sizes and pings.
+    }
+}
+
+async fn all_events(mut stream: BufReader<TcpStream>, steps: &AtomicUsize) -> Vec<Seen> {
+    let mut events = Vec::new();
+    while let Some(event) = next_event(&mut stream, steps).await {
+        events.push(event);
+    }
+    events
+}
+
+fn text_of(events: &[Seen]) -> String {
+    let tokens = events.iter().filter(|e| e.name == "token");
+    tokens.map(|e| e.data["t"].as_str().unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_has_started_then_tokens_then_one_end() {
+    let worker = start(
+        FakeRunner::script(64, 2, "né\n\nevent: end\n"),
+        0,
+        Config::default(),
+    )
+    .await;
+    let body =
+        json!({ "job_id": "a", "prompt": "hi", "max_tokens": 40, "temperature": 0, "seed": 5 });
+    let mut response = worker.execute(&body).await;
+    let mut status = String::new();
+    response.read_line(&mut status).await.unwrap();
+    assert_eq!(status, "HTTP/1.1 200 OK\r\n");
+    let events = all_events(response, &worker.steps).await;
+    let names: Vec<&str> = events.iter().map(|e| e.name.as_str()).collect();
+    assert_eq!(names[0], "started");
+    assert_eq!(names[names.len() - 1], "end");
+    assert!(
+        names[1..names.len() - 1].iter().all(|&n| n == "token"),
+        "{names:?}"
+    );
+    assert!(events.iter().enumerate().all(|(i, e)| e.id == i as u64));
+    assert_eq!(text_of(&events), "né\n\nevent: end\n");
+    let started = &events[0].data;
+    assert_eq!(
+        (&started["job_id"], &started["model"]),
+        (&json!("a"), &json!("fake"))
+    );
+    assert_eq!(started["seed"], 5);
+    assert!(started["started_at"].as_str().unwrap().ends_with('Z'));
+    let end = &events[events.len() - 1].data;
+    assert_eq!(
+        (&end["stop_reason"], &end["tokens_out"]),
+        (&json!("EOS"), &json!(names.len() - 2))
+    );
+    assert!(end["decode_time_ms"].is_number());
+    for (i, event) in events[1..events.len() - 1].iter().enumerate() {
+        assert_eq!(event.data["i"], i);
+    }
+
+    let (status, metrics) = worker.ask("GET", "/metrics", "").await;
+    assert_eq!(status, 200);
+    let line = format!("tokens_out_total {}", names.len() - 2);
+    assert!(metrics.lines().any(|l| l == line), "{metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_arrive_one_by_one_while_later_ones_are_still_to_come() {
+    let worker = start(FakeRunner::hashing(256), 20, Config::default()).await;
+    let body = json!({ "job_id": "a", "prompt": "hi", "max_tokens": 25 });
+    let events = all_events(worker.execute(&body).await, &worker.steps).await;
+    let tokens: Vec<&Seen> = events.iter().filter(|e| e.name == "token").collect();
+    assert_eq!(tokens.len(), 25);
+    assert!(
+        tokens[0].at_step < 10,
+        "the first token came at step {}",
+        tokens[0].at_step
+    );
+    // Each token is here before the one after the next is made, give or take a busy machine.
+    let late = tokens
+        .iter()
+        .enumerate()
+        .filter(|(i, t)| t.at_step > i + 3)
+        .count();
+    assert!(late < 8, "{tokens:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_goes_away_stops_the_work_within_a_token() {
+    let worker = start(FakeRunner::hashing(4096), 30, Config::default()).await;
+    let body = json!({ "job_id": "a", "prompt": "hi", "max_tokens": 1000 });
+    let mut stream = worker.execute(&body).await;
+    loop {
+        let event = next_event(&mut stream, &worker.steps).await.unwrap();
+        if event.name == "token" && event.data["i"] == 2 {
+            break;
+        }
+    }
+    let before = worker.steps.load(Ordering::SeqCst);
+    drop(stream);
+    worker.idle().await;
+    let after = worker.steps.load(Ordering::SeqCst);
+    assert!(
+        after - before <= 2,
+        "{} steps after the client left",
+        after - before
+    );
+    let body = json!({ "job_id": "b", "prompt": "hi", "max_tokens": 3 });
+    let events = all_events(worker.execute(&body).await, &worker.steps).await;
+    assert_eq!(events.last().unwrap().data["stop_reason"], "MAX_TOKENS");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_goes_away_in_the_queue_is_forgotten() {
+    let worker = start(FakeRunner::hashing(4096), 10, Config::default()).await;
+    let long = json!({ "job_id": "a", "prompt": "hi", "max_tokens": 60 });
+    let first = worker.execute(&long).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let second = worker.execute(&long).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    drop(second);
+    let events = all_events(first, &worker.steps).await;
+    assert_eq!(events.last().unwrap().data["tokens_out"], 60);
+    worker.idle().await;
+    assert_eq!(worker.steps.load(Ordering::SeqCst), 60);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_violation_is_named_and_no_prompt_is_echoed() {
+    let worker = start(
+        FakeRunner::hashing(64),
+        0,
+        Config {
+            max_tokens: Some(20),
+        },
+    )
+    .await;
+    let body = json!({
+        "job_id": "", "prompt": 7, "max_tokens": 0, "temperature": 2.5, "top_p": -1, "top_k": 9999,
+        "min_p": "secret", "repetition_penalty": 0, "stop": ["a", "b", "c", "d", "secret"],
+        "seed": -1, "top_logits": 1000, "colour": "secret",
+    });
+    let (status, text) = worker.ask("POST", "/execute", &body.to_string()).await;
+    assert_eq!(status, 400);
+    assert!(!text.contains("secret"), "{text}");
+    let errors: Value = serde_json::from_str(&text).unwrap();
+    let errors = errors["errors"].as_array().unwrap();
+    let mut fields: Vec<&str> = errors
+        .iter()
+        .map(|e| e["field"].as_str().unwrap())
+        .collect();
+    fields.sort_unstable();
+    let mut expected = super::execute::FIELDS.to_vec();
+    expected.retain(|f| *f != "messages");
+    expected.push("colour");
+    expected.sort_unstable();
+    assert_eq!(fields, expected);
+    for error in errors {
+        let keys: Vec<&String> = error.as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["field", "constraint", "message", "value"]);
+    }
+    assert_eq!(worker.steps.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_bodies_are_400_with_a_reason() {
+    let worker = start(
+        FakeRunner::hashing(64),
+        0,
+        Config {
+            max_tokens: Some(20),
+        },
+    )
+    .await;
+    let long = "x".repeat(64);
+    let huge = "x".repeat(40_000);
+    for (body, field) in [
+        ("{\"prompt\": \"secret".to_owned(), "body"),
+        ("[1]".to_owned(), "body"),
+        (json!({ "job_id": "a" }).to_string(), "prompt"),
+        (json!({ "job_id": "a", "prompt": "" }).to_string(), "prompt"),
+        (
+            json!({ "job_id": "a", "prompt": long }).to_string(),
+            "prompt",
+        ),
+        (
+            json!({ "job_id": "a", "prompt": huge }).to_string(),
+            "prompt",
+        ),
+        (
+            json!({ "job_id": "a", "prompt": "a", "messages": [] }).to_string(),
+            "prompt",
+        ),
+        (
+            json!({ "job_id": "a", "messages": [] }).to_string(),
+            "messages",
+        ),
+        (
+            json!({ "job_id": "a", "messages": [{ "role": "user" }] }).to_string(),
+            "messages",
+        ),
+        (
+            json!({ "job_id": "a\n", "prompt": "a" }).to_string(),
+            "job_id",
+        ),
+        (
+            json!({ "job_id": "a", "prompt": "a", "max_tokens": 21 }).to_string(),
+            "max_tokens",
+        ),
+        (
+            json!({ "job_id": "a", "prompt": "a", "max_tokens": 1.5 }).to_string(),
+            "max_tokens",
+        ),
+        (
+            json!({ "job_id": "a", "prompt": "a", "stop": [""] }).to_string(),
+            "stop",
+        ),
+    ] {
+        let (status, text) = worker.ask("POST", "/execute", &body).await;
+        let errors: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(status, 400, "{text}");
+        assert_eq!(errors["errors"][0]["field"], field, "{text}");
+        assert_eq!(errors["errors"].as_array().unwrap().len(), 1, "{text}");
+        assert!(!text.contains("secret") && !text.contains("xxx"), "{text}");
+    }
+    let body = json!({ "job_id": "a", "messages": [{ "role": "user", "content": "hi" }], "top_p": 0,
+        "max_tokens": 2.0, "stop": "zz", "seed": u64::MAX, "min_p": null });
+    let events = all_events(worker.execute(&body).await, &worker.steps).await;
+    assert_eq!(events[0].data["seed"], u64::MAX);
+    assert_eq!(events.last().unwrap().data["tokens_out"], 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_paths_methods_and_sizes_are_refused_in_json() {
+    let worker = start(FakeRunner::hashing(64), 0, Config::default()).await;
+    let big = " ".repeat(5 << 20);
+    for (method, path, body, status, code) in [
+        ("GET", "/nothing", "", 404, "NOT_FOUND"),
+        ("GET", "/execute", "", 405, "METHOD_NOT_ALLOWED"),
+        ("POST", "/execute", big.as_str(), 413, "PAYLOAD_TOO_LARGE"),
+    ] {
+        let (found, text) = worker.ask(method, path, body).await;
+        let failure: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!((found, &failure["code"]), (status, &json!(code)), "{text}");
+        assert_eq!(failure["retriable"], false);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_tells_a_working_engine_from_a_broken_one() {
+    let mut runner = FakeRunner::hashing(64);
+    runner.panic_at = Some(1);
+    let worker = start(runner, 0, Config::default()).await;
+    let (status, health) = worker.ask("GET", "/health", "").await;
+    let health: Value = serde_json::from_str(&health).unwrap();
+    assert_eq!(
+        (status, &health["status"], &health["model"]),
+        (200, &json!("ok"), &json!("fake"))
+    );
+
+    let body = json!({ "job_id": "a", "prompt": "hi", "max_tokens": 10 });
+    let events = all_events(worker.execute(&body).await, &worker.steps).await;
+    let last = events.last().unwrap();
+    assert_eq!(
+        (last.name.as_str(), &last.data["code"]),
+        ("error", &json!("INTERNAL"))
+    );
+    assert_eq!(last.data["retriable"], true);
+    assert_eq!(
+        events
+            .iter()
+            .filter(|e| matches!(e.name.as_str(), "end" | "error"))
+            .count(),
+        1
+    );
+    assert_eq!(worker.ask("GET", "/health", "").await.0, 503);
+    assert_eq!(
+        worker.ask("POST", "/execute", &body.to_string()).await.0,
+        500
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_token_carries_the_top_logits_asked_for() {
+    let worker = start(FakeRunner::script(64, 2, "ok"), 0, Config::default()).await;
+    let body = json!({ "job_id": "a", "prompt": "hi", "temperature": 0, "top_logits": 2 });
+    let events = all_events(worker.execute(&body).await, &worker.steps).await;
+    assert_eq!(events[1].data["top"], json!([[111, 1000.0], [112, 999.5]]));
+    assert!(events[2].data.get("top").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shutting_down_ends_running_streams_with_an_event() {
+    let worker = start(FakeRunner::hashing(4096), 10, Config::default()).await;
+    let body = json!({ "job_id": "a", "prompt": "hi", "max_tokens": 2000 });
+    let mut stream = worker.execute(&body).await;
+    while next_event(&mut stream, &worker.steps).await.unwrap().name != "token" {}
+    worker.stop.send(()).unwrap();
+    let events = all_events(stream, &worker.steps).await;
+    assert_eq!(events.last().unwrap().data["stop_reason"], "CANCELLED");
+    tokio::time::timeout(Duration::from_secs(5), worker.task)
+        .await
+        .unwrap()
+        .unwrap();
+}

@@ -1,0 +1,326 @@
+//! Global memory: loads and stores with cache hints, asynchronous copies, fences.
+//!
+//! The names say what the hardware does: `ldg_*` reads through the read-only path (`ld.global.nc`:
+//! only for data that nothing writes while the kernel runs), `*_stream` keeps data that is read
+//! once, such as weights, out of L1, `ld_*` is the plain, coherent load of a vector.
+
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::emulator;
+use crate::shared::SharedPtr;
+#[cfg(target_arch = "nvptx64")]
+use core::arch::asm;
+
+/// On the host, an access the hardware would refuse is refused too.
+#[cfg(not(target_arch = "nvptx64"))]
+#[inline(always)]
+fn aligned<T, const BYTES: usize>(pointer: *const T) {
+    if !pointer.addr().is_multiple_of(BYTES) {
+        emulator::fail(format!(
+            "a global access of {BYTES} bytes at {pointer:p}: must be aligned to {BYTES}"
+        ));
+    }
+}
+
+macro_rules! load_v4 {
+    ($($(#[$doc:meta])* $name:ident = $op:literal;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// `pointer` is valid for 16 bytes and 16-byte aligned.
+        #[inline(always)]
+        pub unsafe fn $name<T>(pointer: *const T) -> [u32; 4] {
+            #[cfg(target_arch = "nvptx64")]
+            unsafe {
+                let (a, b, c, d): (u32, u32, u32, u32);
+                asm!(concat!($op, ".v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];"),
+                    out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) pointer as u64,
+                    options(pure, readonly, nostack, preserves_flags));
+                [a, b, c, d]
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            unsafe {
+                aligned::<T, 16>(pointer);
+                pointer.cast::<[u32; 4]>().read()
+            }
+        }
+    )*};
+}
+
+load_v4! {
+    /// Loads 16 bytes.
+    ld_v4_u32 = "ld.global";
+    /// Loads 16 read-only bytes.
+    ldg_v4_u32 = "ld.global.nc";
+    /// Loads 16 read-only bytes, read once: they take no place in L1.
+    ldg_v4_u32_stream = "ld.global.nc.L1::no_allocate";
+    /// As [`ldg_v4_u32_stream`], and fetches 256 bytes into L2.
+    ldg_v4_u32_stream_l2 = "ld.global.nc.L1::no_allocate.L2::256B";
+    /// Loads 16 read-only bytes with the evict-first policy.
+    ldg_v4_u32_cs = "ld.global.cs";
+}
+
+macro_rules! load_v2 {
+    ($($(#[$doc:meta])* $name:ident = $op:literal;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// `pointer` is valid for 8 bytes and 8-byte aligned.
+        #[inline(always)]
+        pub unsafe fn $name<T>(pointer: *const T) -> [u32; 2] {
+            #[cfg(target_arch = "nvptx64")]
+            unsafe {
+                let (a, b): (u32, u32);
+                asm!(concat!($op, ".v2.u32 {{{0}, {1}}}, [{2}];"), out(reg32) a, out(reg32) b, in(reg64) pointer as u64,
+                    options(pure, readonly, nostack, preserves_flags));
+                [a, b]
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            unsafe {
+                aligned::<T, 8>(pointer);
+                pointer.cast::<[u32; 2]>().read()
+            }
+        }
+    )*};
+}
+
+load_v2! {
+    /// Loads 8 bytes.
+    ld_v2_u32 = "ld.global";
+    /// Loads 8 read-only bytes.
+    ldg_v2_u32 = "ld.global.nc";
+    /// Loads 8 read-only bytes, read once: they take no place in L1.
+    ldg_v2_u32_stream = "ld.global.nc.L1::no_allocate";
+}
+
+macro_rules! load {
+    ($($(#[$doc:meta])* $name:ident -> $type:ty = $op:literal, $reg:ident $bits:ty;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// `pointer` is valid and aligned.
+        #[inline(always)]
+        pub unsafe fn $name(pointer: *const $type) -> $type {
+            #[cfg(target_arch = "nvptx64")]
+            unsafe {
+                let bits: $bits;
+                asm!(concat!($op, " {0}, [{1}];"), out($reg) bits, in(reg64) pointer as u64,
+                    options(pure, readonly, nostack, preserves_flags));
+                bits as $type
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            unsafe {
+                pointer.read()
+            }
+        }
+    )*};
+}
+
+load! {
+    /// Loads a read-only byte.
+    ldg_u8 -> u8 = "ld.global.nc.u8", reg16 u16;
+    /// Loads a read-only 16-bit word.
+    ldg_u16 -> u16 = "ld.global.nc.u16", reg16 u16;
+    /// Loads a read-only word.
+    ldg_u32 -> u32 = "ld.global.nc.u32", reg32 u32;
+    /// Loads a read-only integer.
+    ldg_i32 -> i32 = "ld.global.nc.u32", reg32 u32;
+    /// Loads a read-only float.
+    ldg_f32 -> f32 = "ld.global.nc.f32", reg32 f32;
+    /// Loads a read-only double word.
+    ldg_u64 -> u64 = "ld.global.nc.u64", reg64 u64;
+    /// Loads a read-only word, read once.
+    ldg_u32_stream -> u32 = "ld.global.nc.L1::no_allocate.u32", reg32 u32;
+    /// Loads a read-only 16-bit word, read once.
+    ldg_u16_stream -> u16 = "ld.global.nc.L1::no_allocate.u16", reg16 u16;
+    /// Loads a read-only byte, read once.
+    ldg_u8_stream -> u8 = "ld.global.nc.L1::no_allocate.u8", reg16 u16;
+    /// Loads a word past L1, as another block may have written it.
+    ld_cg_u32 -> u32 = "ld.global.cg.u32", reg32 u32;
+    /// Loads a float past L1, as another block may have written it.
+    ld_cg_f32 -> f32 = "ld.global.cg.f32", reg32 f32;
+}
+
+/// Loads 16 bytes past L1, as another block of this launch may have written them.
+///
+/// # Safety
+/// `pointer` is valid for 16 bytes and 16-byte aligned.
+#[inline(always)]
+pub unsafe fn ld_cg_v4_u32<T>(pointer: *const T) -> [u32; 4] {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        let (a, b, c, d): (u32, u32, u32, u32);
+        asm!("ld.global.cg.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) pointer as u64,
+            options(pure, readonly, nostack, preserves_flags));
+        [a, b, c, d]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    unsafe {
+        aligned::<T, 16>(pointer);
+        pointer.cast::<[u32; 4]>().read()
+    }
+}
+
+macro_rules! store_vector {
+    ($($(#[$doc:meta])* $name:ident = $op:literal, $n:literal: $($lane:ident)*, $bytes:literal;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// `pointer` is valid for the vector and aligned to its size.
+        #[inline(always)]
+        pub unsafe fn $name<T>(pointer: *mut T, value: [u32; $n]) {
+            #[cfg(target_arch = "nvptx64")]
+            unsafe {
+                let [$($lane),*] = value;
+                asm!($op, in(reg64) pointer as u64, $(in(reg32) $lane),*, options(nostack, preserves_flags));
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            unsafe {
+                aligned::<T, $bytes>(pointer);
+                pointer.cast::<[u32; $n]>().write(value);
+            }
+        }
+    )*};
+}
+
+store_vector! {
+    /// Stores 16 bytes.
+    st_global_v4 = "st.global.v4.u32 [{0}], {{{1}, {2}, {3}, {4}}};", 4: a b c d, 16;
+    /// Stores 16 bytes that nobody reads soon.
+    st_global_v4_cs = "st.global.cs.v4.u32 [{0}], {{{1}, {2}, {3}, {4}}};", 4: a b c d, 16;
+    /// Stores 8 bytes.
+    st_global_v2 = "st.global.v2.u32 [{0}], {{{1}, {2}}};", 2: a b, 8;
+}
+
+/// Begins a copy of 16 bytes from global to shared memory, past L1 and the registers. Nothing
+/// arrives for certain before [`cp_async_wait`] (and a barrier, for other threads).
+///
+/// # Safety
+/// Both are valid for 16 bytes and 16-byte aligned, until the copy has ended.
+#[inline(always)]
+pub unsafe fn cp_async_16<T, U>(to: SharedPtr<T>, from: *const U) {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("cp.async.cg.shared.global [{0}], [{1}], 16;", in(reg32) to.addr(), in(reg64) from as u64,
+            options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        emulator::copy_async(to.addr(), from.cast(), 16, 16);
+    }
+}
+
+/// As [`cp_async_16`], but only the first `from_bytes` (0 to 16) are read, the rest becomes zero.
+///
+/// # Safety
+/// As [`cp_async_16`]; `from` is valid for `from_bytes`.
+#[inline(always)]
+pub unsafe fn cp_async_16_zfill<T, U>(to: SharedPtr<T>, from: *const U, from_bytes: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("cp.async.cg.shared.global [{0}], [{1}], 16, {2};", in(reg32) to.addr(), in(reg64) from as u64,
+            in(reg32) from_bytes, options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        emulator::copy_async(to.addr(), from.cast(), 16, from_bytes);
+    }
+}
+
+/// As [`cp_async_16`], of 4 bytes, through L1.
+///
+/// # Safety
+/// As [`cp_async_16`], with 4 bytes and 4-byte alignment.
+#[inline(always)]
+pub unsafe fn cp_async_4<T, U>(to: SharedPtr<T>, from: *const U) {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("cp.async.ca.shared.global [{0}], [{1}], 4;", in(reg32) to.addr(), in(reg64) from as u64,
+            options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        emulator::copy_async(to.addr(), from.cast(), 4, 4);
+    }
+}
+
+/// Makes one group of the thread's copies since the last commit.
+#[inline(always)]
+pub fn cp_async_commit() {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("cp.async.commit_group;", options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        emulator::commit_copies();
+    }
+}
+
+/// Waits until at most the newest `PENDING` of the thread's groups are under way.
+#[inline(always)]
+pub fn cp_async_wait<const PENDING: u32>() {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("cp.async.wait_group {};", const PENDING, options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        emulator::wait_copies(PENDING as usize, false);
+    }
+}
+
+/// Waits for all of the thread's copies, committed or not.
+#[inline(always)]
+pub fn cp_async_wait_all() {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("cp.async.wait_all;", options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        emulator::wait_copies(0, true);
+    }
+}
+
+/// Asks for a line of global memory in L2.
+///
+/// # Safety
+/// `pointer` points into global memory.
+#[inline(always)]
+pub unsafe fn prefetch_l2<T>(pointer: *const T) {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("prefetch.global.L2 [{}];", in(reg64) pointer as u64, options(readonly, nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let _ = pointer;
+    }
+}
+
+macro_rules! fence {
+    ($($(#[$doc:meta])* $name:ident = $op:literal;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name() {
+            #[cfg(target_arch = "nvptx64")]
+            unsafe {
+                asm!($op, options(nostack, preserves_flags));
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            {
+                core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+            }
+        }
+    )*};
+}
+
+fence! {
+    /// Orders the thread's memory accesses for all threads of the GPU.
+    threadfence = "membar.gl;";
+    /// Orders the thread's memory accesses for all threads of the block.
+    threadfence_block = "membar.cta;";
+    /// Orders the thread's memory accesses for all GPUs and the host.
+    threadfence_system = "membar.sys;";
+}

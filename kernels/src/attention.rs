@@ -1,0 +1,242 @@
+//! Attention over the paged cache, one query row at a time, its tokens split over blocks.
+//!
+//! A warp serves one query head of one row over one split of the tokens. Its lanes form teams of just
+//! enough lanes to hold a head, eight elements each; each team walks its own tokens with a running
+//! softmax (arXiv:2205.14135), and the teams merge at the end. [`attend_combine`] merges the splits.
+
+use crate::rows::{BLOCK_TOKENS, CacheElement, CacheLayer, Step};
+use crate::types::ldg_v4_f32;
+use crate::unrolled;
+use cuda_std::half::F16;
+use cuda_std::memory::ldg_v4_u32;
+use cuda_std::thread::{block_idx_x, block_idx_y, thread_idx_x};
+use cuda_std::{float, kernel, thread, warp};
+
+/// Threads per block: four warps, four heads.
+pub const THREADS: u32 = 128;
+const WARPS: usize = THREADS as usize / 32;
+
+/// Tokens a team loads before it computes, so that their loads overlap.
+const UNROLL: usize = 4;
+
+/// Arguments of the attention kernels.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct AttendArgs {
+    /// f32 `[rows][heads * head_dim]`.
+    pub q: *const f32,
+    pub cache: CacheLayer,
+    pub step: Step,
+    pub heads: u32,
+    pub splits: u32,
+    /// Multiplies the scores.
+    pub scale: f32,
+    /// f32 `[rows][heads * head_dim]`, written where `splits` is 1.
+    pub out: *mut f32,
+    /// f32 `[rows][heads][splits][head_dim + 2]` otherwise: unnormalised sums, then peak and mass.
+    pub partial: *mut f32,
+}
+
+/// Eight consecutive elements of the cache, from element `i`, a multiple of eight.
+pub trait LoadEight: CacheElement {
+    unsafe fn load_eight(base: *const u8, i: usize) -> [f32; 8];
+}
+
+impl LoadEight for u16 {
+    #[inline(always)]
+    unsafe fn load_eight(base: *const u8, i: usize) -> [f32; 8] {
+        let v = unsafe { ldg_v4_u32(base.add(i * 2)) };
+        unrolled!(8, |k| F16::from_bits((v[k / 2] >> (16 * (k % 2))) as u16)
+            .to_f32())
+    }
+}
+
+impl LoadEight for f32 {
+    #[inline(always)]
+    unsafe fn load_eight(base: *const u8, i: usize) -> [f32; 8] {
+        let base = base.cast::<f32>();
+        let (a, b) = unsafe { (ldg_v4_f32(base.add(i)), ldg_v4_f32(base.add(i + 4))) };
+        unrolled!(8, |k| if k < 4 { a[k] } else { b[k - 4] })
+    }
+}
+
+const LOG2_E: f32 = core::f32::consts::LOG2_E;
+
+/// Scores are kept in units of log2, so that an exponential is one instruction. "No token yet" is a
+/// finite number, so that differences of it never become NaN.
+const NONE: f32 = -1e30;
+
+#[inline(always)]
+unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
+    let heads = a.heads as usize;
+    let head_dim = a.cache.head_dim as usize;
+    let task = block_idx_x() as usize * WARPS + thread_idx_x() as usize / 32;
+    if task >= a.step.rows as usize * heads {
+        return;
+    }
+    let (row, head) = (task / heads, task % heads);
+    let kv_heads = a.cache.kv_heads as usize;
+    let kv_head = head / (heads / kv_heads);
+    let split = block_idx_y() as usize;
+    let lane = thread::lane_id() as usize;
+    let team_lanes = head_dim.div_ceil(8).next_power_of_two();
+    let teams = 32 / team_lanes;
+    let (team, member) = (lane / team_lanes, lane % team_lanes);
+    let element = member * 8;
+    let active = element < head_dim;
+    unsafe {
+        let tokens = a.step.position(row) + 1;
+        let chunk = tokens.div_ceil(a.splits as usize);
+        let start = split * chunk;
+        let end = if start + chunk < tokens {
+            start + chunk
+        } else {
+            tokens
+        };
+        let mut q = [0.0; 8];
+        if active {
+            let at = a.q.add((row * heads + head) * head_dim + element);
+            let (x, y) = (ldg_v4_f32(at), ldg_v4_f32(at.add(4)));
+            for k in 0..4 {
+                q[k] = x[k] * (a.scale * LOG2_E);
+                q[k + 4] = y[k] * (a.scale * LOG2_E);
+            }
+        }
+        let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 8]);
+        let mut base = start;
+        // Every lane takes every turn, for the shuffles; a team past the end has nothing to add.
+        while base < end {
+            let mut keys = [[0.0; 8]; UNROLL];
+            let mut values = [[0.0; 8]; UNROLL];
+            for u in 0..UNROLL {
+                let token = base + u * teams + team;
+                if active && token < end {
+                    let block = a.step.block(row, token);
+                    let at = (block * kv_heads + kv_head) * BLOCK_TOKENS + token % BLOCK_TOKENS;
+                    let i = at * head_dim + element;
+                    keys[u] = E::load_eight(a.cache.keys, i);
+                    values[u] = E::load_eight(a.cache.values, i);
+                }
+            }
+            let mut scores = [0.0; UNROLL];
+            for u in 0..UNROLL {
+                for k in 0..8 {
+                    scores[u] += q[k] * keys[u][k];
+                }
+            }
+            let mut width = 1;
+            while width < team_lanes {
+                for u in 0..UNROLL {
+                    scores[u] += warp::shuffle_xor(scores[u], width as u32);
+                }
+                width *= 2;
+            }
+            let mut top = peak;
+            for u in 0..UNROLL {
+                if base + u * teams + team >= end {
+                    scores[u] = NONE;
+                }
+                top = top.max(scores[u]);
+            }
+            let shrink = float::exp2_approx(peak - top);
+            mass *= shrink;
+            for k in 0..8 {
+                sum[k] *= shrink;
+            }
+            for u in 0..UNROLL {
+                let weight = if scores[u] > NONE {
+                    float::exp2_approx(scores[u] - top)
+                } else {
+                    0.0
+                };
+                mass += weight;
+                for k in 0..8 {
+                    sum[k] += weight * values[u][k];
+                }
+            }
+            peak = top;
+            base += UNROLL * teams;
+        }
+        let mut width = team_lanes;
+        while width < 32 {
+            let other = warp::shuffle_xor(peak, width as u32);
+            let top = peak.max(other);
+            let shrink = float::exp2_approx(peak - top);
+            mass *= shrink;
+            mass += warp::shuffle_xor(mass, width as u32);
+            for k in 0..8 {
+                sum[k] *= shrink;
+                sum[k] += warp::shuffle_xor(sum[k], width as u32);
+            }
+            peak = top;
+            width *= 2;
+        }
+        if team == 0 && active {
+            let target = if a.splits == 1 {
+                for k in 0..8 {
+                    sum[k] /= mass;
+                }
+                a.out.add((row * heads + head) * head_dim)
+            } else {
+                let stride = head_dim + 2;
+                let at = ((row * heads + head) * a.splits as usize + split) * stride;
+                let target = a.partial.add(at);
+                if member == 0 {
+                    target.add(head_dim).write(peak);
+                    target.add(head_dim + 1).write(mass);
+                }
+                target
+            };
+            for k in 0..8 {
+                target.add(element + k).write(sum[k]);
+            }
+        }
+    }
+}
+
+/// Attention over an f16 cache. Grid: `(rows * heads / 4, splits)`.
+#[kernel(launch_bounds(128))]
+pub unsafe fn attend_f16(a: AttendArgs) {
+    unsafe { attend::<u16>(&a) }
+}
+
+/// Attention over an f32 cache.
+#[kernel(launch_bounds(128))]
+pub unsafe fn attend_f32(a: AttendArgs) {
+    unsafe { attend::<f32>(&a) }
+}
+
+/// Merges the splits of [`attend_f16`] or [`attend_f32`]; a warp per row and head.
+#[kernel(launch_bounds(128))]
+pub unsafe fn attend_combine(a: AttendArgs) {
+    let heads = a.heads as usize;
+    let head_dim = a.cache.head_dim as usize;
+    let task = block_idx_x() as usize * WARPS + thread_idx_x() as usize / 32;
+    if task >= a.step.rows as usize * heads {
+        return;
+    }
+    let splits = a.splits as usize;
+    let stride = head_dim + 2;
+    unsafe {
+        let part = a.partial.cast_const().add(task * splits * stride);
+        let mut peak = NONE;
+        for s in 0..splits {
+            peak = peak.max(part.add(s * stride + head_dim).read());
+        }
+        let mut mass = 0.0;
+        for s in 0..splits {
+            let p = part.add(s * stride + head_dim);
+            mass += p.add(1).read() * float::exp2_approx(p.read() - peak);
+        }
+        let mut e = thread::lane_id() as usize;
+        while e < head_dim {
+            let mut v = 0.0;
+            for s in 0..splits {
+                let weight = float::exp2_approx(part.add(s * stride + head_dim).read() - peak);
+                v += weight * part.add(s * stride + e).read();
+            }
+            a.out.add(task * head_dim + e).write(v / mass);
+            e += 32;
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! Every GPU kernel of Kigo.
+//!
+//! The same source is compiled twice: to PTX for the device, and for the host, where `cuda_std`
+//! runs it in the emulator. Each kernel takes one `#[repr(C)]` struct of arguments, so that the host
+//! that launches it is checked by the compiler.
+//!
+//! - [`types`]: how each weight type lies in device memory, and how it is read
+//! - [`gemv`]: matrix times one row: the steps of decoding, each with its norm and its epilogue
+//! - [`gemm`]: matrix times many rows on tensor cores: prefill
+//! - [`exact`]: the plain f32 twin of both
+//! - [`attention`], [`rows`] (norms, rotation, casts), [`sample`]
+
+#![cfg_attr(target_arch = "nvptx64", no_std)]
+#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, f16))]
+// Indexed loops with constant bounds unroll into registers; iterators over arrays may not. The branches of
+// `unrolled!` that an index rules out are dead code, not errors.
+#![allow(
+    clippy::needless_range_loop,
+    clippy::out_of_bounds_indexing,
+    clippy::manual_is_multiple_of
+)]
+#![allow(unconditional_panic)]
+
+pub mod attention;
+pub mod exact;
+pub mod gemm;
+pub mod gemv;
+pub mod rows;
+pub mod sample;
+pub mod types;
+
+#[cfg(target_arch = "nvptx64")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    cuda_std::thread::trap()
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+cuda_std::kernels![
+    attention::attend_combine,
+    attention::attend_f16,
+    attention::attend_f32,
+    exact::linear_exact,
+    gemm::gemm_128,
+    gemm::gemm_32,
+    gemm::gemm_64,
+    gemv::gemv,
+    gemv::gemv_gate_up,
+    gemv::gemv_qkv,
+    rows::cast_f16,
+    rows::embed,
+    rows::rms_norm,
+    rows::rope_cache,
+    rows::silu_mul,
+    sample::argmax,
+    sample::argmax_final,
+    sample::draw,
+    sample::penalise,
+    sample::scale_logits,
+    types::repack_kernel,
+];

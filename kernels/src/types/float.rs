@@ -1,0 +1,122 @@
+//! F32, F16, BF16: rows padded with zeros to a multiple of 32, otherwise as the file has them.
+
+use super::*;
+use cuda_std::half::{F16 as Half, pack_f16x2};
+
+/// f32.
+pub struct F32;
+/// IEEE half precision.
+pub struct F16;
+/// The upper half of an f32.
+pub struct Bf16;
+
+const fn layout(ty: u32, bytes: usize) -> Layout {
+    Layout {
+        ty,
+        block: 1,
+        block_bytes: bytes,
+        planes: [bytes * GROUP, 0, 0, 0],
+        quantised: false,
+    }
+}
+
+/// Eight consecutive weights, the unit of a thread in a product with float weights.
+pub trait Eight: Weights {
+    /// Weights `8 e .. 8 e + 8` of the matrix.
+    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8];
+}
+
+/// Copies `valid` values of `BYTES` bytes, and zeros up to 32.
+#[inline(always)]
+unsafe fn copy_padded<const BYTES: usize>(
+    source: *const u8,
+    m: &Matrix,
+    block: usize,
+    valid: usize,
+) {
+    unsafe {
+        let target = m.planes[0].cast_mut().add(block * GROUP * BYTES);
+        for i in 0..GROUP * BYTES {
+            target
+                .add(i)
+                .write(if i < valid * BYTES { *source.add(i) } else { 0 });
+        }
+    }
+}
+
+impl Eight for F32 {
+    #[inline(always)]
+    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8] {
+        unsafe {
+            let (a, b) = (read::words4(m, 0, 2 * e), read::words4(m, 0, 2 * e + 1));
+            unrolled!(8, |i| f32::from_bits(if i < 4 { a[i] } else { b[i - 4] }))
+        }
+    }
+}
+
+impl Eight for F16 {
+    #[inline(always)]
+    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8] {
+        let v = unsafe { read::words4(m, 0, e) };
+        unrolled!(8, |i| read::f16((v[i / 2] >> (16 * (i % 2))) as u16))
+    }
+}
+
+impl Eight for Bf16 {
+    #[inline(always)]
+    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8] {
+        let v = unsafe { read::words4(m, 0, e) };
+        unrolled!(8, |i| {
+            f32::from_bits(if i % 2 == 0 {
+                v[i / 2] << 16
+            } else {
+                v[i / 2] & 0xffff_0000
+            })
+        })
+    }
+}
+
+macro_rules! float_weights {
+    ($name:ident, $ty:literal, $bytes:literal) => {
+        impl Weights for $name {
+            const LAYOUT: Layout = layout($ty, $bytes);
+
+            #[inline(always)]
+            unsafe fn unpack(m: &Matrix, g: usize) -> [f32; 32] {
+                let e = unsafe {
+                    [
+                        Self::eight(m, 4 * g),
+                        Self::eight(m, 4 * g + 1),
+                        Self::eight(m, 4 * g + 2),
+                        Self::eight(m, 4 * g + 3),
+                    ]
+                };
+                unrolled!(32, |i| e[i / 8][i % 8])
+            }
+
+            #[inline(always)]
+            unsafe fn unpack_f16(m: &Matrix, g: usize) -> [u32; 16] {
+                // A weight past f16's range saturates rather than turn into infinity.
+                let v = unsafe { Self::unpack(m, g) };
+                unrolled!(16, |i| pack_f16x2(
+                    v[2 * i].clamp(-65504.0, 65504.0),
+                    v[2 * i + 1].clamp(-65504.0, 65504.0)
+                ))
+            }
+
+            #[inline(always)]
+            unsafe fn repack(source: *const u8, m: &Matrix, block: usize, valid: usize) {
+                unsafe { copy_padded::<$bytes>(source, m, block, valid) }
+            }
+        }
+    };
+}
+float_weights!(F32, 0, 4);
+float_weights!(F16, 1, 2);
+float_weights!(Bf16, 30, 2);
+
+/// Rounds to f16; values past its range saturate.
+#[inline(always)]
+pub fn to_f16(x: f32) -> u16 {
+    Half::from_f32(x.clamp(-65504.0, 65504.0)).to_bits()
+}

@@ -1,0 +1,235 @@
+//! Bad input gets an error that says what is wrong: a non-zero exit, a message on stderr, nothing on
+//! stdout, no panic.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use kigo_tests::{golden_dir, read_json, run, shared_tiny_dir};
+use serde::Deserialize;
+
+/// Runs `kigo`, insists that it fails as it should, and returns what it said.
+fn fails<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>, stdin: &str) -> String {
+    let args: Vec<_> = args
+        .into_iter()
+        .map(|arg| arg.as_ref().to_owned())
+        .collect();
+    let output = run(&args, stdin.as_bytes());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    // A signal has no code; a panic exits with 101.
+    let code = output.status.code();
+    assert!(
+        matches!(code, Some(1..=100)),
+        "kigo {args:?}: {}\n{said}",
+        output.status
+    );
+    assert!(!said.contains("panicked"), "kigo {args:?}: {said}");
+    assert!(!said.trim().is_empty(), "kigo {args:?} said nothing");
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "",
+        "kigo {args:?} printed on stdout"
+    );
+    said
+}
+
+/// As [`fails`], and what it says contains each of `words`.
+fn fails_saying<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>, words: &[&str]) {
+    let said = fails(args, "");
+    for word in words {
+        assert!(said.contains(word), "{word:?} is not in: {said}");
+    }
+}
+
+fn tiny() -> String {
+    let path = golden_dir().join("tiny/llama-F16.gguf");
+    path.to_str().expect("a path in UTF-8").to_owned()
+}
+
+/// The tiny llama, changed by `change`, as a file in `dir`.
+fn changed(dir: &Path, name: &str, change: impl FnOnce(&mut Vec<u8>)) -> PathBuf {
+    let mut bytes = std::fs::read(tiny()).expect("the tiny llama");
+    change(&mut bytes);
+    let path = dir.join(name);
+    std::fs::write(&path, bytes).expect("writes a file");
+    path
+}
+
+#[test]
+fn no_such_model() {
+    fails_saying(
+        ["logits", "--model", "smollm3", "--ids", "1"],
+        &["smollm3", "smollm2-135m-instruct-q4_1"],
+    );
+    fails_saying(
+        ["logits", "--model", "nowhere/at-all.gguf", "--ids", "1"],
+        &["nowhere/at-all.gguf"],
+    );
+    fails_saying(["inspect", "nowhere.gguf"], &["nowhere.gguf"]);
+    fails_saying(["models", "fetch", "no-such-model"], &["no-such-model"]);
+}
+
+#[test]
+fn a_folder_or_another_file_is_no_model() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    fails_saying(
+        [OsStr::new("inspect"), dir.path().as_os_str()],
+        &["directory"],
+    );
+    let text = dir.path().join("poem.gguf");
+    std::fs::write(&text, "the old pond\n").expect("writes a file");
+    fails_saying([OsStr::new("inspect"), text.as_os_str()], &["poem.gguf"]);
+    let empty = dir.path().join("empty.gguf");
+    std::fs::write(&empty, "").expect("writes a file");
+    fails_saying([OsStr::new("inspect"), empty.as_os_str()], &["empty.gguf"]);
+}
+
+#[test]
+fn a_damaged_file_is_refused_before_anything_is_used() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let damaged = [
+        changed(dir.path(), "magic.gguf", |bytes| bytes[3] = b'X'),
+        changed(dir.path(), "version.gguf", |bytes| bytes[4] = 99),
+        changed(dir.path(), "tensors.gguf", |bytes| bytes[15] = 0x7f),
+        changed(dir.path(), "keys.gguf", |bytes| bytes[23] = 0x7f),
+        changed(dir.path(), "header.gguf", |bytes| bytes.truncate(20)),
+        changed(dir.path(), "metadata.gguf", |bytes| bytes.truncate(500)),
+        changed(dir.path(), "data.gguf", |bytes| {
+            bytes.truncate(bytes.len() / 2);
+        }),
+    ];
+    for file in damaged {
+        let name = file.file_name().and_then(OsStr::to_str).expect("a name");
+        fails_saying([OsStr::new("inspect"), file.as_os_str()], &[name]);
+        let args = ["logits", "--device", "cpu", "--ids", "1", "--model"].map(OsStr::new);
+        fails_saying(args.into_iter().chain([file.as_os_str()]), &[name]);
+    }
+}
+
+#[test]
+fn ids_that_cannot_be_fed() {
+    let tiny = tiny();
+    for (ids, word) in [("512", "512"), ("1,4294967296", "4294967296"), ("1,x", "x")] {
+        fails_saying(["logits", "--model", &tiny, "--ids", ids], &[word]);
+    }
+    for ids in ["", "-1", "1,,2"] {
+        fails(["logits", "--model", &tiny, &format!("--ids={ids}")], "");
+    }
+}
+
+#[test]
+fn more_tokens_than_the_context_holds() {
+    let ids = vec!["1"; 100].join(",");
+    fails_saying(
+        [
+            "logits",
+            "--model",
+            &tiny(),
+            "--ctx-size",
+            "64",
+            "--ids",
+            &ids,
+        ],
+        &["100", "64"],
+    );
+}
+
+#[test]
+fn ids_files_that_are_no_list_of_ids() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    for (name, text) in [
+        ("words.json", "[\"one\"]"),
+        ("cut.json", "[1, 2"),
+        ("object.json", "{}"),
+        ("negative.json", "[-1, 2]"),
+        ("outside.json", "[1, 512]"),
+        ("one.json", "[1]"),
+        ("none.json", "[]"),
+    ] {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).expect("writes a file");
+        let path = path.to_str().expect("a path in UTF-8");
+        fails(["perplexity", "--model", &tiny(), "--ids-file", path], "");
+    }
+    fails_saying(
+        [
+            "perplexity",
+            "--model",
+            &tiny(),
+            "--ids-file",
+            "nowhere.json",
+        ],
+        &["nowhere.json"],
+    );
+}
+
+#[test]
+fn flags_out_of_range() {
+    let tiny = tiny();
+    for (flag, value) in [
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--top-p", "1.5"),
+        ("--min-p", "-0.1"),
+        ("--repetition-penalty", "0"),
+        ("--max-tokens", "many"),
+        ("--device", "tpu"),
+        ("--threads", "0"),
+        ("--ctx-size", "0"),
+    ] {
+        let flag_value = format!("{flag}={value}");
+        fails(
+            ["generate", "--model", &tiny, "--ids", "1", &flag_value],
+            "",
+        );
+    }
+}
+
+#[test]
+fn tensors_that_are_not_there() {
+    let tiny = tiny();
+    fails_saying(["tensor", &tiny, "no.such.tensor"], &["no.such.tensor"]);
+    fails(
+        [
+            "tensor",
+            &tiny,
+            "output_norm.weight",
+            "--offset",
+            "999999999",
+            "--count",
+            "1",
+        ],
+        "",
+    );
+}
+
+#[test]
+fn templates_of_requests_that_are_no_json() {
+    fails(["chat-template", "--model", &tiny()], "not json");
+    fails(["chat-template", "--model", &tiny()], "{\"messages\": 3}");
+}
+
+#[derive(Deserialize)]
+struct Malformed {
+    expect: String,
+    what: String,
+}
+
+/// Every malformed file of the fuller golden set that must be refused.
+#[test]
+fn malformed_files() {
+    let Some(dir) = shared_tiny_dir().map(|dir| dir.join("bad")) else {
+        println!("KIGO_GOLDEN_DIR is not set: nothing to refuse");
+        return;
+    };
+    let manifest: BTreeMap<String, Malformed> = read_json(&dir.join("manifest.json"));
+    let mut refused = 0;
+    for (name, entry) in manifest.iter().filter(|(_, e)| e.expect == "reject") {
+        println!("{name}: {}", entry.what);
+        let file = dir.join(name).with_added_extension("gguf");
+        let args = ["logits", "--device", "cpu", "--ids", "1,2,3", "--model"].map(OsStr::new);
+        fails(args.into_iter().chain([file.as_os_str()]), "");
+        refused += 1;
+    }
+    assert!(refused > 50, "{refused} files");
+}

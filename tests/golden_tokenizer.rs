@@ -1,0 +1,159 @@
+//! Tokenizers and chat templates of real models against reference data.
+
+use gguf::Gguf;
+use kigo::tokenizer::{ChatTemplate, Tokenizer};
+use kigo_tests::{golden as golden_file, model, read_golden as golden};
+use serde::Deserialize;
+use serde_json::Value;
+
+const QWEN: &str = "qwen2.5-coder-0.5b-instruct-q4_k_m";
+const SMOLLM: &str = "smollm2-135m-instruct-q4_1";
+const GEMMA: &str = "gemma-3-270m-q4_k_m";
+
+#[derive(Deserialize)]
+struct TokenizerCase {
+    text: String,
+    ids: Vec<u32>,
+    add_special: bool,
+    parse_special: bool,
+}
+
+#[derive(Deserialize)]
+struct ChatCase {
+    messages: Value,
+    tools: Option<Value>,
+    add_generation_prompt: bool,
+    rendered: String,
+}
+
+fn tokenizer(name: &str) -> Tokenizer {
+    let gguf = Gguf::open(model(name)).expect("the model file opens");
+    Tokenizer::from_gguf(&gguf).expect("the model's tokenizer loads")
+}
+
+/// Every case: the ids exactly, and back to the text, whole and as a stream.
+///
+/// `spelling` is what the vocabulary makes of a text: SentencePiece cannot tell U+2581 from a space.
+fn check_tokenizer(name: &str, spelling: fn(&str) -> String) {
+    let cases: Vec<TokenizerCase> = golden(&format!("{name}.tokenizer.json"));
+    assert!(cases.len() >= 90, "{} cases", cases.len());
+    let tokenizer = tokenizer(name);
+    let mut wrong = Vec::new();
+    for case in &cases {
+        let ids = tokenizer
+            .encode(&case.text, case.add_special, case.parse_special)
+            .unwrap_or_else(|e| panic!("{:?}: {e}", case.text));
+        if ids != case.ids {
+            wrong.push(format!(
+                "{:?} (add_special {}, parse_special {})\n  expected {:?}\n  got      {ids:?}",
+                case.text, case.add_special, case.parse_special, case.ids
+            ));
+            continue;
+        }
+        let text = spelling(&case.text);
+        let begins_with_bos = case.add_special && tokenizer.adds_bos();
+        let text_ids = &ids[usize::from(begins_with_bos)..];
+        assert_eq!(
+            String::from_utf8(tokenizer.decode(text_ids)).as_ref(),
+            Ok(&text)
+        );
+        if !text_ids.iter().any(|&id| tokenizer.is_control(id)) {
+            let mut detokenizer = tokenizer.detokenizer();
+            let streamed: String = text_ids.iter().map(|&id| detokenizer.push(id)).collect();
+            assert_eq!(streamed, text);
+            assert_eq!(detokenizer.finish(), "");
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} of {} cases differ:\n{}",
+        wrong.len(),
+        cases.len(),
+        wrong.join("\n")
+    );
+}
+
+#[test]
+fn qwen_tokenizer() {
+    check_tokenizer(QWEN, str::to_owned);
+    let tokenizer = tokenizer(QWEN);
+    assert_eq!(tokenizer.vocab_size(), 151_936);
+    assert_eq!(tokenizer.bos(), Some(151_643));
+    assert_eq!(tokenizer.eos(), Some(151_645));
+    assert_eq!(tokenizer.end_of_generation(), [151_643, 151_645]);
+    assert!(!tokenizer.adds_bos());
+    // Padding up to a round number of rows is no text.
+    assert_eq!(tokenizer.token_bytes(151_935), b"");
+    assert_eq!(tokenizer.token_bytes(200_000), b"");
+}
+
+#[test]
+fn smollm_tokenizer() {
+    check_tokenizer(SMOLLM, str::to_owned);
+    assert_eq!(tokenizer(SMOLLM).end_of_generation(), [0, 2]);
+}
+
+/// Needs the fuller reference data: run with `KIGO_GOLDEN_DIR` set and the model fetched.
+#[test]
+#[ignore = "needs the gemma-3-270m model and KIGO_GOLDEN_DIR"]
+fn gemma_tokenizer() {
+    assert!(
+        golden_file(&format!("{GEMMA}.tokenizer.json")).is_some(),
+        "set KIGO_GOLDEN_DIR to the folder that holds the fuller reference data"
+    );
+    check_tokenizer(GEMMA, |text| text.replace('\u{2581}', " "));
+    assert_eq!(tokenizer(GEMMA).end_of_generation(), [1, 106]);
+}
+
+fn check_chat(name: &str) {
+    let cases: Vec<ChatCase> = golden(&format!("{name}.chat.json"));
+    assert!(cases.len() >= 10, "{} cases", cases.len());
+    let gguf = Gguf::open(model(name)).expect("the model file opens");
+    let template = ChatTemplate::from_gguf(&gguf)
+        .expect("the template is a string")
+        .expect("the model has a chat template");
+    for case in &cases {
+        let rendered = template
+            .render(
+                &case.messages,
+                case.tools.as_ref(),
+                case.add_generation_prompt,
+            )
+            .unwrap_or_else(|e| panic!("{}: {e}", case.messages));
+        assert_eq!(rendered, case.rendered, "{}", case.messages);
+    }
+}
+
+#[test]
+fn qwen_chat_template() {
+    check_chat(QWEN);
+}
+
+#[test]
+fn smollm_chat_template() {
+    check_chat(SMOLLM);
+}
+
+/// Templates against Jinja2 itself, in the environment that transformers sets up.
+#[test]
+fn templates_render_as_in_jinja2() {
+    #[derive(Deserialize)]
+    struct File {
+        messages: Value,
+        tools: Value,
+        cases: Vec<Case>,
+    }
+    #[derive(Deserialize)]
+    struct Case {
+        template: String,
+        rendered: String,
+    }
+    let file: File = golden("jinja2.json");
+    assert!(file.cases.len() >= 20);
+    for case in file.cases {
+        let rendered = ChatTemplate::new(&case.template, "<s>", "</s>")
+            .render(&file.messages, Some(&file.tools), true)
+            .unwrap_or_else(|e| panic!("{}: {e}", case.template));
+        assert_eq!(rendered, case.rendered, "{}", case.template);
+    }
+}
