@@ -5,6 +5,7 @@ use crate::catalog::{self, Catalog};
 use crate::engine::{Engine, EngineHandle, ModelText};
 use crate::error::{Error, Result};
 use crate::model::{self, DEFAULT_CONTEXT, LoadOptions, Runner};
+use crate::tokenizer;
 use gguf::Gguf;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::sync::Arc;
@@ -32,6 +33,7 @@ pub(super) struct Loaded {
 /// Loads what the common flags say. The context grows to `tokens` where `--ctx-size` does not say
 /// otherwise.
 pub(super) fn load(common: &Common, file: &Arc<Gguf>, tokens: usize) -> Result<Loaded> {
+    tokenizer::check(file.metadata())?;
     let started = Instant::now();
     let runner = load_with_progress(file, &common.load_options(tokens))?;
     Ok(Loaded {

@@ -15,6 +15,11 @@ pub(super) struct Bpe {
     missing: Vec<u8>,
 }
 
+/// The merges of the file, as they are written there.
+pub(super) fn merges(metadata: &gguf::Metadata) -> Result<&[String], Error> {
+    Ok(metadata.strings("tokenizer.ggml.merges")?)
+}
+
 impl Bpe {
     pub fn new(metadata: &gguf::Metadata, vocab: &Vocab<'_>) -> Result<Self, Error> {
         let name = metadata.opt_str("tokenizer.ggml.pre")?.unwrap_or_else(|| {
@@ -26,7 +31,7 @@ impl Bpe {
             "default"
         });
         let pre = PreTokenizer::by_name(name, vocab)?;
-        let merges = metadata.strings("tokenizer.ggml.merges")?;
+        let merges = merges(metadata)?;
         let ids = ids(vocab);
         let missing = (0..=255)
             .filter(|&b| !ids.contains_key(char_of(b).encode_utf8(&mut [0; 4]) as &str))

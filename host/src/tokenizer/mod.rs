@@ -66,6 +66,70 @@ enum Model {
     Spm(Box<Spm>),
 }
 
+/// Kinds of tokenizers, by `tokenizer.ggml.model`.
+enum Kind {
+    Bpe,
+    Spm,
+}
+
+impl Kind {
+    fn read(metadata: &gguf::Metadata, vocab: &Vocab<'_>) -> Result<Self, Error> {
+        match metadata.str("tokenizer.ggml.model")? {
+            "gpt2" => Ok(Self::Bpe),
+            "llama" => Ok(Self::Spm),
+            other => Err(vocab.error(format!(
+                "tokenizer.ggml.model is {other:?}; known are \"gpt2\" (byte-level BPE) and \
+                 \"llama\" (SentencePiece BPE)"
+            ))),
+        }
+    }
+}
+
+/// The ids that the file names, each within its vocabulary.
+struct NamedIds {
+    bos: Option<u32>,
+    eos: Option<u32>,
+    /// End of turn and of message.
+    ends: [Option<u32>; 2],
+}
+
+impl NamedIds {
+    fn read(metadata: &gguf::Metadata, vocab: &Vocab<'_>) -> Result<Self, Error> {
+        let id = |key: &str| -> Result<Option<u32>, Error> {
+            let id = metadata.opt_u32(key)?;
+            match id {
+                Some(id) if id as usize >= vocab.len() => Err(vocab.error(format!(
+                    "{key} is {id}, but the vocabulary has {} tokens",
+                    vocab.len()
+                ))),
+                _ => Ok(id),
+            }
+        };
+        Ok(Self {
+            bos: id("tokenizer.ggml.bos_token_id")?,
+            eos: id("tokenizer.ggml.eos_token_id")?,
+            ends: [
+                id("tokenizer.ggml.eot_token_id")?,
+                id("tokenizer.ggml.eom_token_id")?,
+            ],
+        })
+    }
+}
+
+/// Checks that a file's vocabulary is whole, without the work of building a tokenizer from it: what
+/// takes ids rather than text refuses a damaged file too.
+///
+/// # Errors
+/// As [`Tokenizer::from_gguf`], except that the pre-tokenizer may have any name.
+pub fn check(metadata: &gguf::Metadata) -> Result<(), Error> {
+    let vocab = Vocab::read(metadata)?;
+    match Kind::read(metadata, &vocab)? {
+        Kind::Bpe => drop(bpe::merges(metadata)?),
+        Kind::Spm => drop(spm::scores(metadata, &vocab)?),
+    }
+    NamedIds::read(metadata, &vocab).map(drop)
+}
+
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tokenizer")
@@ -93,37 +157,16 @@ impl Tokenizer {
     /// See [`Tokenizer::from_gguf`].
     pub fn from_metadata(metadata: &gguf::Metadata) -> Result<Self, Error> {
         let vocab = Vocab::read(metadata)?;
-        let model_name = metadata.str("tokenizer.ggml.model")?;
-        let (model, adds_bos) = match model_name {
-            "gpt2" => {
+        let (model, adds_bos) = match Kind::read(metadata, &vocab)? {
+            Kind::Bpe => {
                 let bpe = Bpe::new(metadata, &vocab)?;
                 let adds_bos = bpe.adds_bos();
                 (Model::Bpe(Box::new(bpe)), adds_bos)
             }
-            "llama" => (Model::Spm(Box::new(Spm::new(metadata, &vocab)?)), true),
-            other => {
-                return Err(vocab.error(format!(
-                    "tokenizer.ggml.model is {other:?}; known are \"gpt2\" (byte-level BPE) and \
-                     \"llama\" (SentencePiece BPE)"
-                )));
-            }
+            Kind::Spm => (Model::Spm(Box::new(Spm::new(metadata, &vocab)?)), true),
         };
-        let id = |key: &str| -> Result<Option<u32>, Error> {
-            let id = metadata.opt_u32(key)?;
-            match id {
-                Some(id) if id as usize >= vocab.len() => Err(vocab.error(format!(
-                    "{key} is {id}, but the vocabulary has {} tokens",
-                    vocab.len()
-                ))),
-                _ => Ok(id),
-            }
-        };
-        let bos = id("tokenizer.ggml.bos_token_id")?;
-        let eos = id("tokenizer.ggml.eos_token_id")?;
-        let mut ends = BTreeSet::new();
-        ends.extend(eos);
-        ends.extend(id("tokenizer.ggml.eot_token_id")?);
-        ends.extend(id("tokenizer.ggml.eom_token_id")?);
+        let NamedIds { bos, eos, ends } = NamedIds::read(metadata, &vocab)?;
+        let mut ends: BTreeSet<u32> = ends.into_iter().chain([eos]).flatten().collect();
         eog::extend_by_name(&mut ends, &vocab);
 
         let specials = Specials::new(&vocab)?;

@@ -4,6 +4,7 @@
 //! Own code: the `tokenizers` crate would need an explicit list of all pairs of tokens that make
 //! a token, with ties in another order than SentencePiece's, and takes seconds to build it.
 
+use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
@@ -59,16 +60,25 @@ impl PartialEq for Merge {
 }
 impl Eq for Merge {}
 
+/// The score of each token.
+pub(super) fn scores<'a>(
+    metadata: &'a gguf::Metadata,
+    vocab: &Vocab<'_>,
+) -> Result<Cow<'a, [f32]>, Error> {
+    let scores = metadata.f32s("tokenizer.ggml.scores")?;
+    if scores.len() != vocab.len() {
+        return Err(vocab.error(format!(
+            "tokenizer.ggml.scores has {} values for the {} of tokenizer.ggml.tokens",
+            scores.len(),
+            vocab.len()
+        )));
+    }
+    Ok(scores)
+}
+
 impl Spm {
     pub fn new(metadata: &gguf::Metadata, vocab: &Vocab<'_>) -> Result<Self, Error> {
-        let scores = metadata.f32s("tokenizer.ggml.scores")?;
-        if scores.len() != vocab.len() {
-            return Err(vocab.error(format!(
-                "tokenizer.ggml.scores has {} values for the {} of tokenizer.ggml.tokens",
-                scores.len(),
-                vocab.len()
-            )));
-        }
+        let scores = scores(metadata, vocab)?;
         let mut pieces = HashMap::with_capacity(vocab.len());
         let mut bytes = [None; 256];
         for (id, text, ty) in vocab.iter() {
@@ -94,7 +104,7 @@ impl Spm {
             .map(|(id, ..)| id);
         Ok(Self {
             pieces,
-            scores: scores.to_vec(),
+            scores: scores.into_owned(),
             bytes,
             unknown: match metadata.opt_u32("tokenizer.ggml.unknown_token_id")? {
                 Some(id) if (id as usize) < vocab.len() => Some(id),
