@@ -5,10 +5,9 @@
 //! softmax (arXiv:2205.14135), and the teams merge at the end. [`attend_combine`] merges the splits.
 
 use crate::rows::{BLOCK_TOKENS, CacheElement, CacheLayer, Step};
-use crate::types::ldg_v4_f32;
 use crate::unrolled;
 use cuda_std::half::F16;
-use cuda_std::memory::ldg_v4_u32;
+use cuda_std::memory::{ld_v4_u32, ldg_u32};
 use cuda_std::thread::{block_idx_x, block_idx_y, thread_idx_x};
 use cuda_std::{float, kernel, thread, warp};
 
@@ -37,26 +36,50 @@ pub struct AttendArgs {
     pub partial: *mut f32,
 }
 
-/// Eight consecutive elements of the cache, from element `i`, a multiple of eight.
+/// Eight consecutive elements of the cache. This launch may have written them.
 pub trait LoadEight: CacheElement {
-    unsafe fn load_eight(base: *const u8, i: usize) -> [f32; 8];
+    /// As they lie in memory: what waits for its use takes as few registers as can be.
+    type Raw: Copy;
+    const ZERO: Self::Raw;
+
+    /// The elements from element `i` on, a multiple of eight.
+    unsafe fn load_eight(base: *const u8, i: usize) -> Self::Raw;
+
+    fn unpack_eight(raw: Self::Raw) -> [f32; 8];
 }
 
 impl LoadEight for u16 {
+    type Raw = [u32; 4];
+    const ZERO: [u32; 4] = [0; 4];
+
     #[inline(always)]
-    unsafe fn load_eight(base: *const u8, i: usize) -> [f32; 8] {
-        let v = unsafe { ldg_v4_u32(base.add(i * 2)) };
-        unrolled!(8, |k| F16::from_bits((v[k / 2] >> (16 * (k % 2))) as u16)
-            .to_f32())
+    unsafe fn load_eight(base: *const u8, i: usize) -> [u32; 4] {
+        unsafe { ld_v4_u32(base.add(i * 2)) }
+    }
+
+    #[inline(always)]
+    fn unpack_eight(raw: [u32; 4]) -> [f32; 8] {
+        unrolled!(8, |k| F16::from_bits(
+            (raw[k / 2] >> (16 * (k % 2))) as u16
+        )
+        .to_f32())
     }
 }
 
 impl LoadEight for f32 {
+    type Raw = [u32; 8];
+    const ZERO: [u32; 8] = [0; 8];
+
     #[inline(always)]
-    unsafe fn load_eight(base: *const u8, i: usize) -> [f32; 8] {
+    unsafe fn load_eight(base: *const u8, i: usize) -> [u32; 8] {
         let base = base.cast::<f32>();
-        let (a, b) = unsafe { (ldg_v4_f32(base.add(i)), ldg_v4_f32(base.add(i + 4))) };
+        let (a, b) = unsafe { (ld_v4_u32(base.add(i)), ld_v4_u32(base.add(i + 4))) };
         unrolled!(8, |k| if k < 4 { a[k] } else { b[k - 4] })
+    }
+
+    #[inline(always)]
+    fn unpack_eight(raw: [u32; 8]) -> [f32; 8] {
+        unrolled!(8, |k| f32::from_bits(raw[k]))
     }
 }
 
@@ -64,64 +87,68 @@ const LOG2_E: f32 = core::f32::consts::LOG2_E;
 
 /// Scores are kept in units of log2, so that an exponential is one instruction. "No token yet" is a
 /// finite number, so that differences of it never become NaN.
-const NONE: f32 = -1e30;
+pub const NONE: f32 = -1e30;
 
+/// Attention over some tokens, not yet normalised: `sum / mass` where these are all of them.
+#[derive(Clone, Copy)]
+pub struct Part {
+    /// Elements `8 * lane ..` of the head, in the lanes that have one.
+    pub sum: [f32; 8],
+    /// The greatest score, in units of log2; [`NONE`] without tokens.
+    pub peak: f32,
+    pub mass: f32,
+}
+
+/// This warp's attention of one query head, at `q`, over tokens `from .. to` of one sequence, whose cache
+/// blocks `table` lists.
 #[inline(always)]
-unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
-    let heads = a.heads as usize;
-    let head_dim = a.cache.head_dim as usize;
-    let task = block_idx_x() as usize * WARPS + thread_idx_x() as usize / 32;
-    if task >= a.step.rows as usize * heads {
-        return;
-    }
-    let (row, head) = (task / heads, task % heads);
-    let kv_heads = a.cache.kv_heads as usize;
-    let kv_head = head / (heads / kv_heads);
-    let split = block_idx_y() as usize;
+pub unsafe fn attend_tokens<E: LoadEight>(
+    q: *const f32,
+    cache: &CacheLayer,
+    table: *const u32,
+    kv_head: usize,
+    scale: f32,
+    from: usize,
+    to: usize,
+) -> Part {
+    let head_dim = cache.head_dim as usize;
+    let kv_heads = cache.kv_heads as usize;
     let lane = thread::lane_id() as usize;
     let team_lanes = head_dim.div_ceil(8).next_power_of_two();
     let teams = 32 / team_lanes;
     let (team, member) = (lane / team_lanes, lane % team_lanes);
     let element = member * 8;
     let active = element < head_dim;
+    let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 8]);
     unsafe {
-        let tokens = a.step.position(row) + 1;
-        let chunk = tokens.div_ceil(a.splits as usize);
-        let start = split * chunk;
-        let end = if start + chunk < tokens {
-            start + chunk
-        } else {
-            tokens
-        };
-        let mut q = [0.0; 8];
+        let mut scaled = [0.0; 8];
         if active {
-            let at = a.q.add((row * heads + head) * head_dim + element);
-            let (x, y) = (ldg_v4_f32(at), ldg_v4_f32(at.add(4)));
+            let (x, y) = (ld_v4_u32(q.add(element)), ld_v4_u32(q.add(element + 4)));
             for k in 0..4 {
-                q[k] = x[k] * (a.scale * LOG2_E);
-                q[k + 4] = y[k] * (a.scale * LOG2_E);
+                scaled[k] = f32::from_bits(x[k]) * (scale * LOG2_E);
+                scaled[k + 4] = f32::from_bits(y[k]) * (scale * LOG2_E);
             }
         }
-        let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 8]);
-        let mut base = start;
+        let mut base = from;
         // Every lane takes every turn, for the shuffles; a team past the end has nothing to add.
-        while base < end {
-            let mut keys = [[0.0; 8]; UNROLL];
-            let mut values = [[0.0; 8]; UNROLL];
+        while base < to {
+            let mut keys = [E::ZERO; UNROLL];
+            let mut values = [E::ZERO; UNROLL];
             for u in 0..UNROLL {
                 let token = base + u * teams + team;
-                if active && token < end {
-                    let block = a.step.block(row, token);
+                if active && token < to {
+                    let block = ldg_u32(table.add(token / BLOCK_TOKENS)) as usize;
                     let at = (block * kv_heads + kv_head) * BLOCK_TOKENS + token % BLOCK_TOKENS;
                     let i = at * head_dim + element;
-                    keys[u] = E::load_eight(a.cache.keys, i);
-                    values[u] = E::load_eight(a.cache.values, i);
+                    keys[u] = E::load_eight(cache.keys, i);
+                    values[u] = E::load_eight(cache.values, i);
                 }
             }
             let mut scores = [0.0; UNROLL];
             for u in 0..UNROLL {
+                let key = E::unpack_eight(keys[u]);
                 for k in 0..8 {
-                    scores[u] += q[k] * keys[u][k];
+                    scores[u] += scaled[k] * key[k];
                 }
             }
             let mut width = 1;
@@ -133,7 +160,7 @@ unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
             }
             let mut top = peak;
             for u in 0..UNROLL {
-                if base + u * teams + team >= end {
+                if base + u * teams + team >= to {
                     scores[u] = NONE;
                 }
                 top = top.max(scores[u]);
@@ -150,8 +177,9 @@ unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
                     0.0
                 };
                 mass += weight;
+                let value = E::unpack_eight(values[u]);
                 for k in 0..8 {
-                    sum[k] += weight * values[u][k];
+                    sum[k] += weight * value[k];
                 }
             }
             peak = top;
@@ -171,7 +199,39 @@ unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
             peak = top;
             width *= 2;
         }
-        if team == 0 && active {
+    }
+    Part { sum, peak, mass }
+}
+
+#[inline(always)]
+unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
+    let heads = a.heads as usize;
+    let head_dim = a.cache.head_dim as usize;
+    let task = block_idx_x() as usize * WARPS + thread_idx_x() as usize / 32;
+    if task >= a.step.rows as usize * heads {
+        return;
+    }
+    let (row, head) = (task / heads, task % heads);
+    let kv_head = head / (heads / a.cache.kv_heads as usize);
+    let split = block_idx_y() as usize;
+    let element = thread::lane_id() as usize * 8;
+    unsafe {
+        let tokens = a.step.position(row) + 1;
+        let chunk = tokens.div_ceil(a.splits as usize);
+        let start = split * chunk;
+        let end = if start + chunk < tokens {
+            start + chunk
+        } else {
+            tokens
+        };
+        let q = a.q.add((row * heads + head) * head_dim);
+        let table = a.step.table(row);
+        let Part {
+            mut sum,
+            peak,
+            mass,
+        } = attend_tokens::<E>(q, &a.cache, table, kv_head, a.scale, start, end);
+        if element < head_dim {
             let target = if a.splits == 1 {
                 for k in 0..8 {
                     sum[k] /= mass;
@@ -181,7 +241,7 @@ unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
                 let stride = head_dim + 2;
                 let at = ((row * heads + head) * a.splits as usize + split) * stride;
                 let target = a.partial.add(at);
-                if member == 0 {
+                if element == 0 {
                     target.add(head_dim).write(peak);
                     target.add(head_dim + 1).write(mass);
                 }

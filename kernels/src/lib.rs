@@ -5,7 +5,7 @@
 //! that launches it is checked by the compiler.
 //!
 //! - [`types`]: how each weight type lies in device memory, and how it is read
-//! - [`gemv`]: matrix times one row: the steps of decoding, each with its norm and its epilogue
+//! - [`decode`]: a whole decode step of one row, in one launch
 //! - [`gemm`]: matrix times many rows on tensor cores: prefill
 //! - [`exact`]: the plain f32 twin of both
 //! - [`attention`], [`rows`] (norms, rotation, casts), [`sample`]
@@ -22,9 +22,9 @@
 #![allow(unconditional_panic)]
 
 pub mod attention;
+pub mod decode;
 pub mod exact;
 pub mod gemm;
-pub mod gemv;
 pub mod rows;
 pub mod sample;
 pub mod types;
@@ -40,13 +40,11 @@ cuda_std::kernels![
     attention::attend_combine,
     attention::attend_f16,
     attention::attend_f32,
+    decode::decode,
     exact::linear_exact,
     gemm::gemm_128,
     gemm::gemm_32,
     gemm::gemm_64,
-    gemv::gemv,
-    gemv::gemv_gate_up,
-    gemv::gemv_qkv,
     rows::cast_f16,
     rows::embed,
     rows::rms_norm,

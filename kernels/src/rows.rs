@@ -32,14 +32,19 @@ impl Step {
         unsafe { ldg_u32(self.positions.add(row)) as usize }
     }
 
+    /// The block table of the row's sequence.
+    #[inline(always)]
+    pub unsafe fn table(&self, row: usize) -> *const u32 {
+        unsafe {
+            let sequence = ldg_u32(self.sequences.add(row)) as usize;
+            self.tables.add(sequence * self.table_stride as usize)
+        }
+    }
+
     /// The cache block that holds token `token` of the row's sequence.
     #[inline(always)]
     pub unsafe fn block(&self, row: usize, token: usize) -> usize {
-        unsafe {
-            let sequence = ldg_u32(self.sequences.add(row)) as usize;
-            let index = sequence * self.table_stride as usize + token / BLOCK_TOKENS;
-            ldg_u32(self.tables.add(index)) as usize
-        }
+        unsafe { ldg_u32(self.table(row).add(token / BLOCK_TOKENS)) as usize }
     }
 }
 
@@ -105,14 +110,20 @@ impl Rotation {
     }
 }
 
+/// Cosine and sine of a pair's angle at `position`.
+#[inline(always)]
+pub unsafe fn rotation_at(r: &Rotation, position: usize, pair: usize) -> (f32, f32) {
+    unsafe {
+        let at = r.table.add((position * (r.dims as usize / 2) + pair) * 2);
+        (ldg_f32(at), ldg_f32(at.add(1)))
+    }
+}
+
 /// A pair turned by its angle at `position`.
 #[inline(always)]
 pub unsafe fn rotate(r: &Rotation, position: usize, pair: usize, v: (f32, f32)) -> (f32, f32) {
-    unsafe {
-        let at = r.table.add((position * (r.dims as usize / 2) + pair) * 2);
-        let (cos, sin) = (ldg_f32(at), ldg_f32(at.add(1)));
-        (v.0 * cos - v.1 * sin, v.0 * sin + v.1 * cos)
-    }
+    let (cos, sin) = unsafe { rotation_at(r, position, pair) };
+    (v.0 * cos - v.1 * sin, v.0 * sin + v.1 * cos)
 }
 
 /// Writes one element of row `row`'s key or value.

@@ -50,17 +50,17 @@ fn order(v: f32) -> u32 {
 
 /// Greater for a greater logit, then for a lower id.
 #[inline(always)]
-fn rank(v: f32, id: usize) -> u64 {
+pub(crate) fn rank(v: f32, id: usize) -> u64 {
     (u64::from(order(v)) << 32) | u64::from(!(id as u32))
 }
 
 #[inline(always)]
-fn max_u64(a: u64, b: u64) -> u64 {
+pub(crate) fn max_u64(a: u64, b: u64) -> u64 {
     if a > b { a } else { b }
 }
 
 #[inline(always)]
-unsafe fn block_max(v: u64, scratch: SharedPtr<u64>) -> u64 {
+pub(crate) unsafe fn block_max(v: u64, scratch: SharedPtr<u64>) -> u64 {
     let mut v = v;
     unsafe {
         let mut width = 16;

@@ -20,10 +20,11 @@ pub use float::{Bf16, Eight, F16, F32, to_f16};
 pub use k_quants::{Q2K, Q3K, Q4K, Q5K, Q6K};
 pub use legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 
-/// An array of 8, 16 or 32 elements, each written out with its index: what goes through a closure and a
+/// An array of 4, 8, 16 or 32 elements, each written out with its index: what goes through a closure and a
 /// loop, as with `core::array::from_fn`, may end up in local memory instead of registers.
 #[macro_export]
 macro_rules! unrolled {
+    (4, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1 2 3) };
     (8, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1 2 3 4 5 6 7) };
     (16, |$i:ident| $e:expr) => {
         $crate::unrolled!(@ $i, $e, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
@@ -55,6 +56,8 @@ pub struct Matrix {
     pub cols: u32,
     /// GGML's number of the type.
     pub ty: u32,
+    /// Bytes of a row in each plane.
+    pub row_bytes: [u32; 4],
 }
 
 /// An absent matrix.
@@ -63,12 +66,38 @@ pub const NO_MATRIX: Matrix = Matrix {
     rows: 0,
     cols: 0,
     ty: 0,
+    row_bytes: [0; 4],
 };
 
 impl Matrix {
     #[inline(always)]
     pub fn groups(&self) -> usize {
         self.cols as usize / GROUP
+    }
+}
+
+impl Layout {
+    /// A matrix of this type whose planes are placed by `plane(number, bytes)`; unused planes stay null.
+    pub fn matrix(
+        &self,
+        rows: usize,
+        cols: usize,
+        mut plane: impl FnMut(usize, usize) -> *const u8,
+    ) -> Matrix {
+        let blocks_per_row = cols / self.block.max(GROUP);
+        let mut matrix = Matrix {
+            rows: rows as u32,
+            cols: cols as u32,
+            ty: self.ty,
+            ..NO_MATRIX
+        };
+        for (i, bytes) in self.planes.into_iter().enumerate() {
+            if bytes > 0 {
+                matrix.row_bytes[i] = (bytes * blocks_per_row) as u32;
+                matrix.planes[i] = plane(i, bytes * blocks_per_row * rows);
+            }
+        }
+        matrix
     }
 }
 

@@ -1,6 +1,6 @@
 //! [`Driver`](super::Driver) over the emulator: device memory is host memory, a launch runs at once.
 
-use super::{Address, Allocation, Driver};
+use super::{Address, Allocation, Driver, Mapped};
 use crate::device::DeviceInfo;
 use crate::error::{Error, Result};
 use cuda_std::emulator;
@@ -33,6 +33,42 @@ impl Emulated {
             allocations: HashMap::new(),
         }
     }
+
+    fn run<A: Copy>(
+        &self,
+        kernel: &str,
+        grid: emulator::Dim3,
+        block: u32,
+        shared: usize,
+        args: &A,
+        cooperative: bool,
+    ) -> Result<()> {
+        let fail = |what: String| Error::Device {
+            device: self.info.name.clone(),
+            what,
+        };
+        let entry = kernels::all()
+            .iter()
+            .find(|k| k.name == kernel)
+            .ok_or_else(|| fail(format!("no kernel is named {kernel}")))?;
+        let parameters = [ptr::from_ref(args).cast::<c_void>()];
+        let launch = if cooperative {
+            emulator::launch_cooperative
+        } else {
+            emulator::launch
+        };
+        // The caller answers for what the pointers in `args` point to.
+        unsafe {
+            launch(
+                entry,
+                grid,
+                (block, 1, 1),
+                shared as u32,
+                parameters.as_ptr(),
+            )
+        }
+        .map_err(|e| fail(e.to_string()))
+    }
 }
 
 impl Drop for Emulated {
@@ -45,7 +81,6 @@ impl Drop for Emulated {
 }
 
 impl Driver for Emulated {
-    type Graph = ();
     const STAGE_BYTES: usize = 1 << 30;
 
     fn info(&self) -> &DeviceInfo {
@@ -109,41 +144,34 @@ impl Driver for Emulated {
         shared: usize,
         args: &A,
     ) -> Result<()> {
-        let fail = |what: String| Error::Device {
-            device: self.info.name.clone(),
-            what,
-        };
-        let entry = kernels::all()
-            .iter()
-            .find(|k| k.name == kernel)
-            .ok_or_else(|| fail(format!("no kernel is named {kernel}")))?;
-        let parameters = [ptr::from_ref(args).cast::<c_void>()];
-        // The caller answers for what the pointers in `args` point to.
-        unsafe {
-            emulator::launch(
-                entry,
-                (grid.0, grid.1, 1),
-                (block, 1, 1),
-                shared as u32,
-                parameters.as_ptr(),
-            )
-        }
-        .map_err(|e| fail(e.to_string()))
+        self.run(kernel, (grid.0, grid.1, 1), block, shared, args, false)
+    }
+
+    fn launch_cooperative<A: Copy>(
+        &mut self,
+        kernel: &'static str,
+        grid: u32,
+        block: u32,
+        shared: usize,
+        args: &A,
+    ) -> Result<()> {
+        self.run(kernel, (grid, 1, 1), block, shared, args, true)
     }
 
     fn wait(&mut self) -> Result<()> {
         Ok(())
     }
 
-    fn begin_capture(&mut self) -> Result<bool> {
-        Ok(false)
+    fn idle(&mut self) -> Result<bool> {
+        Ok(true)
     }
 
-    fn end_capture(&mut self) -> Result<()> {
-        Ok(())
-    }
-
-    fn replay(&mut self, _: &()) -> Result<()> {
-        Ok(())
+    fn alloc_mapped(&mut self, bytes: usize) -> Result<Mapped> {
+        let memory = self.alloc(bytes)?;
+        self.write(memory.address, &vec![0; bytes])?;
+        Ok(Mapped {
+            host: memory.address as *mut u8,
+            address: memory.address,
+        })
     }
 }

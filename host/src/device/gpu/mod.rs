@@ -4,6 +4,7 @@
 //! above that line is the same code, so what the emulator checks is what the card runs.
 
 pub mod cuda;
+mod decode;
 mod emulated;
 mod ops;
 mod selftest;
@@ -32,9 +33,6 @@ pub struct Allocation {
 
 /// What runs kernels: memory, copies, launches, all in order on one stream.
 pub trait Driver: Send + Sized + 'static {
-    /// Launches recorded once, to be repeated.
-    type Graph: Send;
-
     fn info(&self) -> &DeviceInfo;
     fn multiprocessors(&self) -> u32;
     fn free_bytes(&self) -> Result<u64>;
@@ -74,14 +72,35 @@ pub trait Driver: Send + Sized + 'static {
     /// Waits for all that was queued.
     fn wait(&mut self) -> Result<()>;
 
-    /// Records launches from here on instead of running them; `false` where that is not supported.
-    fn begin_capture(&mut self) -> Result<bool>;
+    /// As [`Driver::launch`], with all blocks running together, so that they can wait for each other.
+    fn launch_cooperative<A: Copy>(
+        &mut self,
+        kernel: &'static str,
+        grid: u32,
+        block: u32,
+        shared: usize,
+        args: &A,
+    ) -> Result<()>;
 
-    /// Ends what [`Driver::begin_capture`] began.
-    fn end_capture(&mut self) -> Result<Self::Graph>;
+    /// Whether all that was queued has ended.
+    ///
+    /// # Errors
+    /// What it failed with.
+    fn idle(&mut self) -> Result<bool>;
 
-    fn replay(&mut self, graph: &Self::Graph) -> Result<()>;
+    /// Memory, zeroed, that kernels write and the host reads while they run; it lives as long as the driver.
+    fn alloc_mapped(&mut self, bytes: usize) -> Result<Mapped>;
 }
+
+/// Memory that host and device share.
+#[derive(Clone, Copy, Debug)]
+pub struct Mapped {
+    pub host: *mut u8,
+    pub address: Address,
+}
+
+// The host's pointer is good on any thread.
+unsafe impl Send for Mapped {}
 
 /// f32 values on the device.
 #[derive(Debug)]
@@ -135,20 +154,6 @@ enum Scratch {
     Ranks,
 }
 
-/// Steps that repeat: same rows, outputs and attention splits.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-struct StepKey {
-    rows: usize,
-    outputs: usize,
-    splits: u32,
-}
-
-/// A recorded step; recorded the second time it is seen, so that scratch has its size by then.
-enum Recording<G> {
-    SeenOnce,
-    Graph(G),
-}
-
 /// Sequences that one step can hold.
 const MAX_SPANS: usize = MAX_ROWS;
 
@@ -166,14 +171,13 @@ struct Current {
 
 /// A GPU, real or emulated.
 pub struct Gpu<D: Driver> {
-    // First, so that graphs are dropped while the driver that made them lives.
-    recordings: HashMap<StepKey, Recording<D::Graph>>,
     driver: D,
     exact: bool,
     current: Current,
     scratch: HashMap<Scratch, Allocation>,
     /// Query heads, set by the first attention; splits depend on it.
     heads: usize,
+    decode: decode::Decode,
 }
 
 impl Gpu<Emulated> {
@@ -197,8 +201,10 @@ impl<D: Driver> Gpu<D> {
     fn new(mut driver: D, exact: bool) -> Result<Self> {
         let words = 3 * MAX_ROWS + MAX_OUTPUTS;
         let memory = driver.alloc(4 * words)?;
+        let decode = decode::Decode::new(&mut driver)?;
         Ok(Gpu {
             driver,
+            decode,
             exact,
             current: Current {
                 memory,
@@ -210,7 +216,6 @@ impl<D: Driver> Gpu<D> {
                 staging: vec![0; words],
             },
             scratch: HashMap::new(),
-            recordings: HashMap::new(),
             heads: 1,
         })
     }
@@ -223,7 +228,7 @@ impl<D: Driver> Gpu<D> {
             return Ok(a.address);
         }
         // Recorded steps hold the old address.
-        self.recordings.clear();
+        self.forget_programs();
         if let Some(old) = self.scratch.remove(&which) {
             self.driver.wait()?;
             self.driver.free(old);
@@ -235,6 +240,8 @@ impl<D: Driver> Gpu<D> {
     }
 
     fn set_batch(&mut self, batch: &Batch) -> Result<()> {
+        self.decode.table.clear();
+        self.forget_choice();
         let current = &mut self.current;
         let Some(tables) = &current.tables else {
             return Err(Error::Request(
@@ -362,32 +369,11 @@ impl<D: Driver> Device for Gpu<D> {
         batch: &Batch,
         record: &mut dyn FnMut(&mut Self) -> Result<()>,
     ) -> Result<()> {
+        if batch.tokens.len() == 1 && !self.exact {
+            return self.decode_step(batch, record);
+        }
         self.set_batch(batch)?;
-        let key = StepKey {
-            rows: self.current.rows,
-            outputs: self.current.outputs,
-            splits: self.current.splits,
-        };
-        // Only steps of one row come again and again in the same shape.
-        if key.rows != 1 {
-            return record(self);
-        }
-        match self.recordings.get(&key) {
-            Some(Recording::Graph(graph)) => self.driver.replay(graph),
-            None => {
-                record(self)?;
-                self.recordings.insert(key, Recording::SeenOnce);
-                Ok(())
-            }
-            Some(Recording::SeenOnce) => match self.capture(record)? {
-                Some(graph) => {
-                    self.driver.replay(&graph)?;
-                    self.recordings.insert(key, Recording::Graph(graph));
-                    Ok(())
-                }
-                None => record(self),
-            },
-        }
+        record(self)
     }
 
     fn embed(&mut self, table: &Weight, scale: f32, out: &mut Buffer) -> Result<()> {
@@ -467,22 +453,6 @@ impl<D: Driver> Device for Gpu<D> {
             buffer.address + 4 * offset as u64,
             bytemuck::cast_slice_mut(out),
         )
-    }
-}
-
-impl<D: Driver> Gpu<D> {
-    /// Records a step; `None` where the driver cannot.
-    fn capture(
-        &mut self,
-        record: &mut dyn FnMut(&mut Self) -> Result<()>,
-    ) -> Result<Option<D::Graph>> {
-        if !self.driver.begin_capture()? {
-            return Ok(None);
-        }
-        let recorded = record(self);
-        let graph = self.driver.end_capture();
-        recorded?;
-        graph.map(Some)
     }
 }
 

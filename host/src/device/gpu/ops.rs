@@ -1,22 +1,22 @@
 //! The operations of [`Device`](crate::device::Device) as launches.
 //!
-//! Three ways of one product: `gemv` for a single row, with norm and epilogue fused; `gemm` on tensor
-//! cores for more; `linear_exact` in f32 with `--exact`. The latter two are steps of their own, with
-//! norm and epilogue as kernels beside them.
+//! Three ways of one product: an operation of the kernel `decode` for a single row, with norm and epilogue
+//! fused; `gemm` on tensor cores for more; `linear_exact` in f32 with `--exact`. The latter two are
+//! launches of their own, with norm and epilogue as kernels beside them.
 
 use super::{Address, Buffer, Cache, Driver, Gpu, Scratch, Weight};
 use crate::device::{Heads, Linear, Norm, Qkv, RopeLayout, SampleRow};
 use crate::error::{Error, Result};
 use crate::sampling::{MIN_TEMPERATURE, fraction};
 use kernels::attention::{self, AttendArgs};
+use kernels::decode::{self, Input, NO_OP, Op, kind};
 use kernels::exact::{self, LinearArgs};
 use kernels::gemm::{self, GemmArgs};
-use kernels::gemv::{self, GateUpArgs, GemvArgs, Input, QkvArgs};
 use kernels::rows::{
     CacheLayer, CastArgs, EmbedArgs, RmsNormArgs, RopeCacheArgs, Rotation, SiluMulArgs,
 };
 use kernels::sample::{self, ArgmaxArgs, DrawArgs};
-use kernels::types::GROUP;
+use kernels::types::{GROUP, NO_MATRIX};
 use std::ptr;
 
 const ELEMENTWISE: u32 = 256;
@@ -39,6 +39,11 @@ fn blocks(n: usize, per_block: u32) -> u32 {
     n.div_ceil(per_block as usize) as u32
 }
 
+/// A product's optional bias.
+fn bias_ptr<D: Driver>(linear: Linear<'_, Gpu<D>>) -> *const f32 {
+    linear.bias.map_or(ptr::null(), |b| b.ptr().cast_const())
+}
+
 /// Input rows of a product that is not fused.
 #[derive(Clone, Copy)]
 enum Rows {
@@ -47,11 +52,6 @@ enum Rows {
 }
 
 impl<D: Driver> Gpu<D> {
-    fn grid_of_warps(&self, tasks: usize) -> u32 {
-        // Blocks stay for several tasks rather than fetch and quantise the input row again.
-        blocks(tasks, gemv::THREADS / 32).min(self.driver.multiprocessors() * 4)
-    }
-
     fn cache_layer(&self, cache: &Cache, layer: usize) -> CacheLayer {
         let offset = (cache.shape.elements() / cache.shape.layers * layer) * cache.element_bytes;
         CacheLayer {
@@ -62,11 +62,7 @@ impl<D: Driver> Gpu<D> {
         }
     }
 
-    /// Whether the step goes through the fused products of one row.
-    fn fused(&self) -> bool {
-        self.current.rows == 1 && !self.exact
-    }
-
+    /// The input of an operation of `decode`; attention's parts where `x` stands for them.
     fn input(
         &self,
         x: *const f32,
@@ -74,16 +70,30 @@ impl<D: Driver> Gpu<D> {
         len: usize,
         float: bool,
     ) -> Input {
+        let parts = self.parts_of(x);
         Input {
-            x,
+            x: parts.map_or(x, |p| p.0),
             norm: norm.map_or(ptr::null(), |n| n.weight.ptr()),
             eps: norm.map_or(0.0, |n| n.eps),
             len: len as u32,
             keep_f32: u32::from(float),
+            splits: parts.map_or(0, |_| self.decode_splits()),
+            head_dim: parts.map_or(0, |p| p.1),
         }
     }
 
     pub(super) fn op_embed(&mut self, table: &Weight, scale: f32, out: &Buffer) -> Result<()> {
+        if self.fused() {
+            self.push(Op {
+                kind: kind::EMBED,
+                input: self.input(ptr::null(), None, table.cols, false),
+                matrices: [table.matrix, NO_MATRIX, NO_MATRIX],
+                scale,
+                out: out.ptr(),
+                ..NO_OP
+            });
+            return Ok(());
+        }
         let args = EmbedArgs {
             table: table.matrix,
             step: self.step_args(),
@@ -167,7 +177,7 @@ impl<D: Driver> Gpu<D> {
         add: bool,
     ) -> Result<()> {
         let matrix = linear.weight.matrix;
-        let bias = linear.bias.map_or(ptr::null(), |b| b.ptr().cast_const());
+        let bias = bias_ptr(linear);
         let add = u32::from(add);
         let n = matrix.rows as usize;
         match x {
@@ -239,21 +249,18 @@ impl<D: Driver> Gpu<D> {
         let pairs = (h.heads + 2 * h.kv_heads) * h.head_dim / 2;
         if self.fused() {
             let float = linears.iter().any(|l| !l.weight.quantised);
-            let args = QkvArgs {
+            self.push(Op {
+                kind: kind::QKV,
                 input: self.input(x.ptr(), Some(&op.norm), len, float),
                 matrices: linears.map(|l| l.weight.matrix),
-                biases: linears.map(|l| l.bias.map_or(ptr::null(), |b| b.ptr().cast_const())),
+                biases: linears.map(bias_ptr),
                 rotation,
                 cache,
-                step,
                 heads: h.heads as u32,
-                q: q.ptr(),
-            };
-            let shared = gemv::shared_bytes(len.next_multiple_of(GROUP), float);
-            let grid = (self.grid_of_warps(pairs), 1);
-            return self
-                .driver
-                .launch("gemv_qkv", grid, gemv::THREADS, shared, &args);
+                out: q.ptr(),
+                ..NO_OP
+            });
+            return Ok(());
         }
         let rows = self.current.rows;
         let kv_len = h.kv_heads * h.head_dim;
@@ -286,6 +293,23 @@ impl<D: Driver> Gpu<D> {
         heads: Heads,
         out: &Buffer,
     ) -> Result<()> {
+        if self.fused() {
+            let splits = self.decode_splits();
+            let values = heads.heads * splits as usize * (heads.head_dim + 4);
+            let parts = self.scratch(Scratch::Partial, values * 4)?;
+            self.push(Op {
+                kind: kind::ATTEND,
+                input: self.input(q.ptr(), None, heads.heads * heads.head_dim, false),
+                cache: self.cache_layer(cache, layer),
+                heads: heads.heads as u32,
+                splits,
+                scale: heads.scale,
+                out: parts as *mut f32,
+                ..NO_OP
+            });
+            self.set_parts(out, parts, heads.head_dim);
+            return Ok(());
+        }
         let splits = self.current.splits;
         let tasks = self.current.rows * heads.heads;
         let partial = if splits > 1 {
@@ -319,31 +343,29 @@ impl<D: Driver> Gpu<D> {
         Ok(())
     }
 
-    /// The fused product of one row.
-    fn gemv(
-        &mut self,
+    /// The product of one row.
+    fn product_op(
+        &self,
         linear: Linear<'_, Self>,
         x: *const f32,
         norm: Option<&Norm<'_, Self>>,
         out: *mut f32,
-        add: bool,
-    ) -> Result<()> {
-        let float = !linear.weight.quantised;
-        let len = linear.weight.cols;
-        let args = GemvArgs {
-            input: self.input(x, norm, len, float),
-            matrix: linear.weight.matrix,
-            bias: linear.bias.map_or(ptr::null(), |b| b.ptr().cast_const()),
+    ) -> Op {
+        let weight = linear.weight;
+        let rows = weight.matrix.rows as usize;
+        let warps = self.driver.multiprocessors() as usize * (decode::THREADS as usize / 32);
+        // A row's halves go to the lanes side by side where a warp would else take two long rows while
+        // others have none.
+        let split = weight.matrix.groups() > 32 && rows.div_ceil(2) * 2 <= warps;
+        Op {
+            kind: kind::PRODUCT,
+            split: u32::from(split),
+            input: self.input(x, norm, weight.cols, !weight.quantised),
+            matrices: [weight.matrix, NO_MATRIX, NO_MATRIX],
+            biases: [bias_ptr(linear), ptr::null(), ptr::null()],
             out,
-            add: u32::from(add),
-        };
-        let shared = gemv::shared_bytes(len.next_multiple_of(GROUP), float);
-        let grid = (
-            self.grid_of_warps((linear.weight.matrix.rows as usize).div_ceil(2)),
-            1,
-        );
-        self.driver
-            .launch("gemv", grid, gemv::THREADS, shared, &args)
+            ..NO_OP
+        }
     }
 
     pub(super) fn op_linear_add(
@@ -353,7 +375,9 @@ impl<D: Driver> Gpu<D> {
         x: &Buffer,
     ) -> Result<()> {
         if self.fused() {
-            return self.gemv(linear, input.ptr(), None, x.ptr(), true);
+            let op = self.product_op(linear, input.ptr(), None, x.ptr());
+            self.push(Op { add: 1, ..op });
+            return Ok(());
         }
         let rows = self.current.rows;
         let input = self.plain_rows(input.ptr(), linear.weight.cols, rows)?;
@@ -372,19 +396,15 @@ impl<D: Driver> Gpu<D> {
         let width = gate.weight.matrix.rows as usize;
         if self.fused() {
             let float = !gate.weight.quantised || !up.weight.quantised;
-            let args = GateUpArgs {
+            self.push(Op {
+                kind: kind::GATE_UP,
                 input: self.input(x.ptr(), Some(&norm), len, float),
-                gate: gate.weight.matrix,
-                up: up.weight.matrix,
-                gate_bias: gate.bias.map_or(ptr::null(), |b| b.ptr().cast_const()),
-                up_bias: up.bias.map_or(ptr::null(), |b| b.ptr().cast_const()),
+                matrices: [gate.weight.matrix, up.weight.matrix, NO_MATRIX],
+                biases: [bias_ptr(gate), bias_ptr(up), ptr::null()],
                 out: out.ptr(),
-            };
-            let shared = gemv::shared_bytes(len.next_multiple_of(GROUP), float);
-            let grid = (self.grid_of_warps(width), 1);
-            return self
-                .driver
-                .launch("gemv_gate_up", grid, gemv::THREADS, shared, &args);
+                ..NO_OP
+            });
+            return Ok(());
         }
         let rows = self.current.rows;
         let normed = self.norm_rows(x, &norm, len, rows, ptr::null(), !self.exact)?;
@@ -417,12 +437,17 @@ impl<D: Driver> Gpu<D> {
         let len = head.weight.cols;
         let outputs = self.current.outputs;
         if self.fused() {
-            return self.gemv(head, x.ptr(), Some(&norm), logits.ptr(), false);
+            let op = self.product_op(head, x.ptr(), Some(&norm), logits.ptr());
+            self.push(Op { choose: 1, ..op });
+            return Ok(());
         }
         let gather = self.step_args().outputs;
         let f16 = !self.exact && outputs > 1;
         match self.norm_rows(x, &norm, len, outputs, gather, f16)? {
-            Rows::F32(x) if !self.exact => self.gemv(head, x, None, logits.ptr(), false),
+            Rows::F32(x) if !self.exact => {
+                let op = self.product_op(head, x, None, logits.ptr());
+                self.run_single(Op { choose: 1, ..op })
+            }
             rows => self.product(head, rows, outputs, logits.ptr(), false),
         }
     }
@@ -439,11 +464,17 @@ impl<D: Driver> Gpu<D> {
                 rows.len()
             )));
         }
-        let out = self.scratch(Scratch::Ids, rows.len().max(1) * 4)?;
         let plain = |row: &SampleRow<'_>| {
             row.params.temperature < MIN_TEMPERATURE
                 && (row.params.repetition_penalty == 1.0 || row.seen.is_empty())
         };
+        if let [row] = rows
+            && plain(row)
+            && let Some(id) = self.chosen()?
+        {
+            return self.within(vocabulary, vec![id]);
+        }
+        let out = self.scratch(Scratch::Ids, rows.len().max(1) * 4)?;
         if rows.iter().any(plain) {
             self.argmax(logits, vocabulary, rows.len(), out)?;
         }
@@ -455,6 +486,11 @@ impl<D: Driver> Gpu<D> {
         }
         let mut ids = vec![0u32; rows.len()];
         self.driver.read(out, bytemuck::cast_slice_mut(&mut ids))?;
+        self.within(vocabulary, ids)
+    }
+
+    /// `ids`, all of them within the vocabulary.
+    fn within(&self, vocabulary: usize, ids: Vec<u32>) -> Result<Vec<u32>> {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
             return Err(Error::Device {
                 device: self.driver.info().name.clone(),

@@ -2,10 +2,13 @@
 
 use super::{Driver, Weight};
 use crate::error::{Error, Result};
-use kernels::types::{GROUP, LAYOUTS, Matrix, NO_MATRIX, RepackArgs};
+use kernels::types::{GROUP, LAYOUTS, RepackArgs};
 
 /// Threads per block of the repacking kernel.
 const THREADS: u32 = 128;
+
+/// Alignment of a plane.
+const ALIGNMENT: usize = 256;
 
 /// Streams a tensor to the device and repacks it there; copies may still run when this returns.
 pub(super) fn load<D: Driver>(driver: &mut D, tensor: gguf::Tensor<'_>) -> Result<Weight> {
@@ -24,32 +27,18 @@ pub(super) fn load<D: Driver>(driver: &mut D, tensor: gguf::Tensor<'_>) -> Resul
     let blocks_per_row = cols / unit;
     let blocks = rows * blocks_per_row;
 
-    let offsets: Vec<usize> = layout
-        .planes
-        .iter()
-        .scan(0, |at, bytes| {
-            let offset = *at;
-            *at += (bytes * blocks).next_multiple_of(256);
-            Some(offset)
-        })
-        .collect();
     let total: usize = layout
         .planes
         .iter()
-        .map(|b| (b * blocks).next_multiple_of(256))
+        .map(|b| (b * blocks).next_multiple_of(ALIGNMENT))
         .sum();
     let memory = driver.alloc(total)?;
-    let mut matrix = Matrix {
-        rows: rows as u32,
-        cols: cols as u32,
-        ty,
-        ..NO_MATRIX
-    };
-    for (plane, (offset, bytes)) in offsets.iter().zip(layout.planes).enumerate() {
-        if bytes > 0 {
-            matrix.planes[plane] = (memory.address + *offset as u64) as *const u8;
-        }
-    }
+    let mut at = memory.address;
+    let matrix = layout.matrix(rows, cols, |_, bytes| {
+        let plane = at as *const u8;
+        at += bytes.next_multiple_of(ALIGNMENT) as u64;
+        plane
+    });
 
     let row_bytes = tensor.row_bytes() as usize;
     let rows_per_slice = (D::STAGE_BYTES / row_bytes).max(1);

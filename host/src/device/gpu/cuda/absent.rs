@@ -1,7 +1,7 @@
 //! What stands for CUDA in a build without the feature `cuda`: a device that cannot be opened.
 
 use crate::device::DeviceInfo;
-use crate::device::gpu::{Address, Allocation, Driver};
+use crate::device::gpu::{Address, Allocation, Driver, Mapped};
 use crate::error::{Error, Result};
 
 /// No value of it exists.
@@ -19,7 +19,6 @@ impl Cuda {
 }
 
 impl Driver for Cuda {
-    type Graph = ();
     const STAGE_BYTES: usize = 1;
 
     fn info(&self) -> &DeviceInfo {
@@ -63,13 +62,20 @@ impl Driver for Cuda {
     fn wait(&mut self) -> Result<()> {
         match *self {}
     }
-    fn begin_capture(&mut self) -> Result<bool> {
+    fn launch_cooperative<A: Copy>(
+        &mut self,
+        _: &'static str,
+        _: u32,
+        _: u32,
+        _: usize,
+        _: &A,
+    ) -> Result<()> {
         match *self {}
     }
-    fn end_capture(&mut self) -> Result<()> {
+    fn idle(&mut self) -> Result<bool> {
         match *self {}
     }
-    fn replay(&mut self, _: &()) -> Result<()> {
+    fn alloc_mapped(&mut self, _: usize) -> Result<Mapped> {
         match *self {}
     }
 }

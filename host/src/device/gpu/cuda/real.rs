@@ -1,7 +1,7 @@
 //! A CUDA device: context, stream, module, pinned ring.
 
 use super::driver;
-use crate::device::gpu::{Address, Allocation, Driver};
+use crate::device::gpu::{Address, Allocation, Driver, Mapped};
 use crate::device::{DeviceInfo, ptx};
 use crate::error::{Error, Result};
 use cust::context::{Context, CurrentContext};
@@ -69,6 +69,7 @@ pub struct Cuda {
     stream: Stream,
     functions: HashMap<&'static str, Function>,
     allocations: HashSet<Address>,
+    mapped: Vec<*mut u8>,
     slots: Vec<Slot>,
     next_slot: usize,
     // Last, so that all above is dropped while the context lives.
@@ -79,18 +80,6 @@ pub struct Cuda {
 // The raw pointers are handles of the driver, good on any thread that has the context current, which
 // every method sees to.
 unsafe impl Send for Cuda {}
-
-/// An instantiated graph.
-pub struct Graph(sys::CUgraphExec);
-
-unsafe impl Send for Graph {}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        // A failure to free leaves nothing to be done.
-        let _ = unsafe { sys::cuGraphExecDestroy(self.0) };
-    }
-}
 
 impl Cuda {
     /// Opens device `index`.
@@ -173,6 +162,7 @@ impl Cuda {
             stream,
             functions: HashMap::new(),
             allocations: HashSet::new(),
+            mapped: Vec::new(),
             slots: Vec::new(),
             next_slot: 0,
             module,
@@ -275,6 +265,9 @@ impl Drop for Cuda {
             return;
         }
         self.drop_slots();
+        for host in std::mem::take(&mut self.mapped) {
+            let _ = unsafe { sys::cuMemFreeHost(host.cast()) };
+        }
         for address in std::mem::take(&mut self.allocations) {
             let _ = unsafe { sys::cuMemFree_v2(address) };
         }
@@ -306,7 +299,6 @@ fn copy_parallel(from: &[u8], to: *mut u8) {
 }
 
 impl Driver for Cuda {
-    type Graph = Graph;
     const STAGE_BYTES: usize = STAGE_BYTES;
 
     fn info(&self) -> &DeviceInfo {
@@ -439,30 +431,57 @@ impl Driver for Cuda {
             .map_err(|e| self.fail("running the kernels", e))
     }
 
-    fn begin_capture(&mut self) -> Result<bool> {
+    fn launch_cooperative<A: Copy>(
+        &mut self,
+        kernel: &'static str,
+        grid: u32,
+        block: u32,
+        shared: usize,
+        args: &A,
+    ) -> Result<()> {
         self.enter()?;
-        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
-        check(unsafe { sys::cuStreamBeginCapture_v2(self.raw_stream(), mode) })
-            .map_err(|e| self.fail("recording a step", e))?;
+        let function = self.function(kernel, shared)?;
+        let mut parameters = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        // As in `launch`.
+        check(unsafe {
+            sys::cuLaunchCooperativeKernel(
+                function,
+                grid,
+                1,
+                1,
+                block,
+                1,
+                1,
+                shared as u32,
+                self.raw_stream(),
+                parameters.as_mut_ptr(),
+            )
+        })
+        .map_err(|e| self.fail(&format!("launching {kernel}"), e))
+    }
+
+    fn idle(&mut self) -> Result<bool> {
+        self.enter()?;
+        let result = unsafe { sys::cuStreamQuery(self.raw_stream()) };
+        if result == sys::cudaError_enum::CUDA_ERROR_NOT_READY {
+            return Ok(false);
+        }
+        check(result).map_err(|e| self.fail("running the kernels", e))?;
         Ok(true)
     }
 
-    fn end_capture(&mut self) -> Result<Graph> {
-        let mut graph = ptr::null_mut();
-        let mut instance = ptr::null_mut();
-        unsafe {
-            check(sys::cuStreamEndCapture(self.raw_stream(), &mut graph))
-                .map_err(|e| self.fail("recording a step", e))?;
-            let made = check(sys::cuGraphInstantiateWithFlags(&mut instance, graph, 0));
-            let _ = sys::cuGraphDestroy(graph);
-            made.map_err(|e| self.fail("instantiating a step", e))?;
-        }
-        Ok(Graph(instance))
-    }
-
-    fn replay(&mut self, graph: &Graph) -> Result<()> {
+    fn alloc_mapped(&mut self, bytes: usize) -> Result<Mapped> {
         self.enter()?;
-        check(unsafe { sys::cuGraphLaunch(graph.0, self.raw_stream()) })
-            .map_err(|e| self.fail("repeating a step", e))
+        let mut host = ptr::null_mut();
+        check(unsafe { sys::cuMemHostAlloc(&mut host, bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) })
+            .map_err(|e| self.fail("allocating mapped memory", e))?;
+        self.mapped.push(host.cast());
+        // `host` has room for `bytes`. With unified addressing, which every device with enough compute
+        // capability has, it is the device's address too.
+        unsafe { ptr::write_bytes(host.cast::<u8>(), 0, bytes) };
+        Ok(Mapped {
+            host: host.cast(),
+            address: host as Address,
+        })
     }
 }

@@ -172,17 +172,13 @@ impl<D: Driver> Bench<'_, D> {
         let padded = cols.next_multiple_of(GROUP);
         let blocks_per_row = padded / layout.block.max(GROUP);
         let blocks = rows * blocks_per_row;
-        let mut matrix = Matrix {
-            rows: rows as u32,
-            cols: padded as u32,
-            ty: layout.ty,
-            ..kernels::types::NO_MATRIX
-        };
-        for (plane, bytes) in layout.planes.iter().enumerate() {
-            if *bytes > 0 {
-                matrix.planes[plane] = self.alloc(bytes * blocks)?.ptr::<u8>();
+        let mut planes = [std::ptr::null(); 4];
+        for (plane, bytes) in planes.iter_mut().zip(layout.planes) {
+            if bytes > 0 {
+                *plane = self.alloc(bytes * blocks)?.ptr::<u8>().cast_const();
             }
         }
+        let matrix = layout.matrix(rows, padded, |i, _| planes[i]);
         let row_bytes = file.len() / rows;
         let half = rows / 2;
         for (first, last) in [(0, half), (half, rows)] {

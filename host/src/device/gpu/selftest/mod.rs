@@ -6,6 +6,7 @@
 mod attention;
 mod bench;
 mod choice;
+mod decode;
 mod products;
 mod rows;
 
@@ -41,6 +42,7 @@ pub fn run<D: Driver>(driver: D, seed: u64, each: &mut dyn FnMut(Outcome)) -> Re
         each,
     };
     products::run(&mut bench)?;
+    decode::run(&mut bench)?;
     rows::run(&mut bench)?;
     attention::run(&mut bench)?;
     choice::run(&mut bench)

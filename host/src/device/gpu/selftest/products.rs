@@ -1,22 +1,18 @@
-//! Products: repacking, `linear_exact`, `gemv` and its kin, `gemm`.
+//! Products: repacking, `linear_exact`, `gemm`.
 
 use super::Driver;
 use super::bench::{Bench, TestMatrix, layout, nmse, types};
-use super::rows::{Paging, rms_norm, rotate, rotation_table, silu};
+use super::decode;
+use super::rows::Paging;
 use crate::error::Result;
-use gguf::GgmlType;
 use half::f16;
 use kernels::exact::{self, LinearArgs};
 use kernels::gemm::{self, GemmArgs};
-use kernels::gemv::{self, GateUpArgs, GemvArgs, Input, QkvArgs};
-use kernels::rows::{EmbedArgs, Rotation};
+use kernels::rows::EmbedArgs;
 use kernels::types::GROUP;
-use std::ptr;
 
 /// f32 arithmetic against f64.
-const F32_LIMIT: f64 = 1e-10;
-/// 8-bit activations against the same 8-bit activations: a value on the edge may round the other way.
-const Q8_LIMIT: f64 = 1e-6;
+pub const F32_LIMIT: f64 = 1e-10;
 /// f16 weights and activations against f16 activations.
 const F16_LIMIT: f64 = 1e-6;
 
@@ -36,9 +32,7 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             for n in [1, 9] {
                 linear_exact(b, &m, n)?;
             }
-            for (norm, bias, add) in [(false, false, false), (true, true, true)] {
-                gemv(b, &m, norm, bias, add)?;
-            }
+            decode::product(b, &m)?;
         }
         for (rows, cols) in [(5, block), (130, 2 * block + if quantised { 0 } else { 9 })] {
             let m = b.matrix(ty, rows, cols)?;
@@ -47,53 +41,10 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             }
         }
     }
-    for (gate, up) in [
-        (GgmlType::Q4_K, GgmlType::Q4_K),
-        (GgmlType::Q5_0, GgmlType::Q8_0),
-        (GgmlType::F16, GgmlType::Q6_K),
-    ] {
-        gate_up(b, gate, up)?;
-    }
-    for (types, heads, kv_heads, head_dim, dims, halves) in [
-        (
-            [GgmlType::Q4_K, GgmlType::Q4_K, GgmlType::Q6_K],
-            4,
-            2,
-            32,
-            32,
-            true,
-        ),
-        (
-            [GgmlType::Q5_0, GgmlType::Q5_0, GgmlType::Q8_0],
-            7,
-            1,
-            64,
-            64,
-            false,
-        ),
-        (
-            [GgmlType::F16, GgmlType::F32, GgmlType::BF16],
-            3,
-            3,
-            16,
-            8,
-            true,
-        ),
-        (
-            [GgmlType::Q4_1, GgmlType::Q4_1, GgmlType::Q4_1],
-            2,
-            1,
-            24,
-            16,
-            false,
-        ),
-    ] {
-        qkv(b, types, heads, kv_heads, head_dim, dims, halves)?;
-    }
     Ok(())
 }
 
-fn name(m: &TestMatrix, rest: impl std::fmt::Display) -> String {
+pub fn name(m: &TestMatrix, rest: impl std::fmt::Display) -> String {
     format!("{} {}×{} {rest}", m.ty, m.rows, m.cols)
 }
 
@@ -166,81 +117,6 @@ fn linear_exact<D: Driver>(b: &mut Bench<'_, D>, m: &TestMatrix, n: usize) -> Re
     Ok(())
 }
 
-/// What an 8-bit activation row stands for.
-fn quantise(x: &[f32]) -> Vec<f32> {
-    x.chunks(GROUP)
-        .flat_map(|group| {
-            let peak = group.iter().fold(0.0f32, |p, v| p.max(v.abs()));
-            let inverse = if peak > 0.0 { 127.0 / peak } else { 0.0 };
-            let d = peak / 127.0;
-            group
-                .iter()
-                .map(move |v| (v * inverse).round_ties_even() * d)
-                .collect::<Vec<_>>()
-        })
-        .collect()
-}
-
-/// The row that `m` is multiplied with: float types take it as it is.
-fn seen_by(m: &TestMatrix, x: &[f32]) -> Vec<f32> {
-    if layout(m.ty).quantised {
-        quantise(x)
-    } else {
-        x.to_vec()
-    }
-}
-
-fn gemv<D: Driver>(
-    b: &mut Bench<'_, D>,
-    m: &TestMatrix,
-    norm: bool,
-    bias: bool,
-    add: bool,
-) -> Result<()> {
-    let x = b.random.values(m.cols);
-    let weight = b.random.values(m.cols);
-    let bias_values = b.random.values(m.rows);
-    let before = b.random.values(m.rows);
-    let (x_on, weight_on, bias_on) = (b.upload(&x)?, b.upload(&weight)?, b.upload(&bias_values)?);
-    let out = if add {
-        b.upload(&before)?
-    } else {
-        b.alloc(4 * m.rows)?
-    };
-    let float = !layout(m.ty).quantised;
-    let args = GemvArgs {
-        input: Input {
-            x: x_on.ptr(),
-            norm: if norm { weight_on.ptr() } else { ptr::null() },
-            eps: 1e-5,
-            len: m.cols as u32,
-            keep_f32: u32::from(float),
-        },
-        matrix: m.matrix,
-        bias: if bias { bias_on.ptr() } else { ptr::null() },
-        out: out.ptr(),
-        add: u32::from(add),
-    };
-    let shared = gemv::shared_bytes(m.matrix.cols as usize, float);
-    b.driver
-        .launch("gemv", (2, 1), gemv::THREADS, shared, &args)?;
-    let found = b.take::<f32>("gemv", out)?;
-    let x = if norm { rms_norm(&x, &weight, 1e-5) } else { x };
-    let expected: Vec<f64> = m
-        .times(&seen_by(m, &x))
-        .iter()
-        .enumerate()
-        .map(|(i, y)| {
-            y + if bias { f64::from(bias_values[i]) } else { 0.0 }
-                + if add { f64::from(before[i]) } else { 0.0 }
-        })
-        .collect();
-    let limit = if float { F32_LIMIT } else { Q8_LIMIT };
-    let case = name(m, if norm { "norm, bias, add" } else { "" });
-    b.report("gemv", case, nmse(&found, &expected), limit);
-    Ok(())
-}
-
 fn gemm<D: Driver>(
     b: &mut Bench<'_, D>,
     m: &TestMatrix,
@@ -297,120 +173,5 @@ fn gemm<D: Driver>(
         nmse(&found, &expected),
         F16_LIMIT,
     );
-    Ok(())
-}
-
-fn gate_up<D: Driver>(b: &mut Bench<'_, D>, gate: GgmlType, up: GgmlType) -> Result<()> {
-    let (rows, cols) = (37, 512);
-    let (gate, up) = (b.matrix(gate, rows, cols)?, b.matrix(up, rows, cols)?);
-    let (x, weight) = (b.random.values(cols), b.random.values(cols));
-    let (gate_bias, up_bias) = (b.random.values(rows), b.random.values(rows));
-    let (x_on, weight_on) = (b.upload(&x)?, b.upload(&weight)?);
-    let (gate_bias_on, up_bias_on) = (b.upload(&gate_bias)?, b.upload(&up_bias)?);
-    let out = b.alloc(4 * rows)?;
-    let args = GateUpArgs {
-        input: Input {
-            x: x_on.ptr(),
-            norm: weight_on.ptr(),
-            eps: 1e-6,
-            len: cols as u32,
-            keep_f32: 1,
-        },
-        gate: gate.matrix,
-        up: up.matrix,
-        gate_bias: gate_bias_on.ptr(),
-        up_bias: up_bias_on.ptr(),
-        out: out.ptr(),
-    };
-    let shared = gemv::shared_bytes(cols, true);
-    b.driver
-        .launch("gemv_gate_up", (2, 1), gemv::THREADS, shared, &args)?;
-    let found = b.take::<f32>("gemv_gate_up", out)?;
-    let normed = rms_norm(&x, &weight, 1e-6);
-    let g = gate.times(&seen_by(&gate, &normed));
-    let u = up.times(&seen_by(&up, &normed));
-    let expected: Vec<f64> = (0..rows)
-        .map(|i| silu(g[i] + f64::from(gate_bias[i])) * (u[i] + f64::from(up_bias[i])))
-        .collect();
-    let case = format!("{} and {} {rows}×{cols}", gate.ty, up.ty);
-    b.report("gemv_gate_up", case, nmse(&found, &expected), Q8_LIMIT);
-    Ok(())
-}
-
-fn qkv<D: Driver>(
-    b: &mut Bench<'_, D>,
-    types: [GgmlType; 3],
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    dims: usize,
-    halves: bool,
-) -> Result<()> {
-    let cols = 256;
-    let position = 41;
-    let sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim];
-    let mut matrices = Vec::new();
-    let mut biases = Vec::new();
-    for (ty, rows) in types.into_iter().zip(sizes) {
-        matrices.push(b.matrix(ty, rows, cols)?);
-        biases.push(b.random.values(rows));
-    }
-    let (x, weight) = (b.random.values(cols), b.random.values(cols));
-    let (x_on, weight_on) = (b.upload(&x)?, b.upload(&weight)?);
-    let biases_on = [
-        b.upload(&biases[0])?,
-        b.upload(&biases[1])?,
-        b.upload(&biases[2])?,
-    ];
-    let table = rotation_table(position + 1, dims);
-    let table_on = b.upload(&table)?;
-    let paging = Paging::new(b, &[(position, 1)], kv_heads * head_dim * 2, &[0])?;
-    let out = b.alloc(4 * sizes[0])?;
-    let args = QkvArgs {
-        input: Input {
-            x: x_on.ptr(),
-            norm: weight_on.ptr(),
-            eps: 1e-6,
-            len: cols as u32,
-            keep_f32: 1,
-        },
-        matrices: [matrices[0].matrix, matrices[1].matrix, matrices[2].matrix],
-        biases: [biases_on[0].ptr(), biases_on[1].ptr(), biases_on[2].ptr()],
-        rotation: Rotation {
-            table: table_on.ptr(),
-            dims: dims as u32,
-            halves: u32::from(halves),
-        },
-        cache: paging.layer(kv_heads, head_dim),
-        step: paging.step,
-        heads: heads as u32,
-        q: out.ptr(),
-    };
-    let shared = gemv::shared_bytes(cols, true);
-    b.driver
-        .launch("gemv_qkv", (2, 1), gemv::THREADS, shared, &args)?;
-    let mut found = b.take::<f32>("gemv_qkv", out)?;
-    let normed = rms_norm(&x, &weight, 1e-6);
-    let mut expected = Vec::new();
-    for (i, m) in matrices.iter().enumerate() {
-        let mut y = m.times(&seen_by(m, &normed));
-        for (y, bias) in y.iter_mut().zip(&biases[i]) {
-            *y += f64::from(*bias);
-        }
-        if i < 2 {
-            for head in y.chunks_mut(head_dim) {
-                rotate(head, &table, position, dims, halves);
-            }
-        }
-        expected.extend(y);
-    }
-    for value in [false, true] {
-        for head in 0..kv_heads {
-            found.extend(paging.read::<f16, D>(b, kv_heads, head_dim, value, head, 0, position)?);
-        }
-    }
-    let case = format!("{heads} heads, {kv_heads} kv, {head_dim} wide, {dims} rotate");
-    // Keys and values are rounded to f16.
-    b.report("gemv_qkv", case, nmse(&found, &expected), Q8_LIMIT);
     Ok(())
 }

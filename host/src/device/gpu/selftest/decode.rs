@@ -1,0 +1,477 @@
+//! The kernel `decode`: each kind of operation, alone and after one another.
+
+use super::Driver;
+use super::bench::{Bench, Guarded, TestMatrix, layout, nmse};
+use super::products::{F32_LIMIT, name};
+use super::rows::{Paging, rms_norm, rotate, rotation_table, silu};
+use crate::error::Result;
+use gguf::GgmlType;
+use half::f16;
+use kernels::decode::{self, Choice, DecodeArgs, Input, NO_OP, Op, kind};
+use kernels::rows::Rotation;
+use kernels::types::{GROUP, NO_MATRIX};
+use std::ptr;
+
+/// 8-bit activations against the same 8-bit activations: a value on the edge may round the other way.
+const Q8_LIMIT: f64 = 1e-6;
+
+/// Blocks of a launch.
+const BLOCKS: u32 = 2;
+
+pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
+    for (gate, up) in [
+        (GgmlType::Q4_K, GgmlType::Q4_K),
+        (GgmlType::Q5_0, GgmlType::Q8_0),
+        (GgmlType::F16, GgmlType::Q6_K),
+    ] {
+        gate_up(b, gate, up)?;
+    }
+    for (types, heads, kv_heads, head_dim, dims, halves) in [
+        (
+            [GgmlType::Q4_K, GgmlType::Q4_K, GgmlType::Q6_K],
+            4,
+            2,
+            32,
+            32,
+            true,
+        ),
+        (
+            [GgmlType::Q5_0, GgmlType::Q5_0, GgmlType::Q8_0],
+            7,
+            1,
+            64,
+            64,
+            false,
+        ),
+        (
+            [GgmlType::F16, GgmlType::F32, GgmlType::BF16],
+            3,
+            3,
+            16,
+            8,
+            true,
+        ),
+        (
+            [GgmlType::Q4_1, GgmlType::Q4_1, GgmlType::Q4_1],
+            2,
+            1,
+            24,
+            16,
+            false,
+        ),
+    ] {
+        qkv(b, types, heads, kv_heads, head_dim, dims, halves)?;
+    }
+    // One token to several splits, on every team size; the last is a split without tokens.
+    for (heads, kv_heads, head_dim, past, splits) in [
+        (2, 1, 8, 0, 1),
+        (7, 1, 64, 70, 1),
+        (14, 2, 64, 300, 9),
+        (4, 4, 40, 130, 3),
+        (6, 2, 128, 1100, 16),
+        (1, 1, 256, 33, 2),
+        (3, 1, 64, 1, 4),
+    ] {
+        attend(b, heads, kv_heads, head_dim, past, splits)?;
+    }
+    for vocabulary in [1, 33, 3000] {
+        choice(b, vocabulary)?;
+    }
+    Ok(())
+}
+
+/// Runs `ops`; what they choose, if they do.
+fn launch<D: Driver>(
+    b: &mut Bench<'_, D>,
+    ops: &[Op],
+    token: u32,
+    position: usize,
+    table: *const u32,
+) -> Result<Option<u32>> {
+    let bytes: Vec<u8> = ops
+        .iter()
+        .flat_map(|op| {
+            // An `Op` is plain data.
+            let bytes = unsafe {
+                std::slice::from_raw_parts(ptr::from_ref(op).cast::<u8>(), size_of::<Op>())
+            };
+            bytes.to_vec()
+        })
+        .collect();
+    let ops_on = b.upload(&bytes)?;
+    let barrier = b.upload(&[0u32])?;
+    let choice = b.upload(&[0u64; size_of::<Choice>() / 8])?;
+    let chosen = b.upload(&[0u64])?;
+    let products = ops
+        .iter()
+        .filter(|op| !matches!(op.kind, kind::EMBED | kind::ATTEND));
+    let (mut row, mut norm_len) = (0, 0);
+    for op in products {
+        let cols = (op.input.len as usize).next_multiple_of(GROUP);
+        row = row.max(decode::row_bytes(cols, op.input.keep_f32 != 0));
+        norm_len = norm_len.max(op.input.len);
+    }
+    const SEQUENCE: u32 = 77;
+    let args = DecodeArgs {
+        ops: ops_on.ptr(),
+        count: ops.len() as u32,
+        token,
+        position: position as u32,
+        sequence: SEQUENCE,
+        table,
+        barrier: barrier.ptr(),
+        choice: choice.ptr(),
+        chosen: chosen.ptr(),
+        norm_len,
+    };
+    let shared = decode::shared_bytes(norm_len as usize, row);
+    b.driver
+        .launch_cooperative("decode", BLOCKS, decode::THREADS, shared, &args)?;
+    b.take::<u8>("decode", ops_on)?;
+    b.take::<u32>("decode", barrier)?;
+    let state = b.take::<u64>("decode", choice)?;
+    let chosen = b.take::<u64>("decode", chosen)?;
+    // Whatever was chosen, the next launch finds zeros.
+    if state.iter().any(|v| *v != 0) {
+        return Ok(Some(u32::MAX));
+    }
+    Ok(chosen
+        .first()
+        .filter(|v| (**v >> 32) as u32 == SEQUENCE)
+        .map(|v| *v as u32))
+}
+
+/// What an 8-bit activation row stands for.
+fn quantise(x: &[f32]) -> Vec<f32> {
+    x.chunks(GROUP)
+        .flat_map(|group| {
+            let peak = group.iter().fold(0.0f32, |p, v| p.max(v.abs()));
+            let inverse = if peak > 0.0 { 127.0 / peak } else { 0.0 };
+            let d = peak / 127.0;
+            group
+                .iter()
+                .map(move |v| (v * inverse).round_ties_even() * d)
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+/// The row that `m` is multiplied with: float types take it as it is.
+fn seen_by(m: &TestMatrix, x: &[f32]) -> Vec<f32> {
+    if layout(m.ty).quantised {
+        quantise(x)
+    } else {
+        x.to_vec()
+    }
+}
+
+fn input(x: &Guarded, norm: Option<&Guarded>, eps: f32, len: usize, float: bool) -> Input {
+    Input {
+        x: x.ptr(),
+        norm: norm.map_or(ptr::null(), |n| n.ptr()),
+        eps,
+        len: len as u32,
+        keep_f32: u32::from(float),
+        splits: 0,
+        head_dim: 0,
+    }
+}
+
+/// `out = W x`, then `out += W norm(x) + b`; whole rows and halves of rows.
+pub fn product<D: Driver>(b: &mut Bench<'_, D>, m: &TestMatrix) -> Result<()> {
+    let float = !layout(m.ty).quantised;
+    for (norm, add, split) in [(false, false, 0), (true, true, 0), (true, false, 1)] {
+        let x = b.random.values(m.cols);
+        let weight = b.random.values(m.cols);
+        let bias = b.random.values(m.rows);
+        let before = b.random.values(m.rows);
+        let (x_on, weight_on, bias_on) = (b.upload(&x)?, b.upload(&weight)?, b.upload(&bias)?);
+        let out = if add {
+            b.upload(&before)?
+        } else {
+            b.alloc(4 * m.rows)?
+        };
+        let op = Op {
+            kind: kind::PRODUCT,
+            add: u32::from(add),
+            split,
+            input: input(&x_on, norm.then_some(&weight_on), 1e-5, m.cols, float),
+            matrices: [m.matrix, NO_MATRIX, NO_MATRIX],
+            biases: [
+                if add { bias_on.ptr() } else { ptr::null() },
+                ptr::null(),
+                ptr::null(),
+            ],
+            out: out.ptr(),
+            ..NO_OP
+        };
+        launch(b, &[op], 0, 0, ptr::null())?;
+        let found = b.take::<f32>("decode", out)?;
+        let x = if norm { rms_norm(&x, &weight, 1e-5) } else { x };
+        let expected: Vec<f64> = m
+            .times(&seen_by(m, &x))
+            .iter()
+            .enumerate()
+            .map(|(i, y)| {
+                y + if add {
+                    f64::from(bias[i]) + f64::from(before[i])
+                } else {
+                    0.0
+                }
+            })
+            .collect();
+        let limit = if float { F32_LIMIT } else { Q8_LIMIT };
+        let case = name(
+            m,
+            match (norm, add) {
+                (false, _) => "",
+                (true, true) => "norm, bias, add",
+                (true, false) => "norm, halves",
+            },
+        );
+        b.report("decode", case, nmse(&found, &expected), limit);
+    }
+    Ok(())
+}
+
+fn gate_up<D: Driver>(b: &mut Bench<'_, D>, gate: GgmlType, up: GgmlType) -> Result<()> {
+    let (rows, cols) = (37, 512);
+    let (gate, up) = (b.matrix(gate, rows, cols)?, b.matrix(up, rows, cols)?);
+    let (x, weight) = (b.random.values(cols), b.random.values(cols));
+    let (gate_bias, up_bias) = (b.random.values(rows), b.random.values(rows));
+    let (x_on, weight_on) = (b.upload(&x)?, b.upload(&weight)?);
+    let (gate_bias_on, up_bias_on) = (b.upload(&gate_bias)?, b.upload(&up_bias)?);
+    let out = b.alloc(4 * rows)?;
+    let op = Op {
+        kind: kind::GATE_UP,
+        input: input(&x_on, Some(&weight_on), 1e-6, cols, true),
+        matrices: [gate.matrix, up.matrix, NO_MATRIX],
+        biases: [gate_bias_on.ptr(), up_bias_on.ptr(), ptr::null()],
+        out: out.ptr(),
+        ..NO_OP
+    };
+    launch(b, &[op], 0, 0, ptr::null())?;
+    let found = b.take::<f32>("decode", out)?;
+    let normed = rms_norm(&x, &weight, 1e-6);
+    let g = gate.times(&seen_by(&gate, &normed));
+    let u = up.times(&seen_by(&up, &normed));
+    let expected: Vec<f64> = (0..rows)
+        .map(|i| silu(g[i] + f64::from(gate_bias[i])) * (u[i] + f64::from(up_bias[i])))
+        .collect();
+    let case = format!("gate and up {} and {} {rows}×{cols}", gate.ty, up.ty);
+    b.report("decode", case, nmse(&found, &expected), Q8_LIMIT);
+    Ok(())
+}
+
+fn qkv<D: Driver>(
+    b: &mut Bench<'_, D>,
+    types: [GgmlType; 3],
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    dims: usize,
+    halves: bool,
+) -> Result<()> {
+    let cols = 256;
+    let position = 41;
+    let sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim];
+    let mut matrices = Vec::new();
+    let mut biases = Vec::new();
+    for (ty, rows) in types.into_iter().zip(sizes) {
+        matrices.push(b.matrix(ty, rows, cols)?);
+        biases.push(b.random.values(rows));
+    }
+    let (x, weight) = (b.random.values(cols), b.random.values(cols));
+    let (x_on, weight_on) = (b.upload(&x)?, b.upload(&weight)?);
+    let biases_on = [
+        b.upload(&biases[0])?,
+        b.upload(&biases[1])?,
+        b.upload(&biases[2])?,
+    ];
+    let table = rotation_table(position + 1, dims);
+    let table_on = b.upload(&table)?;
+    let paging = Paging::new(b, &[(position, 1)], kv_heads * head_dim * 2, &[0])?;
+    let out = b.alloc(4 * sizes[0])?;
+    let op = Op {
+        kind: kind::QKV,
+        input: input(&x_on, Some(&weight_on), 1e-6, cols, true),
+        matrices: [matrices[0].matrix, matrices[1].matrix, matrices[2].matrix],
+        biases: [biases_on[0].ptr(), biases_on[1].ptr(), biases_on[2].ptr()],
+        rotation: Rotation {
+            table: table_on.ptr(),
+            dims: dims as u32,
+            halves: u32::from(halves),
+        },
+        cache: paging.layer(kv_heads, head_dim),
+        heads: heads as u32,
+        out: out.ptr(),
+        ..NO_OP
+    };
+    launch(b, &[op], 0, position, paging.step.tables)?;
+    let mut found = b.take::<f32>("decode", out)?;
+    let normed = rms_norm(&x, &weight, 1e-6);
+    let mut expected = Vec::new();
+    for (i, m) in matrices.iter().enumerate() {
+        let mut y = m.times(&seen_by(m, &normed));
+        for (y, bias) in y.iter_mut().zip(&biases[i]) {
+            *y += f64::from(*bias);
+        }
+        if i < 2 {
+            for head in y.chunks_mut(head_dim) {
+                rotate(head, &table, position, dims, halves);
+            }
+        }
+        expected.extend(y);
+    }
+    for value in [false, true] {
+        for head in 0..kv_heads {
+            found.extend(paging.read::<f16, D>(b, kv_heads, head_dim, value, head, 0, position)?);
+        }
+    }
+    let case = format!("qkv, {heads} heads, {kv_heads} kv, {head_dim} wide, {dims} rotate");
+    // Keys and values are rounded to f16.
+    b.report("decode", case, nmse(&found, &expected), Q8_LIMIT);
+    Ok(())
+}
+
+/// Attention, and the product that takes its parts, with a barrier between them.
+fn attend<D: Driver>(
+    b: &mut Bench<'_, D>,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    past: usize,
+    splits: u32,
+) -> Result<()> {
+    let tokens = past + 1;
+    let paging = Paging::new(b, &[(past, 1)], kv_heads * head_dim * 2, &[0])?;
+    // Keys far from zero, as those of a model with large key biases are.
+    let mut cached = [Vec::new(), Vec::new()];
+    for token in 0..tokens {
+        for (kind, by_token) in cached.iter_mut().enumerate() {
+            let mut by_head = Vec::new();
+            for head in 0..kv_heads {
+                let offset = if kind == 0 { 3.0 } else { 0.0 };
+                let v: Vec<f32> = b
+                    .random
+                    .values(head_dim)
+                    .iter()
+                    .map(|v| f16::from_f32(v + offset).to_f32())
+                    .collect();
+                paging.write::<f16, D>(b, kv_heads, head_dim, kind == 1, head, 0, token, &v)?;
+                by_head.push(v);
+            }
+            by_token.push(by_head);
+        }
+    }
+    let len = heads * head_dim;
+    let q: Vec<f32> = b.random.values(len).iter().map(|v| v * 3.0).collect();
+    let q_on = b.upload(&q)?;
+    let parts = b.alloc(4 * heads * splits as usize * (head_dim + 4))?;
+    let m = b.matrix(GgmlType::F32, 9, len)?;
+    let out = b.alloc(4 * m.rows)?;
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let ops = [
+        Op {
+            kind: kind::ATTEND,
+            input: input(&q_on, None, 0.0, len, false),
+            cache: paging.layer(kv_heads, head_dim),
+            heads: heads as u32,
+            splits,
+            scale,
+            out: parts.ptr(),
+            ..NO_OP
+        },
+        Op {
+            kind: kind::PRODUCT,
+            input: Input {
+                splits,
+                head_dim: head_dim as u32,
+                ..input(&parts, None, 0.0, len, true)
+            },
+            matrices: [m.matrix, NO_MATRIX, NO_MATRIX],
+            out: out.ptr(),
+            ..NO_OP
+        },
+    ];
+    launch(b, &ops, 0, past, paging.step.tables)?;
+    b.take::<u32>("decode", parts)?;
+    let found = b.take::<f32>("decode", out)?;
+    let mut attended = Vec::with_capacity(len);
+    for (head, q) in q.chunks(head_dim).enumerate() {
+        let kv = head / (heads / kv_heads);
+        let scores: Vec<f64> = cached[0]
+            .iter()
+            .map(|keys| {
+                let dot: f64 = q
+                    .iter()
+                    .zip(&keys[kv])
+                    .map(|(q, k)| f64::from(*q) * f64::from(*k))
+                    .sum();
+                dot * f64::from(scale)
+            })
+            .collect();
+        let peak = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let mass: f64 = scores.iter().map(|s| (s - peak).exp()).sum();
+        for e in 0..head_dim {
+            let sum: f64 = scores
+                .iter()
+                .zip(&cached[1])
+                .map(|(s, values)| (s - peak).exp() * f64::from(values[kv][e]))
+                .sum();
+            attended.push((sum / mass) as f32);
+        }
+    }
+    let case = format!(
+        "attention, {heads}/{kv_heads} heads of {head_dim}, {tokens} tokens, {splits} splits"
+    );
+    b.report("decode", case, nmse(&found, &m.times(&attended)), 1e-9);
+    Ok(())
+}
+
+/// An embedding, then logits and the greatest of them.
+fn choice<D: Driver>(b: &mut Bench<'_, D>, vocabulary: usize) -> Result<()> {
+    let cols = 64;
+    let m = b.matrix(GgmlType::Q8_0, vocabulary, cols)?;
+    let token = b.random.below(vocabulary);
+    let (x, logits) = (b.alloc(4 * cols)?, b.alloc(4 * vocabulary)?);
+    let matrices = [m.matrix, NO_MATRIX, NO_MATRIX];
+    let ops = [
+        Op {
+            kind: kind::EMBED,
+            input: input(&x, None, 0.0, cols, false),
+            matrices,
+            scale: 0.5,
+            out: x.ptr(),
+            ..NO_OP
+        },
+        Op {
+            kind: kind::PRODUCT,
+            choose: 1,
+            input: input(&x, None, 0.0, cols, false),
+            matrices,
+            out: logits.ptr(),
+            ..NO_OP
+        },
+    ];
+    let chosen = launch(b, &ops, token as u32, 0, ptr::null())?;
+    let found = b.take::<f32>("decode", x)?;
+    let expected: Vec<f64> = m.values[token * cols..(token + 1) * cols]
+        .iter()
+        .map(|v| f64::from(*v) * 0.5)
+        .collect();
+    b.report(
+        "decode",
+        format!("embedding of {vocabulary}"),
+        nmse(&found, &expected),
+        F32_LIMIT,
+    );
+    let logits = b.take::<f32>("decode", logits)?;
+    let greatest = (0..vocabulary as u32)
+        .rev()
+        .max_by(|i, j| logits[*i as usize].total_cmp(&logits[*j as usize]));
+    // Of equals the lower id, as everywhere.
+    let error = if chosen == greatest { 0.0 } else { 1.0 };
+    b.report("decode", format!("choice of {vocabulary}"), error, 0.0);
+    Ok(())
+}
