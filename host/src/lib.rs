@@ -3,6 +3,7 @@
 //! Data flows one way: a file goes through [`gguf`] and [`model`] to a [`device`]; a request goes through
 //! [`server`] to [`engine`], which runs the model and [`sampling`], and back as a stream.
 
+pub mod cache;
 pub mod catalog;
 pub mod cli;
 pub mod device;

@@ -1,11 +1,13 @@
 //! `kigo bench`: seconds to load, tokens per second of prefill and decode.
 
-use super::{Common, load, positive, print_json, stdout_error};
+use super::{Common, load, positive, print_json, stdout_error, synthetic};
 use crate::engine::Direct;
 use crate::error::Result;
 use clap::Args;
+use gguf::Gguf;
 use serde_json::json;
 use std::io::Write;
+use std::sync::Arc;
 use std::time::Instant;
 
 #[derive(Debug, Args)]
@@ -22,10 +24,18 @@ pub(super) struct BenchArgs {
     /// Tokens already in the cache when the decode test starts
     #[arg(long, value_name = "D", default_value_t = 0)]
     depth: usize,
+    /// Measure random weights in the shape of a model instead of --model: NAME is one of
+    /// smollm2-135m-q4_1, qwen2.5-0.5b-q4_k_m, qwen2.5-1.5b-q4_k_m, llama-8b-q4_k_m, llama-1b-f16.
+    /// The file is made in the cache folder (~/.cache/kigo/synthetic) and stays there
+    #[arg(long, value_name = "NAME", conflicts_with = "model")]
+    synthetic: Option<String>,
 }
 
 pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Result<()> {
-    let file = load::open(common)?;
+    let file = match &args.synthetic {
+        Some(name) => Arc::new(Gguf::open(synthetic::file(name)?)?),
+        None => load::open(common)?,
+    };
     let tokens = args.prompt.max(args.depth + args.generate);
     let loaded = load::load(common, &file, tokens)?;
     let load_s = loaded.seconds;
@@ -123,10 +133,10 @@ fn mean_and_deviation(values: &[f64]) -> Option<(f64, f64)> {
 }
 
 /// SplitMix64 (Steele et al. 2014): every run measures the same ids.
-struct Random(u64);
+pub(super) struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -11,6 +11,7 @@ mod logits;
 pub mod models;
 pub mod ptx;
 mod serve;
+mod synthetic;
 mod text;
 
 pub(crate) use load::load_with_progress;

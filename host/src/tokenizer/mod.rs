@@ -20,6 +20,7 @@ mod vocab;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+pub(crate) use bytes::char_of as byte_char;
 pub use chat::ChatTemplate;
 pub use detokenizer::Detokenizer;
 pub use error::Error;
