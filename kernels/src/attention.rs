@@ -59,10 +59,8 @@ impl LoadEight for u16 {
 
     #[inline(always)]
     fn unpack_eight(raw: [u32; 4]) -> [f32; 8] {
-        unrolled!(8, |k| F16::from_bits(
-            (raw[k / 2] >> (16 * (k % 2))) as u16
-        )
-        .to_f32())
+        unrolled!(8, |k| F16::from_bits((raw[k / 2] >> (16 * (k % 2))) as u16)
+            .to_f32())
     }
 }
 

@@ -33,9 +33,6 @@ const WARPS: usize = THREADS as usize / 32;
 /// Most splits of a head's tokens; see [`Op::splits`].
 pub const MAX_SPLITS: u32 = 16;
 
-/// Tasks of the next operation whose weights a warp asks for ahead of time.
-const PREFETCH_TASKS: usize = 2;
-
 /// What an [`Op`] does.
 pub mod kind {
     /// `out = table[token] * scale`.
@@ -128,6 +125,21 @@ pub struct DecodeArgs {
     pub chosen: *mut u64,
     /// Longest norm weight of any operation.
     pub norm_len: u32,
+    /// Null, or `[count][4]` for block 0's clock: at each operation's start, with its input filled, at its
+    /// end, and before the barrier.
+    pub profile: *mut u64,
+}
+
+/// Notes the clock.
+#[inline(always)]
+unsafe fn note(a: &DecodeArgs, op: u32, phase: usize) {
+    if !a.profile.is_null() && block_idx_x() == 0 && thread_idx_x() == 0 {
+        unsafe {
+            a.profile
+                .add(op as usize * 4 + phase)
+                .write(thread::clock64())
+        }
+    }
 }
 
 /// Start of the two operations in shared memory: the current one and the next. Scratch lies before.
@@ -165,6 +177,9 @@ struct Row {
     meta: SharedPtr<u32>,
     values: SharedPtr<f32>,
     groups: usize,
+    /// Multiplies every product: the norm's `1 / sqrt(mean(x²) + eps)`, which is known only after the
+    /// values are stored.
+    scale: f32,
 }
 
 /// The current operation, in shared memory.
@@ -226,10 +241,11 @@ impl Row {
             // Last, as it is aligned to eight bytes only.
             meta: shared::at(at(cols + if keep_f32 { 4 * cols } else { 0 })),
             groups: cols / GROUP,
+            scale: 1.0,
         }
     }
 
-    /// Norms, quantises and stores the input of `op`; ends with a barrier, past which the next
+    /// Multiplies by the norm weight, quantises and stores the input of `op`; ends with a barrier, past which the next
     /// operation is in shared memory too.
     ///
     /// Each thread takes four values at a time, eight threads a group.
@@ -239,21 +255,11 @@ impl Row {
             let input = (*op).input;
             let len = input.len as usize;
             let cols = len.next_multiple_of(GROUP);
-            let row = Row::new(a, cols, input.keep_f32 != 0);
+            let mut row = Row::new(a, cols, input.keep_f32 != 0);
             let t = thread_idx_x() as usize;
             let threads = THREADS as usize;
-            let mut scale = 1.0;
-            if !input.norm.is_null() {
-                let mut sum = 0.0;
-                let mut i = 4 * t;
-                while i < len {
-                    let v = load4(input.x, i, len);
-                    sum += v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
-                    i += 4 * threads;
-                }
-                let sum = block_sum(sum);
-                scale = 1.0 / float::sqrt(sum / len as f32 + input.eps);
-            }
+            let normed = !input.norm.is_null();
+            let mut squares = 0.0;
             let mut base = 0;
             while base < cols {
                 // All lanes of a warp stay together for the shuffles; those past the end carry zeros.
@@ -265,15 +271,18 @@ impl Row {
                     } else {
                         load4(input.x, i, len)
                     };
-                    if norm_ahead(&input) && i < len {
-                        let w = shared::at::<f32>(NORM_AT as u32).add(i as u32).load_v4();
-                        for k in 0..4 {
-                            v[k] = v[k] * scale * w[k];
-                        }
-                    } else if !norm_ahead(&input) && !input.norm.is_null() {
-                        for k in 0..4 {
-                            if i + k < len {
-                                v[k] = v[k] * scale * ldg_f32(input.norm.add(i + k));
+                    squares += v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
+                    if normed && i < len {
+                        if norm_ahead(&input) {
+                            let w = shared::at::<f32>(NORM_AT as u32).add(i as u32).load_v4();
+                            for k in 0..4 {
+                                v[k] *= w[k];
+                            }
+                        } else {
+                            for k in 0..4 {
+                                if i + k < len {
+                                    v[k] *= ldg_f32(input.norm.add(i + k));
+                                }
                             }
                         }
                     }
@@ -281,8 +290,23 @@ impl Row {
                 row.store(i, cols, v, input.keep_f32 != 0);
                 base += 4 * threads;
             }
+            let scratch = shared::at::<f32>(0);
+            let squares = warp::reduce_sum_f32(squares);
+            if t % 32 == 0 {
+                scratch.add(t as u32 / 32).store(squares);
+            }
             cp_async_wait_all();
             sync_threads();
+            if normed {
+                let lane = thread::lane_id();
+                let squares = if lane < WARPS as u32 {
+                    scratch.add(lane).load()
+                } else {
+                    0.0
+                };
+                let squares = warp::reduce_sum_f32(squares);
+                row.scale = 1.0 / float::sqrt(squares / len as f32 + input.eps);
+            }
             row
         }
     }
@@ -356,8 +380,9 @@ unsafe fn load4_combined(input: &Input, i: usize) -> [f32; 4] {
     let stride = head_dim + 4;
     let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 4]);
     unsafe {
-        let parts = input.x.add(i / head_dim * splits * stride);
-        let element = i % head_dim;
+        let head = (i as u32 / input.head_dim) as usize;
+        let parts = input.x.add(head * splits * stride);
+        let element = i - head * head_dim;
         let mut first = 0;
         while first < splits {
             // Parts past the last are the last again, with no weight.
@@ -392,27 +417,6 @@ unsafe fn load4_combined(input: &Input, i: usize) -> [f32; 4] {
         }
     }
     unrolled!(4, |k| sum[k] / mass)
-}
-
-/// Sum over the block; the first 64 bytes of shared memory are its scratch.
-#[inline(always)]
-unsafe fn block_sum(v: f32) -> f32 {
-    let scratch = shared::at::<f32>(0);
-    let t = thread_idx_x() as usize;
-    unsafe {
-        let v = warp::reduce_sum_f32(v);
-        if t % 32 == 0 {
-            scratch.add(t as u32 / 32).store(v);
-        }
-        sync_threads();
-        let lane = t % 32;
-        let v = if lane < WARPS {
-            scratch.add(lane as u32).load()
-        } else {
-            0.0
-        };
-        warp::reduce_sum_f32(v)
-    }
 }
 
 /// This lane's part of the product of one group.
@@ -450,10 +454,10 @@ unsafe fn dot_group<T: Quantised>(
 #[derive(Clone, Copy)]
 struct Run {
     /// First group, counted over the matrix.
-    first: usize,
+    first: u32,
     /// Its place in the input row.
-    at: usize,
-    len: usize,
+    at: u32,
+    len: u32,
 }
 
 /// This lane's parts of two dot products, of matrices of one quantised type. `b` is at most as long as
@@ -468,9 +472,8 @@ unsafe fn dot2_quantised<T: Quantised>(
     apart: bool,
 ) -> (f32, f32) {
     let (mut s0, mut s1) = (0.0, 0.0);
-    let mut g = thread::lane_id() as usize;
-    let load = |at: usize| unsafe {
-        let at = at as u32;
+    let lane = thread::lane_id();
+    let load = |at: u32| unsafe {
         let low = row.low.add(at * 4).load_v4();
         let high = row.high.add(at * 4).load_v4();
         let [d, sums] = row.meta.add(at * 2).load_v2();
@@ -481,17 +484,36 @@ unsafe fn dot2_quantised<T: Quantised>(
         );
         (low, high, meta)
     };
-    unsafe {
-        while g < a.len {
-            // Past the end of `b` its last group again, which is not counted.
-            let inside = g < b.len;
-            let h = if inside { g } else { b.len - 1 };
-            let x = load(a.at + g);
-            let y = if apart { load(b.at + h) } else { x };
-            s0 += dot_group::<T>(m0, a.first + g, &x.0, &x.1, x.2);
-            let v = dot_group::<T>(m1, b.first + h, &y.0, &y.1, y.2);
-            s1 += if inside { v } else { 0.0 };
-            g += 32;
+    let mut step = |g: u32, counts: bool| unsafe {
+        // Past the end of `b` its last group again, which is not counted.
+        let inside = g < b.len;
+        let h = if inside { g } else { b.len - 1 };
+        let x = load(a.at + g);
+        let y = if apart { load(b.at + h) } else { x };
+        let v0 = dot_group::<T>(m0, (a.first + g) as usize, &x.0, &x.1, x.2);
+        let v1 = dot_group::<T>(m1, (b.first + h) as usize, &y.0, &y.1, y.2);
+        s0 += if counts { v0 } else { 0.0 };
+        s1 += if counts && inside { v1 } else { 0.0 };
+    };
+    if a.len <= 32 {
+        if lane < a.len {
+            step(lane, true);
+        }
+        return (s0, s1);
+    }
+    // Several groups a turn, without a branch between them, so that their loads overlap.
+    let mut base = 0;
+    while base + 64 < a.len {
+        for u in 0..4 {
+            let at = base + 32 * u + lane;
+            step(if at < a.len { at } else { lane }, at < a.len);
+        }
+        base += 128;
+    }
+    if base < a.len {
+        for u in 0..2 {
+            let at = base + 32 * u + lane;
+            step(if at < a.len { at } else { lane }, at < a.len);
         }
     }
     (s0, s1)
@@ -508,18 +530,21 @@ unsafe fn dot2_float<T: Eight>(
     apart: bool,
 ) -> (f32, f32) {
     let (mut s0, mut s1) = (0.0, 0.0);
-    let mut e = thread::lane_id() as usize;
+    let mut e = thread::lane_id();
     unsafe {
         while e < a.len * 4 {
             let inside = e < b.len * 4;
             let f = if inside { e } else { b.len * 4 - 1 };
-            let load = |i: usize| {
-                let at = row.values.add(i as u32 * 8);
+            let load = |i: u32| {
+                let at = row.values.add(i * 8);
                 (at.load_v4(), at.add(4).load_v4())
             };
             let x = load(a.at * 4 + e);
             let y = if apart { load(b.at * 4 + f) } else { x };
-            let (w0, w1) = (T::eight(m0, a.first * 4 + e), T::eight(m1, b.first * 4 + f));
+            let (w0, w1) = (
+                T::eight(m0, a.first as usize * 4 + e as usize),
+                T::eight(m1, b.first as usize * 4 + f as usize),
+            );
             let mut v = 0.0;
             for k in 0..4 {
                 s0 += w0[k] * x.0[k] + w0[k + 4] * x.1[k];
@@ -613,8 +638,8 @@ unsafe fn task(op: Current, index: usize) -> Task {
             kind::QKV => {
                 let head_dim = (*op).cache.head_dim as usize;
                 let (heads, kv_heads) = ((*op).heads as usize, (*op).cache.kv_heads as usize);
-                let pairs = head_dim / 2;
-                let head = index / pairs;
+                let pairs = (*op).cache.head_dim / 2;
+                let head = (index as u32 / pairs) as usize;
                 let (which, head) = if head < heads {
                     (0, head)
                 } else if head < heads + kv_heads {
@@ -622,7 +647,7 @@ unsafe fn task(op: Current, index: usize) -> Task {
                 } else {
                     (2, head - heads - kv_heads)
                 };
-                let pair = index % pairs;
+                let pair = (index as u32 % pairs) as usize;
                 let (e0, e1, rotates) = (*op).rotation.pair(pair, which < 2);
                 task = Task {
                     m0: which,
@@ -652,48 +677,68 @@ fn task_stride() -> usize {
     grid_dim_x() as usize * WARPS
 }
 
-/// Asks for the weights of this warp's first tasks of `op`, and for their biases.
+/// Matrices of an operation.
+#[inline(always)]
+unsafe fn matrices(op: Current) -> usize {
+    match unsafe { (*op).kind } {
+        kind::PRODUCT => 1,
+        kind::GATE_UP => 2,
+        kind::QKV => 3,
+        _ => 0,
+    }
+}
+
+/// Asks for this block's share of the weights of `op`. Which block will use them does not matter: L2 is
+/// everybody's.
 #[inline(always)]
 unsafe fn prefetch(op: Current) {
-    let lane = thread::lane_id() as usize;
     unsafe {
-        let count = tasks(op);
-        let mut index = first_task();
-        for _ in 0..PREFETCH_TASKS {
-            if index >= count {
-                return;
-            }
-            let task = task(op, index);
-            for second in [false, true] {
-                let (m, r) = if second {
-                    (task.m1, task.r1)
-                } else {
-                    (task.m0, task.r0)
-                };
-                if second && m == task.m0 && r == task.r0 {
-                    continue;
-                }
-                let matrix = &raw const (*op).matrices[m];
-                for plane in 0..4 {
-                    let bytes = (*matrix).row_bytes[plane] as usize;
-                    if bytes != 0 {
-                        let start = (*matrix).planes[plane].add(r * bytes);
-                        let mut at = 128 * lane;
-                        while at < bytes {
-                            prefetch_l2(start.add(at));
-                            at += 128 * 32;
-                        }
-                        if lane == 31 {
-                            prefetch_l2(start.add(bytes - 1));
-                        }
+        let count = matrices(op);
+        let mut m = 0;
+        while m < count {
+            let matrix = &raw const (*op).matrices[m];
+            for plane in 0..4 {
+                let row_bytes = (*matrix).row_bytes[plane];
+                if row_bytes != 0 {
+                    let bytes = row_bytes as usize * (*matrix).rows as usize;
+                    // A line a thread; blocks side by side, whole lines.
+                    let line = block_idx_x() as usize * THREADS as usize + thread_idx_x() as usize;
+                    let at = 128 * line;
+                    if at < bytes {
+                        prefetch_l2((*matrix).planes[plane].add(at));
                     }
                 }
-                let bias = (*op).biases[m];
-                if !bias.is_null() && lane == 0 {
-                    prefetch_l2(bias.add(r));
+            }
+            let bias = (*op).biases[m];
+            let at = 32 * (thread_idx_x() * grid_dim_x() + block_idx_x()) as usize;
+            if !bias.is_null() && at < (*matrix).rows as usize {
+                prefetch_l2(bias.add(at));
+            }
+            m += 1;
+        }
+    }
+}
+
+/// Rows of fewer bytes are not worth asking for one task ahead.
+const LONG_ROW: u32 = 1024;
+
+/// Asks for the two rows of a task to come, so that the memory works while the current one is computed.
+#[inline(always)]
+unsafe fn prefetch_rows(op: Current, index: usize) {
+    let lane = thread::lane_id() as usize;
+    unsafe {
+        let task = task(op, index);
+        for plane in 0..3 {
+            for (m, r) in [(task.m0, task.r0), (task.m1, task.r1)] {
+                let matrix = &raw const (*op).matrices[m];
+                let bytes = (*matrix).row_bytes[plane] as usize;
+                let start = (*matrix).planes[plane].add(r * bytes);
+                let mut at = 128 * lane;
+                while at < bytes {
+                    prefetch_l2(start.add(at));
+                    at += 128 * 32;
                 }
             }
-            index += task_stride();
         }
     }
 }
@@ -713,9 +758,13 @@ unsafe fn bias(op: Current, m: usize, r: usize) -> f32 {
 
 /// [`kind::PRODUCT`], [`kind::GATE_UP`] and [`kind::QKV`].
 #[inline(always)]
-unsafe fn products(a: &DecodeArgs, op: Current) {
+unsafe fn products(a: &DecodeArgs, op: Current, number: u32) {
     unsafe {
         let row = Row::fill(a, op);
+        note(a, number, 1);
+        if number + 1 < a.count {
+            prefetch(op_at(number + 1));
+        }
         let lane = thread::lane_id();
         let count = tasks(op);
         let op_kind = (*op).kind;
@@ -724,6 +773,10 @@ unsafe fn products(a: &DecodeArgs, op: Current) {
         let mut index = first_task();
         while index < count {
             let t = task(op, index);
+            let next = index + task_stride();
+            if next < count && (*op).matrices[0].row_bytes[0] >= LONG_ROW {
+                prefetch_rows(op, next);
+            }
             // What the epilogue needs is asked for first, and comes while the weights do.
             let biases = (bias(op, t.m0, t.r0), bias(op, t.m1, t.r1));
             let mut turn = (1.0, 0.0);
@@ -733,22 +786,22 @@ unsafe fn products(a: &DecodeArgs, op: Current) {
             } else if (*op).add != 0 {
                 before = (*op).out.add(if lane == 1 { t.r1 } else { t.r0 }).read();
             }
-            let groups = row.groups;
+            let groups = row.groups as u32;
             let half = if apart { groups.div_ceil(2) } else { groups };
             let run0 = Run {
-                first: t.r0 * groups,
+                first: t.r0 as u32 * groups,
                 at: 0,
                 len: half,
             };
             let run1 = if apart && groups > half {
                 Run {
-                    first: t.r0 * groups + half,
+                    first: t.r0 as u32 * groups + half,
                     at: half,
                     len: groups - half,
                 }
             } else {
                 Run {
-                    first: t.r1 * groups,
+                    first: t.r1 as u32 * groups,
                     at: 0,
                     len: groups,
                 }
@@ -779,8 +832,8 @@ unsafe fn products(a: &DecodeArgs, op: Current) {
                 s1 = s0;
             }
             let (v0, v1) = (
-                warp::reduce_sum_f32(s0) + biases.0,
-                warp::reduce_sum_f32(s1) + biases.1,
+                warp::reduce_sum_f32(s0) * row.scale + biases.0,
+                warp::reduce_sum_f32(s1) * row.scale + biases.1,
             );
             if op_kind == kind::PRODUCT {
                 if lane < 2 && (lane == 0 || t.r1 > t.r0) {
@@ -885,8 +938,11 @@ unsafe fn attend(a: &DecodeArgs, op: Current) {
         let parts = shared::at::<f32>(start as u32);
         let mut index = block_idx_x() as usize;
         while index < heads * splits {
-            let (head, split) = (index / splits, index % splits);
-            let chunk = tokens.div_ceil(splits);
+            let (head, split) = (
+                (index as u32 / (*op).splits) as usize,
+                (index as u32 % (*op).splits) as usize,
+            );
+            let chunk = (tokens as u32).div_ceil((*op).splits) as usize;
             let first = split * chunk;
             let last = if first + chunk < tokens {
                 first + chunk
@@ -906,7 +962,7 @@ unsafe fn attend(a: &DecodeArgs, op: Current) {
                 (*op).input.x.add(head * head_dim),
                 &cache,
                 a.table,
-                head / (heads / cache.kv_heads as usize),
+                (head as u32 / ((*op).heads / cache.kv_heads)) as usize,
                 (*op).scale,
                 from,
                 to,
@@ -970,17 +1026,22 @@ pub unsafe fn decode(a: DecodeArgs) {
         while i < a.count {
             let op = op_at(i);
             let more = i + 1 < a.count;
+            note(&a, i, 0);
             if more {
                 copy_op(&a, i + 1);
             }
             match (*op).kind {
                 kind::EMBED => embed(&a, op),
                 kind::ATTEND => attend(&a, op),
-                _ => products(&a, op),
+                _ => products(&a, op, i),
+            }
+            note(&a, i, 2);
+            if more && matches!((*op).kind, kind::EMBED | kind::ATTEND) {
+                prefetch(op_at(i + 1));
             }
             if more {
                 copy_norm(op_at(i + 1));
-                prefetch(op_at(i + 1));
+                note(&a, i, 3);
                 // Each thread's own copies; the barrier shows them to the block.
                 cp_async_wait_all();
                 grid::sync(a.barrier);
