@@ -3,6 +3,7 @@
 use super::{Common, load, positive, print_json, stdout_error, synthetic};
 use crate::engine::Direct;
 use crate::error::Result;
+use crate::model;
 use clap::Args;
 use gguf::Gguf;
 use serde_json::json;
@@ -29,16 +30,23 @@ pub(super) struct BenchArgs {
     /// The file is made in the cache folder (~/.cache/kigo/synthetic) and stays there
     #[arg(long, value_name = "NAME", conflicts_with = "model")]
     synthetic: Option<String>,
+    /// Measure also how long after the start of the process the token after the prompt is there
+    #[arg(long)]
+    first_token: bool,
 }
 
 pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Result<()> {
     let file = match &args.synthetic {
-        Some(name) => Arc::new(Gguf::open(synthetic::file(name)?)?),
-        None => load::open(common)?,
+        Some(name) => {
+            model::prepare(common.device);
+            Arc::new(Gguf::open(synthetic::file(name)?)?)
+        }
+        None => load::open_to_run(common)?,
     };
     let tokens = args.prompt.max(args.depth + args.generate);
     let loaded = load::load(common, &file, tokens)?;
-    let load_s = loaded.seconds;
+    let (load_s, open_s) = (loaded.seconds, loaded.open_seconds);
+    let (weights_s, gb_per_s) = (loaded.weights_seconds, loaded.gb_per_s());
     let mut direct = Direct::new(loaded.runner);
     let vocabulary = direct.runner().info().vocabulary as u64;
     let mut random = Random(0x4b69_676f);
@@ -48,6 +56,13 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
             .collect()
     };
 
+    let mut ttft_s = None;
+    if args.first_token {
+        let prompt = ids(args.prompt.max(1));
+        direct.feed(&prompt)?;
+        direct.sample_greedy()?;
+        ttft_s = Some(super::process_age().as_secs_f64());
+    }
     let mut prefill = Vec::new();
     if args.prompt > 0 {
         for repetition in 0..=args.repetitions {
@@ -94,6 +109,10 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
             "file_bytes": model.file_bytes,
             "exact": common.exact,
             "load_s": load_s,
+            "open_s": open_s,
+            "weights_s": weights_s,
+            "weights_gb_per_s": gb_per_s,
+            "ttft_s": ttft_s,
             "depth": args.depth,
             "pp": { "n": args.prompt, "tokens_per_s": prefill },
             "tg": { "n": args.generate, "tokens_per_s": decode },
@@ -101,13 +120,16 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
         return print_json(out, &value);
     }
     let mut report = format!(
-        "{} on {} ({}, {})\nload  {load_s:.2} s, {:.2} GB/s\n",
-        model.name,
-        device.name,
-        device.backend,
-        device.architecture,
-        model.file_bytes as f64 / load_s / 1e9
+        "{} on {} ({}, {})\nload     {load_s:.2} s: device {open_s:.2} s, weights {weights_s:.3} s at \
+         {gb_per_s:.2} GB/s\n",
+        model.name, device.name, device.backend, device.architecture,
     );
+    if let Some(ttft_s) = ttft_s {
+        let n = args.prompt.max(1);
+        report.push_str(&format!(
+            "first    {ttft_s:.2} s from the start of the process to the token after {n}\n"
+        ));
+    }
     for (name, n, rates) in [
         ("pp", args.prompt, &prefill),
         ("tg", args.generate, &decode),

@@ -28,7 +28,7 @@ pub(super) fn run(common: &Common, args: &RunArgs) -> Result<()> {
         return Err(Error::Request(what.to_owned()));
     }
     let sampling = args.sampling.params()?;
-    let file = load::open(common)?;
+    let file = load::open_to_run(common)?;
     let engine = load::engine(common, &file, 0)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

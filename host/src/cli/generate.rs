@@ -95,7 +95,7 @@ impl From<Failure> for Error {
 pub(super) fn run(common: &Common, args: &GenerateArgs, out: &mut dyn Write) -> Result<()> {
     // What is wrong with the input is said before a model is loaded.
     let sampling = args.sampling.params()?;
-    let file = load::open(common)?;
+    let file = load::open_to_run(common)?;
     let messages = args
         .input
         .messages

@@ -16,6 +16,12 @@ pub(super) fn open_named(name_or_path: &str) -> Result<Gguf> {
     Ok(Gguf::open(catalog::resolve(name_or_path)?)?)
 }
 
+/// As [`open`], for a command that runs the model: its device is opened meanwhile.
+pub(super) fn open_to_run(common: &Common) -> Result<Arc<Gguf>> {
+    model::prepare(common.device);
+    open(common)
+}
+
 /// The file of `--model`, or of the catalog's default.
 pub(super) fn open(common: &Common) -> Result<Arc<Gguf>> {
     let default = || Catalog::builtin().default_model().name.as_str();
@@ -24,22 +30,30 @@ pub(super) fn open(common: &Common) -> Result<Arc<Gguf>> {
 }
 
 /// A model on its device.
-pub(super) struct Loaded {
+pub(crate) struct Loaded {
     pub runner: Box<dyn Runner>,
     /// Seconds from the open file to a model that is ready.
     pub seconds: f64,
+    /// Of them, those until the device was open: driver, context, kernels.
+    pub open_seconds: f64,
+    /// Of them, those in which the weights went to the device.
+    pub weights_seconds: f64,
+    /// Size of the weights in the file.
+    pub weights_bytes: u64,
+}
+
+impl Loaded {
+    /// Speed of the weights on their way to the device.
+    pub fn gb_per_s(&self) -> f64 {
+        self.weights_bytes as f64 / self.weights_seconds.max(1e-9) / 1e9
+    }
 }
 
 /// Loads what the common flags say. The context grows to `tokens` where `--ctx-size` does not say
 /// otherwise.
 pub(super) fn load(common: &Common, file: &Arc<Gguf>, tokens: usize) -> Result<Loaded> {
     tokenizer::check(file.metadata())?;
-    let started = Instant::now();
-    let runner = load_with_progress(file, &common.load_options(tokens))?;
-    Ok(Loaded {
-        runner,
-        seconds: started.elapsed().as_secs_f64(),
-    })
+    load_with_progress(file, &common.load_options(tokens))
 }
 
 impl Common {
@@ -55,10 +69,7 @@ impl Common {
 }
 
 /// Loads a model with a progress bar on stderr, where that is a terminal.
-pub(crate) fn load_with_progress(
-    file: &Arc<Gguf>,
-    options: &LoadOptions,
-) -> Result<Box<dyn Runner>> {
+pub(crate) fn load_with_progress(file: &Arc<Gguf>, options: &LoadOptions) -> Result<Loaded> {
     let style = ProgressStyle::with_template(
         "loading {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec}",
     )
@@ -66,30 +77,50 @@ pub(crate) fn load_with_progress(
     // indicatif draws on stderr, and only on a terminal.
     let bar = ProgressBar::new(0).with_style(style);
     let started = Instant::now();
+    // When the device was open and when it had the weights.
+    let mut times: Option<(Instant, Instant)> = None;
     let mut bytes = 0;
     let runner = model::load(file, options, &mut |progress| {
         bytes = progress.bytes;
+        let now = Instant::now();
+        if times.is_none() {
+            // So that the bar shows the weights' own rate.
+            bar.reset_elapsed();
+        }
+        times.get_or_insert((now, now)).1 = now;
         bar.set_length(progress.total_bytes);
         bar.set_position(progress.bytes);
     });
     bar.finish_and_clear();
-    let runner = runner?;
-    let seconds = started.elapsed().as_secs_f64();
+    let (open, last) = times.unwrap_or((started, started));
+    let loaded = Loaded {
+        runner: runner?,
+        seconds: started.elapsed().as_secs_f64(),
+        open_seconds: (open - started).as_secs_f64(),
+        weights_seconds: (last - open).as_secs_f64(),
+        weights_bytes: bytes,
+    };
     tracing::info!(
-        model = runner.info().name,
-        device = runner.device().name,
-        seconds = format!("{seconds:.2}"),
-        gb_per_s = format!("{:.2}", bytes as f64 / seconds / 1e9),
+        model = loaded.runner.info().name,
+        device = loaded.runner.device().name,
+        seconds = format!("{:.2}", loaded.seconds),
+        weights_seconds = format!("{:.2}", loaded.weights_seconds),
+        gb_per_s = format!("{:.2}", loaded.gb_per_s()),
         "loaded"
     );
-    Ok(runner)
+    Ok(loaded)
 }
 
 /// Loads the model and starts an engine on it.
 pub(super) fn engine(common: &Common, file: &Arc<Gguf>, tokens: usize) -> Result<EngineHandle> {
-    let text = Arc::new(ModelText::from_gguf(file)?);
-    let loaded = load(common, file, tokens)?;
-    start(loaded.runner, text)
+    // A tokenizer of 150,000 tokens takes as long to build as a small model to load.
+    let (text, loaded) = std::thread::scope(|scope| {
+        let text = scope.spawn(|| ModelText::from_gguf(file));
+        let loaded = load(common, file, tokens);
+        let text = text.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
+        (text, loaded)
+    });
+    start(loaded?.runner, Arc::new(text?))
 }
 
 /// Starts an engine.

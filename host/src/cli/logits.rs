@@ -30,7 +30,7 @@ pub(super) struct PerplexityArgs {
 const SHOWN: usize = 10;
 
 pub(super) fn logits(common: &Common, args: &LogitsArgs, out: &mut dyn Write) -> Result<()> {
-    let file = load::open(common)?;
+    let file = load::open_to_run(common)?;
     let mut direct = Direct::new(load::load(common, &file, args.ids.len())?.runner);
     direct.feed(&args.ids)?;
     let logits = direct.logits()?;
@@ -67,7 +67,7 @@ pub(super) fn perplexity(
             ids.len()
         )));
     }
-    let file = load::open(common)?;
+    let file = load::open_to_run(common)?;
     let mut direct = Direct::new(load::load(common, &file, ids.len())?.runner);
     let vocabulary = direct.runner().info().vocabulary;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= vocabulary) {

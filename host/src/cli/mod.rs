@@ -23,6 +23,8 @@ use serde_json::Value;
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
 
 /// Runs GGUF language models on a GPU or a CPU.
 #[derive(Debug, Parser)]
@@ -138,8 +140,17 @@ fn positive(text: &str) -> Result<usize, String> {
     }
 }
 
+/// When [`main`] began: what the system does before it, loading the binary, takes a millisecond or two.
+static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// How long this process has run.
+fn process_age() -> Duration {
+    STARTED.elapsed()
+}
+
 /// Runs the command line of this process: exit code 0, 1 for an error, 2 for wrong usage.
 pub fn main() -> ExitCode {
+    LazyLock::force(&STARTED);
     let cli = Cli::parse();
     log(matches!(cli.command, Command::Serve(_)));
     match run(&cli) {

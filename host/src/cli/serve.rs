@@ -22,7 +22,7 @@ pub(super) struct ServeArgs {
 }
 
 pub(super) fn run(common: &Common, args: &ServeArgs, out: &mut dyn Write) -> Result<()> {
-    let file = load::open(common)?;
+    let file = load::open_to_run(common)?;
     let engine = load::engine(common, &file, 0)?;
     let device = engine.device().clone();
     let model = engine.model().name.clone();

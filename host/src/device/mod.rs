@@ -167,6 +167,11 @@ pub trait Device: Send + Sized + 'static {
     /// Bytes per element of the KV cache: 2 (f16), or 4 with `exact`.
     fn cache_element_bytes(&self) -> usize;
 
+    /// Makes room for all weights of a file, which are loaded next.
+    fn begin_loading(&mut self, _file: &Arc<gguf::Gguf>) -> Result<()> {
+        Ok(())
+    }
+
     /// Takes a matrix from the mapped file; copies may still run when it returns.
     fn load(&mut self, tensor: gguf::Tensor<'_>, file: &Arc<gguf::Gguf>) -> Result<Self::Weight>;
 

@@ -50,9 +50,8 @@ pub fn run(options: &Options, out: &mut dyn Write) -> Result<Report> {
     let path = catalog::resolve(options.model.as_deref().unwrap_or_else(default))?;
     let file = Arc::new(Gguf::open(path)?);
     let text = Arc::new(ModelText::from_gguf(&file)?);
-    let started = Instant::now();
-    let runner = load_with_progress(&file, &options.load)?;
-    let load_s = started.elapsed().as_secs_f64();
+    let loaded = load_with_progress(&file, &options.load)?;
+    let (runner, load_s) = (loaded.runner, loaded.seconds);
     let device = runner.device().clone();
     let model = runner.info().clone();
     if options.require_gpu && device.backend != "cuda" {

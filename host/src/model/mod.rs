@@ -66,7 +66,7 @@ pub const MAX_ROWS: usize = 512;
 /// Rows of one step whose logits can be asked for.
 pub const MAX_OUTPUTS: usize = 64;
 
-/// How far loading has come.
+/// How far loading has come; first told once the device is open, last once it has every weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LoadProgress {
     pub bytes: u64,
@@ -112,6 +112,15 @@ pub trait Runner: Send {
 
     /// The logits of output `i` of the last [`Runner::forward`], `vocabulary` long.
     fn logits(&mut self, output: usize) -> Result<Vec<f32>>;
+}
+
+/// Starts opening a device on another thread, where that takes a while; [`load`] goes on from there.
+pub fn prepare(device: DeviceChoice) {
+    match device {
+        DeviceChoice::Auto => device::gpu::cuda::Cuda::prepare(0),
+        DeviceChoice::Cuda(index) => device::gpu::cuda::Cuda::prepare(index),
+        DeviceChoice::Cpu | DeviceChoice::Emulated => {}
+    }
 }
 
 /// Loads a model.

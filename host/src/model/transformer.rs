@@ -197,6 +197,9 @@ pub(super) fn load<D: Device>(
         total_bytes,
         progress,
     };
+    // Tells when the device was open.
+    loader.count(0);
+    loader.device.begin_loading(file)?;
     let (d, ff) = (config.embedding, config.feed_forward);
     let bias = config.architecture.qkv_bias;
     let embedding = loader.matrix("token_embd.weight", d, config.vocabulary)?;
@@ -225,7 +228,8 @@ pub(super) fn load<D: Device>(
         Some(_) => Some(loader.values("rope_freqs.weight", config.rope_dims / 2)?),
         None => None,
     };
-    device.finish_loading()?;
+    loader.device.finish_loading()?;
+    loader.count(0);
 
     let rope = device.upload(&config.rope_table(context, factors.as_deref()))?;
     let cache = device.alloc_cache(cache_shape)?;

@@ -1,6 +1,6 @@
 //! [`Driver`](super::Driver) over the emulator: device memory is host memory, a launch runs at once.
 
-use super::{Address, Allocation, Driver, Mapped};
+use super::{Address, Allocation, Consume, Driver, Mapped, Piece};
 use crate::device::DeviceInfo;
 use crate::error::{Error, Result};
 use cuda_std::emulator;
@@ -128,12 +128,9 @@ impl Driver for Emulated {
         Ok(())
     }
 
-    fn stage(
-        &mut self,
-        bytes: &[u8],
-        consume: &mut dyn FnMut(&mut Self, Address) -> Result<()>,
-    ) -> Result<()> {
-        consume(self, bytes.as_ptr() as Address)
+    fn stage(&mut self, piece: Piece, consume: Consume<Self>) -> Result<()> {
+        let address = piece.bytes()?.as_ptr() as Address;
+        consume(self, address)
     }
 
     fn launch<A: Copy>(

@@ -47,13 +47,15 @@ pub trait Driver: Send + Sized + 'static {
     /// Copies from the device; waits for all that was queued.
     fn read(&mut self, from: Address, bytes: &mut [u8]) -> Result<()>;
 
+    /// Gets memory for the next allocations, `bytes` in all, at once where that is faster.
+    fn reserve(&mut self, _bytes: usize) -> Result<()> {
+        Ok(())
+    }
+
     /// Brings up to [`Driver::STAGE_BYTES`] to a staging area on the device and calls `consume` with
-    /// its address; what `consume` launches may read it. Returns while copies still run.
-    fn stage(
-        &mut self,
-        bytes: &[u8],
-        consume: &mut dyn FnMut(&mut Self, Address) -> Result<()>,
-    ) -> Result<()>;
+    /// its address; what `consume` launches may read it. All of that may happen after this returns: at
+    /// the latest [`Driver::wait`] does it, and returns what failed.
+    fn stage(&mut self, piece: Piece, consume: Consume<Self>) -> Result<()>;
 
     /// Bytes that one [`Driver::stage`] takes.
     const STAGE_BYTES: usize;
@@ -101,6 +103,30 @@ pub struct Mapped {
 
 // The host's pointer is good on any thread.
 unsafe impl Send for Mapped {}
+
+/// What is to be done with bytes that reached the device, by their address there.
+pub type Consume<D> = Box<dyn FnOnce(&mut D, Address) -> Result<()>>;
+
+/// A part of a tensor's data on its way to a device.
+pub struct Piece {
+    pub file: Arc<gguf::Gguf>,
+    pub tensor: String,
+    /// Bytes of the tensor's data.
+    pub range: std::ops::Range<usize>,
+}
+
+impl Piece {
+    /// The bytes, in the mapped file.
+    fn bytes(&self) -> Result<&[u8], gguf::Error> {
+        Ok(&self.file.require(&self.tensor)?.data()[self.range.clone()])
+    }
+
+    /// Copies the bytes.
+    fn read(&self, out: &mut [u8]) -> Result<(), gguf::Error> {
+        let tensor = self.file.require(&self.tensor)?;
+        self.file.read(&tensor, self.range.start, out)
+    }
+}
 
 /// f32 values on the device.
 #[derive(Debug)]
@@ -317,8 +343,13 @@ impl<D: Driver> Device for Gpu<D> {
         if self.exact { 4 } else { 2 }
     }
 
-    fn load(&mut self, tensor: gguf::Tensor<'_>, _file: &Arc<gguf::Gguf>) -> Result<Weight> {
-        weights::load(&mut self.driver, tensor)
+    fn begin_loading(&mut self, file: &Arc<gguf::Gguf>) -> Result<()> {
+        let bytes = file.tensors().map(weights::device_bytes).sum();
+        self.driver.reserve(bytes)
+    }
+
+    fn load(&mut self, tensor: gguf::Tensor<'_>, file: &Arc<gguf::Gguf>) -> Result<Weight> {
+        weights::load(&mut self.driver, tensor, file)
     }
 
     fn finish_loading(&mut self) -> Result<()> {

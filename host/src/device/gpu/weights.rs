@@ -1,17 +1,52 @@
 //! Weights on their way to the device: sliced, staged, repacked there by a kernel.
 
-use super::{Driver, Weight};
+use super::{Driver, Piece, Weight};
 use crate::error::{Error, Result};
-use kernels::types::{GROUP, LAYOUTS, RepackArgs};
+use gguf::Gguf;
+use kernels::types::{GROUP, LAYOUTS, Layout, RepackArgs};
+use std::sync::Arc;
 
 /// Threads per block of the repacking kernel.
 const THREADS: u32 = 128;
-
-/// Alignment of a plane.
+/// Of planes and of what [`Driver::alloc`] gives.
 const ALIGNMENT: usize = 256;
 
+/// Where each plane of so many blocks begins, and the bytes of all.
+fn planes(layout: &Layout, blocks: usize) -> (Vec<usize>, usize) {
+    let mut total = 0;
+    let offsets = layout
+        .planes
+        .iter()
+        .map(|bytes| {
+            let offset = total;
+            total += (bytes * blocks).next_multiple_of(ALIGNMENT);
+            offset
+        })
+        .collect();
+    (offsets, total)
+}
+
+/// Blocks of a matrix whose rows are padded to whole groups.
+fn blocks(layout: &Layout, rows: usize, cols: usize) -> usize {
+    // Weights of one repacking thread: a block, or a group of a float type.
+    rows * (cols.next_multiple_of(GROUP) / layout.block.max(GROUP))
+}
+
+/// Bytes that a tensor takes on the device: a matrix as [`load`] lays it out, a vector in f32.
+pub(super) fn device_bytes(tensor: gguf::Tensor<'_>) -> usize {
+    let (rows, cols) = (tensor.rows() as usize, tensor.row_len() as usize);
+    match LAYOUTS.iter().find(|l| l.ty == tensor.ty() as u32) {
+        Some(layout) if tensor.dims().len() > 1 => planes(layout, blocks(layout, rows, cols)).1,
+        _ => (4 * rows * cols).next_multiple_of(ALIGNMENT),
+    }
+}
+
 /// Streams a tensor to the device and repacks it there; copies may still run when this returns.
-pub(super) fn load<D: Driver>(driver: &mut D, tensor: gguf::Tensor<'_>) -> Result<Weight> {
+pub(super) fn load<D: Driver>(
+    driver: &mut D,
+    tensor: gguf::Tensor<'_>,
+    file: &Arc<Gguf>,
+) -> Result<Weight> {
     let ty = tensor.ty() as u32;
     let Some(layout) = LAYOUTS.iter().find(|l| l.ty == ty) else {
         return Err(Error::Request(format!(
@@ -22,22 +57,11 @@ pub(super) fn load<D: Driver>(driver: &mut D, tensor: gguf::Tensor<'_>) -> Resul
     };
     let (rows, file_cols) = (tensor.rows() as usize, tensor.row_len() as usize);
     let cols = file_cols.next_multiple_of(GROUP);
-    // Weights of one repacking thread: a block, or a group of a float type.
-    let unit = layout.block.max(GROUP);
-    let blocks_per_row = cols / unit;
-    let blocks = rows * blocks_per_row;
-
-    let total: usize = layout
-        .planes
-        .iter()
-        .map(|b| (b * blocks).next_multiple_of(ALIGNMENT))
-        .sum();
+    let blocks_per_row = blocks(layout, 1, cols);
+    let (offsets, total) = planes(layout, rows * blocks_per_row);
     let memory = driver.alloc(total)?;
-    let mut at = memory.address;
-    let matrix = layout.matrix(rows, cols, |_, bytes| {
-        let plane = at as *const u8;
-        at += bytes.next_multiple_of(ALIGNMENT) as u64;
-        plane
+    let matrix = layout.matrix(rows, cols, |i, _| {
+        (memory.address + offsets[i] as u64) as *const u8
     });
 
     let row_bytes = tensor.row_bytes() as usize;
@@ -50,21 +74,27 @@ pub(super) fn load<D: Driver>(driver: &mut D, tensor: gguf::Tensor<'_>) -> Resul
         )));
     }
     let stride = layout.block_bytes as u32;
-    for (i, slice) in tensor.data().chunks(rows_per_slice * row_bytes).enumerate() {
-        let slice_blocks = slice.len() / row_bytes * blocks_per_row;
-        let first = (i * rows_per_slice * blocks_per_row) as u64;
-        driver.stage(slice, &mut |driver, address| {
+    for first in (0..rows).step_by(rows_per_slice) {
+        let end = rows.min(first + rows_per_slice);
+        let piece = Piece {
+            file: Arc::clone(file),
+            tensor: tensor.name().to_owned(),
+            range: first * row_bytes..end * row_bytes,
+        };
+        let blocks = (end - first) * blocks_per_row;
+        let repack = move |driver: &mut D, address| {
             let args = RepackArgs {
                 source: address as *const u8,
                 matrix,
-                first,
-                blocks: slice_blocks as u64,
+                first: (first * blocks_per_row) as u64,
+                blocks: blocks as u64,
                 file_cols: file_cols as u32,
                 stride,
             };
-            let grid = slice_blocks.div_ceil(THREADS as usize) as u32;
+            let grid = blocks.div_ceil(THREADS as usize) as u32;
             driver.launch("repack_kernel", (grid, 1), THREADS, 0, &args)
-        })?;
+        };
+        driver.stage(piece, Box::new(repack))?;
     }
     Ok(Weight {
         matrix,

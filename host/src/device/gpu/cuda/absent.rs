@@ -1,7 +1,7 @@
 //! What stands for CUDA in a build without the feature `cuda`: a device that cannot be opened.
 
 use crate::device::DeviceInfo;
-use crate::device::gpu::{Address, Allocation, Driver, Mapped};
+use crate::device::gpu::{Address, Allocation, Consume, Driver, Mapped, Piece};
 use crate::error::{Error, Result};
 
 /// No value of it exists.
@@ -16,6 +16,9 @@ impl Cuda {
                 .into(),
         ))
     }
+
+    /// Does nothing: there is no driver to start.
+    pub fn prepare(_index: usize) {}
 }
 
 impl Driver for Cuda {
@@ -42,11 +45,7 @@ impl Driver for Cuda {
     fn read(&mut self, _: Address, _: &mut [u8]) -> Result<()> {
         match *self {}
     }
-    fn stage(
-        &mut self,
-        _: &[u8],
-        _: &mut dyn FnMut(&mut Self, Address) -> Result<()>,
-    ) -> Result<()> {
+    fn stage(&mut self, _: Piece, _: Consume<Self>) -> Result<()> {
         match *self {}
     }
     fn launch<A: Copy>(

@@ -1,7 +1,11 @@
 //! [`Driver`](super::Driver) over CUDA, through `cust`.
 
 #[cfg(feature = "cuda")]
+mod cubin;
+#[cfg(feature = "cuda")]
 mod driver;
+#[cfg(feature = "cuda")]
+mod readers;
 #[cfg(feature = "cuda")]
 mod real;
 #[cfg(feature = "cuda")]

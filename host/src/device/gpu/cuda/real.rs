@@ -1,7 +1,8 @@
 //! A CUDA device: context, stream, module, pinned ring.
 
-use super::driver;
-use crate::device::gpu::{Address, Allocation, Driver, Mapped};
+use super::readers::{Outcome, Readers};
+use super::{cubin, driver};
+use crate::device::gpu::{Address, Allocation, Consume, Driver, Mapped, Piece};
 use crate::device::{DeviceInfo, ptx};
 use crate::error::{Error, Result};
 use cust::context::{Context, CurrentContext};
@@ -11,15 +12,18 @@ use cust::event::{Event, EventFlags};
 use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
 use cust::sys;
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, c_void};
+use std::ops::Range;
 use std::ptr;
+use std::sync::mpsc::{Receiver, TryRecvError};
 
-/// Slots of the pinned ring.
-const SLOTS: usize = 4;
-const STAGE_BYTES: usize = 16 << 20;
-/// Threads that copy from the page cache into a pinned slot; one alone is far slower than the bus.
-const COPY_THREADS: usize = 8;
+/// Slots of the pinned ring: enough for every reader to fill one while others are on the bus.
+const SLOTS: usize = 16;
+/// Bytes of a slot. Pinning costs time too, so no more than keep the bus busy.
+const STAGE_BYTES: usize = 2 << 20;
+/// Pinned memory for small writes, after the slots.
+const WRITE_BYTES: usize = 1 << 20;
 
 /// CUDA 12.0, the first whose drivers take PTX 8.0.
 const MIN_DRIVER: i32 = 12_000;
@@ -48,11 +52,29 @@ fn check(result: sys::cudaError_enum) -> Result<(), Failure> {
     }
 }
 
-/// A slot of the ring: pinned memory, its twin on the device, and when both are free again.
-struct Slot {
+/// Pinned memory and what is under way in it.
+///
+/// A slot goes from [`Readers`], which fill it, over the bus to its twin on the device, in the order of
+/// [`Driver::stage`].
+struct Ring {
+    readers: Readers,
     pinned: *mut u8,
-    staged: Address,
-    free: Event,
+    /// The slots' twins on the device, where there are any yet.
+    staged: Option<Address>,
+    /// When each slot and its twin are free again.
+    free: Vec<Event>,
+    next: usize,
+    /// Slots that are being filled, oldest first.
+    filling: VecDeque<Filling>,
+    /// Where the next small write goes, in the [`WRITE_BYTES`] behind the slots.
+    write_at: usize,
+}
+
+struct Filling {
+    slot: usize,
+    bytes: usize,
+    outcome: Receiver<Outcome>,
+    consume: Consume<Cuda>,
 }
 
 struct Function {
@@ -70,8 +92,9 @@ pub struct Cuda {
     functions: HashMap<&'static str, Function>,
     allocations: HashSet<Address>,
     mapped: Vec<*mut u8>,
-    slots: Vec<Slot>,
-    next_slot: usize,
+    /// What [`Driver::reserve`] got and no allocation has taken yet.
+    reserved: Range<Address>,
+    ring: Ring,
     // Last, so that all above is dropped while the context lives.
     module: Module,
     context: Context,
@@ -82,6 +105,19 @@ pub struct Cuda {
 unsafe impl Send for Cuda {}
 
 impl Cuda {
+    /// Starts the driver and device `index` on a thread, so that [`Cuda::open`] finds both ready: that takes
+    /// some tenths of a second, in which a file can be opened. What fails here fails there again, and is
+    /// told there.
+    pub fn prepare(index: usize) {
+        std::thread::spawn(move || {
+            if driver::open().is_ok() && cust::init(cust::CudaFlags::empty()).is_ok() {
+                let context = Device::get_device(index as u32).and_then(Context::new);
+                // Stays for the life of the process.
+                std::mem::forget(context);
+            }
+        });
+    }
+
     /// Opens device `index`.
     ///
     /// # Errors
@@ -149,7 +185,34 @@ impl Cuda {
                 capability % 10
             ))
         })?;
-        let module = Module::from_ptx(text, &[]).map_err(|e| fail("compiling the kernels", e))?;
+        // Pinning and loading the kernels take their time in different places: side by side.
+        let (module, pinned) = std::thread::scope(|scope| {
+            let pinning = scope.spawn(|| {
+                CurrentContext::set_current(&context)?;
+                let mut pinned = ptr::null_mut();
+                let bytes = SLOTS * STAGE_BYTES + WRITE_BYTES;
+                check(unsafe { sys::cuMemHostAlloc(&mut pinned, bytes, 0) })
+                    .map_err(|_| CudaError::OutOfMemory)?;
+                Ok(pinned as usize)
+            });
+            let module = cubin::load(text, version, capability);
+            let pinned = pinning.join().unwrap_or(Err(CudaError::UnknownError));
+            (module, pinned)
+        });
+        let module = module.map_err(|e| fail("compiling the kernels", e))?;
+        let pinned = pinned.map_err(|e| fail("allocating pinned memory", e))?;
+        let free = (0..SLOTS).map(|_| Event::new(EventFlags::DISABLE_TIMING));
+        let ring = Ring {
+            readers: Readers::new(),
+            pinned: pinned as *mut u8,
+            staged: None,
+            free: free
+                .collect::<Result<_, _>>()
+                .map_err(|e| fail("creating an event", e))?,
+            next: 0,
+            filling: VecDeque::new(),
+            write_at: 0,
+        };
         Ok(Cuda {
             info: DeviceInfo {
                 backend: "cuda",
@@ -163,8 +226,8 @@ impl Cuda {
             functions: HashMap::new(),
             allocations: HashSet::new(),
             mapped: Vec::new(),
-            slots: Vec::new(),
-            next_slot: 0,
+            reserved: 0..0,
+            ring,
             module,
             context,
         })
@@ -230,72 +293,97 @@ impl Cuda {
         Ok(raw)
     }
 
-    fn make_slots(&mut self) -> Result<()> {
-        while self.slots.len() < SLOTS {
-            let mut pinned = ptr::null_mut();
-            check(unsafe { sys::cuMemHostAlloc(&mut pinned, STAGE_BYTES, 0) })
-                .map_err(|e| self.fail("allocating pinned memory", e))?;
-            let staged = self.alloc(STAGE_BYTES)?.address;
-            let free = Event::new(EventFlags::DISABLE_TIMING)
-                .map_err(|e| self.fail("creating an event", e))?;
-            self.slots.push(Slot {
-                pinned: pinned.cast(),
-                staged,
-                free,
-            });
+    /// The address of the slots' twins.
+    fn staged(&mut self) -> Result<Address> {
+        if let Some(staged) = self.ring.staged {
+            return Ok(staged);
+        }
+        let staged = self.alloc_apart(SLOTS * STAGE_BYTES)?.address;
+        self.ring.staged = Some(staged);
+        Ok(staged)
+    }
+
+    /// Sends the slots that are full on their way, oldest first; waits for those up to slot `wanted` where
+    /// it is among them, and for all with `everything`.
+    fn send_full(&mut self, wanted: usize, everything: bool) -> Result<()> {
+        while let Some(oldest) = self.ring.filling.front() {
+            let needed = everything || self.ring.filling.iter().any(|f| f.slot == wanted);
+            let outcome = if needed {
+                oldest.outcome.recv().ok()
+            } else {
+                match oldest.outcome.try_recv() {
+                    Err(TryRecvError::Empty) => return Ok(()),
+                    outcome => outcome.ok(),
+                }
+            };
+            let Some(Filling {
+                slot,
+                bytes,
+                consume,
+                ..
+            }) = self.ring.filling.pop_front()
+            else {
+                return Ok(());
+            };
+            match outcome {
+                Some(outcome) => outcome?,
+                None => return Err(self.fail("reading weights", "a reading thread is gone")),
+            }
+            let staged = self.staged()? + (slot * STAGE_BYTES) as u64;
+            // Within the ring's memory.
+            let pinned = unsafe { self.ring.pinned.add(slot * STAGE_BYTES) };
+            check(unsafe {
+                sys::cuMemcpyHtoDAsync_v2(staged, pinned.cast(), bytes, self.raw_stream())
+            })
+            .map_err(|e| self.fail("copying to the device", e))?;
+            consume(self, staged)?;
+            self.ring.free[slot]
+                .record(&self.stream)
+                .map_err(|e| self.fail("recording an event", e))?;
         }
         Ok(())
     }
 
-    fn drop_slots(&mut self) {
-        for slot in std::mem::take(&mut self.slots) {
-            // A failure to free leaves nothing to be done.
-            let _ = unsafe { sys::cuMemFreeHost(slot.pinned.cast()) };
-            self.free(Allocation {
-                address: slot.staged,
-                bytes: STAGE_BYTES,
-            });
+    /// An allocation of its own, whatever is reserved.
+    fn alloc_apart(&mut self, bytes: usize) -> Result<Allocation> {
+        self.enter()?;
+        let mut address = 0;
+        match check(unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(256)) }) {
+            Ok(()) => {
+                self.allocations.insert(address);
+                Ok(Allocation { address, bytes })
+            }
+            Err(e) if e.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => {
+                Err(Error::OutOfMemory {
+                    device: self.info.name.clone(),
+                    what: "an allocation".into(),
+                    required: (bytes as u64).div_ceil(1 << 20),
+                    free: self.free_bytes()? >> 20,
+                })
+            }
+            Err(e) => Err(self.fail(&format!("allocating {bytes} bytes"), e)),
         }
     }
 }
 
 impl Drop for Cuda {
     fn drop(&mut self) {
+        // What a failed load left behind must not be written to once it is freed.
+        for filling in self.ring.filling.drain(..) {
+            let _ = filling.outcome.recv();
+        }
         if self.enter().is_err() || self.stream.synchronize().is_err() {
             return;
         }
-        self.drop_slots();
+        // A failure to free leaves nothing to be done.
         for host in std::mem::take(&mut self.mapped) {
             let _ = unsafe { sys::cuMemFreeHost(host.cast()) };
         }
+        let _ = unsafe { sys::cuMemFreeHost(self.ring.pinned.cast()) };
         for address in std::mem::take(&mut self.allocations) {
             let _ = unsafe { sys::cuMemFree_v2(address) };
         }
     }
-}
-
-/// Copies into pinned memory with several threads.
-fn copy_parallel(from: &[u8], to: *mut u8) {
-    struct Target(*mut u8);
-    // Each thread gets a part of its own.
-    unsafe impl Send for Target {}
-    let copy = |from: &[u8], to: Target| unsafe {
-        ptr::copy_nonoverlapping(from.as_ptr(), to.0, from.len());
-    };
-    if from.len() < 1 << 20 {
-        return copy(from, Target(to));
-    }
-    let threads = std::thread::available_parallelism()
-        .map_or(1, |n| n.get())
-        .min(COPY_THREADS);
-    let part = from.len().div_ceil(threads).next_multiple_of(4096);
-    std::thread::scope(|scope| {
-        for (i, from) in from.chunks(part).enumerate() {
-            // Within the slot, which is at least as long as `from`.
-            let target = Target(unsafe { to.add(i * part) });
-            scope.spawn(move || copy(from, target));
-        }
-    });
 }
 
 impl Driver for Cuda {
@@ -316,24 +404,21 @@ impl Driver for Cuda {
         Ok(free as u64)
     }
 
+    fn reserve(&mut self, bytes: usize) -> Result<()> {
+        let reserved = self.alloc_apart(bytes)?.address;
+        self.reserved = reserved..reserved + bytes as u64;
+        Ok(())
+    }
+
     fn alloc(&mut self, bytes: usize) -> Result<Allocation> {
-        self.enter()?;
-        let mut address = 0;
-        match check(unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(256)) }) {
-            Ok(()) => {
-                self.allocations.insert(address);
-                Ok(Allocation { address, bytes })
-            }
-            Err(e) if e.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => {
-                Err(Error::OutOfMemory {
-                    device: self.info.name.clone(),
-                    what: "an allocation".into(),
-                    required: (bytes as u64).div_ceil(1 << 20),
-                    free: self.free_bytes()? >> 20,
-                })
-            }
-            Err(e) => Err(self.fail(&format!("allocating {bytes} bytes"), e)),
+        let size = bytes.max(1).next_multiple_of(256) as u64;
+        if size > self.reserved.end - self.reserved.start {
+            return self.alloc_apart(bytes);
         }
+        let address = self.reserved.start;
+        self.reserved.start += size;
+        // Freed with all that was reserved, not for itself.
+        Ok(Allocation { address, bytes })
     }
 
     fn free(&mut self, allocation: Allocation) {
@@ -347,7 +432,24 @@ impl Driver for Cuda {
             return Ok(());
         }
         self.enter()?;
-        let from = bytes.as_ptr().cast::<c_void>();
+        let mut from = bytes.as_ptr().cast::<c_void>();
+        if bytes.len() <= WRITE_BYTES / 4 {
+            // From pinned memory nothing waits, except once a round for the copies of the last.
+            if self.ring.write_at + bytes.len() > WRITE_BYTES {
+                self.stream
+                    .synchronize()
+                    .map_err(|e| self.fail("waiting for a copy", e))?;
+                self.ring.write_at = 0;
+            }
+            let at = SLOTS * STAGE_BYTES + self.ring.write_at;
+            self.ring.write_at += bytes.len().next_multiple_of(64);
+            // Within the ring's memory, where no copy of this round lies.
+            unsafe {
+                let pinned = self.ring.pinned.add(at);
+                ptr::copy_nonoverlapping(bytes.as_ptr(), pinned, bytes.len());
+                from = pinned.cast();
+            }
+        }
         // From pageable memory this returns once the driver has its own copy.
         check(unsafe { sys::cuMemcpyHtoDAsync_v2(to, from, bytes.len(), self.raw_stream()) })
             .map_err(|e| self.fail("copying to the device", e))
@@ -361,36 +463,32 @@ impl Driver for Cuda {
         self.wait()
     }
 
-    fn stage(
-        &mut self,
-        bytes: &[u8],
-        consume: &mut dyn FnMut(&mut Self, Address) -> Result<()>,
-    ) -> Result<()> {
+    fn stage(&mut self, piece: Piece, consume: Consume<Self>) -> Result<()> {
         self.enter()?;
-        self.make_slots()?;
-        if bytes.len() > STAGE_BYTES {
+        let bytes = piece.range.len();
+        if bytes > STAGE_BYTES {
             return Err(Error::Request(format!(
-                "{} bytes do not fit a stage",
-                bytes.len()
+                "{bytes} bytes do not fit a stage of {STAGE_BYTES}"
             )));
         }
-        let slot = &self.slots[self.next_slot];
-        let (pinned, staged) = (slot.pinned, slot.staged);
+        let slot = self.ring.next;
+        self.ring.next = (slot + 1) % SLOTS;
+        self.send_full(slot, false)?;
         // An event that was never recorded counts as past.
-        slot.free
+        self.ring.free[slot]
             .synchronize()
             .map_err(|e| self.fail("waiting for a copy", e))?;
-        copy_parallel(bytes, pinned);
-        check(unsafe {
-            sys::cuMemcpyHtoDAsync_v2(staged, pinned.cast(), bytes.len(), self.raw_stream())
-        })
-        .map_err(|e| self.fail("copying to the device", e))?;
-        consume(self, staged)?;
-        self.slots[self.next_slot]
-            .free
-            .record(&self.stream)
-            .map_err(|e| self.fail("recording an event", e))?;
-        self.next_slot = (self.next_slot + 1) % SLOTS;
+        // The slot is within the ring's memory, and the bus is done with it.
+        let outcome = unsafe {
+            let pinned = self.ring.pinned.add(slot * STAGE_BYTES);
+            self.ring.readers.read(piece, pinned)
+        };
+        self.ring.filling.push_back(Filling {
+            slot,
+            bytes,
+            outcome,
+            consume,
+        });
         Ok(())
     }
 
@@ -426,6 +524,7 @@ impl Driver for Cuda {
 
     fn wait(&mut self) -> Result<()> {
         self.enter()?;
+        self.send_full(0, true)?;
         self.stream
             .synchronize()
             .map_err(|e| self.fail("running the kernels", e))
