@@ -7,8 +7,10 @@
 //! - [`types`]: how each weight type lies in device memory, and how it is read
 //! - [`decode`]: a whole decode step of one row, in one launch
 //! - [`gemm`]: matrix times many rows on tensor cores: prefill
-//! - [`exact`]: the plain f32 twin of both
-//! - [`attention`], [`rows`] (norms, rotation, casts), [`sample`]
+//! - [`dense`]: matrix times so many rows that the weights are unpacked beforehand, once for all
+//! - [`exact`]: the plain f32 twin of all three
+//! - [`attention`]: one query row at a time; [`flash`]: many on tensor cores
+//! - [`rows`] (norms, rotation, casts), [`sample`]
 
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, f16))]
@@ -23,7 +25,9 @@
 
 pub mod attention;
 pub mod decode;
+pub mod dense;
 pub mod exact;
+pub mod flash;
 pub mod gemm;
 pub mod rows;
 pub mod sample;
@@ -41,7 +45,15 @@ cuda_std::kernels![
     attention::attend_f16,
     attention::attend_f32,
     decode::decode,
+    dense::dense_128x128,
+    dense::dense_64x128,
+    dense::dense_64x64,
+    dense::dense_gate_up_128x128,
+    dense::dense_gate_up_64x128,
+    dense::dequantise,
     exact::linear_exact,
+    flash::flash_128,
+    flash::flash_64,
     gemm::gemm_128,
     gemm::gemm_32,
     gemm::gemm_64,

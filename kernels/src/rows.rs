@@ -294,20 +294,29 @@ pub unsafe fn cast_f16(a: CastArgs) {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct SiluMulArgs {
+    /// f32 `[rows][len]`.
     pub gate: *const f32,
     pub up: *const f32,
-    pub out: *mut f32,
-    pub len: u64,
+    /// f32 `[rows][stride]`, or f16, zeros past `len`.
+    pub out: *mut u8,
+    pub len: u32,
+    pub stride: u32,
+    pub f16: u32,
 }
 
-/// `out = silu(gate) * up`; `out` may be either input.
+/// `out = silu(gate) * up`; an f32 `out` may be either input. Block `y` is a row.
 #[kernel]
 pub unsafe fn silu_mul(a: SiluMulArgs) {
-    let i = index_1d() as usize;
-    if (i as u64) < a.len {
+    let (row, i) = (block_idx_y() as usize, index_1d() as usize);
+    if i < a.stride as usize {
         unsafe {
-            let v = silu(a.gate.add(i).read()) * a.up.add(i).read();
-            a.out.add(i).write(v);
+            let at = row * a.len as usize + i;
+            let v = if i < a.len as usize {
+                silu(a.gate.add(at).read()) * a.up.add(at).read()
+            } else {
+                0.0
+            };
+            put(a.out, a.f16 != 0, row * a.stride as usize + i, v);
         }
     }
 }
@@ -316,11 +325,15 @@ pub unsafe fn silu_mul(a: SiluMulArgs) {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct RopeCacheArgs {
-    /// f32 `[rows][heads * head_dim]`, rotated in place.
-    pub q: *mut f32,
-    /// f32 `[rows][kv_heads * head_dim]`.
+    /// f32, `strides[0]` from row to row.
+    pub q: *const f32,
+    /// f32, `strides[1]` from row to row.
     pub k: *const f32,
     pub v: *const f32,
+    pub strides: [u32; 2],
+    /// f32 `[rows][heads * head_dim]`, may be `q` itself; or f16.
+    pub out: *mut u8,
+    pub f16: u32,
     pub rotation: Rotation,
     pub cache: CacheLayer,
     pub step: Step,
@@ -329,7 +342,7 @@ pub struct RopeCacheArgs {
     pub f32: u32,
 }
 
-/// Rotates queries in place; writes rotated keys, and values, to the cache. Block `y` is a row, a
+/// Rotates queries; writes rotated keys, and values, to the cache. Block `y` is a row, a
 /// thread a pair of elements.
 #[kernel]
 pub unsafe fn rope_cache(a: RopeCacheArgs) {
@@ -345,14 +358,14 @@ pub unsafe fn rope_cache(a: RopeCacheArgs) {
     unsafe {
         let position = a.step.position(row);
         let (which, head, source) = if head < q_heads {
-            (0, head, a.q.cast_const().add(row * q_heads * head_dim))
+            (0, head, a.q.add(row * a.strides[0] as usize))
         } else if head < q_heads + kv_heads {
-            (1, head - q_heads, a.k.add(row * kv_heads * head_dim))
+            (1, head - q_heads, a.k.add(row * a.strides[1] as usize))
         } else {
             (
                 2,
                 head - q_heads - kv_heads,
-                a.v.add(row * kv_heads * head_dim),
+                a.v.add(row * a.strides[1] as usize),
             )
         };
         let (e0, e1, rotates) = a.rotation.pair(pair, which < 2);
@@ -362,9 +375,9 @@ pub unsafe fn rope_cache(a: RopeCacheArgs) {
             v = rotate(&a.rotation, position, pair, v);
         }
         if which == 0 {
-            let q = a.q.add((row * q_heads + head) * head_dim);
-            q.add(e0).write(v.0);
-            q.add(e1).write(v.1);
+            let at = (row * q_heads + head) * head_dim;
+            put(a.out, a.f16 != 0, at + e0, v.0);
+            put(a.out, a.f16 != 0, at + e1, v.1);
         } else if a.f32 != 0 {
             write_cache::<f32>(&a.cache, &a.step, row, which == 2, head, e0, v.0);
             write_cache::<f32>(&a.cache, &a.step, row, which == 2, head, e1, v.1);

@@ -159,6 +159,9 @@ pub trait Device: Send + Sized + 'static {
     /// Paged keys and values of every layer.
     type Cache: Send;
 
+    /// Rows of one step at most: enough to fill the device, few enough that a step is short.
+    const STEP_ROWS: usize;
+
     fn info(&self) -> &DeviceInfo;
 
     /// Bytes free for [`Device::load`], [`Device::alloc`] and [`Device::alloc_cache`] together.

@@ -2,7 +2,7 @@
 
 use crate::device::{Batch, SampleRow, Span};
 use crate::error::{Error, Result};
-use crate::model::{MAX_OUTPUTS, MAX_ROWS, Runner};
+use crate::model::{MAX_OUTPUTS, Runner};
 use crate::sampling::SamplingParams;
 
 /// A runner whose whole cache belongs to one sequence. Prompts go in the same chunks as the
@@ -71,7 +71,7 @@ impl Direct {
     /// As [`Runner::forward`].
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
         self.check(tokens)?;
-        let chunks = tokens.chunks(MAX_ROWS);
+        let chunks = tokens.chunks(self.runner.step_rows());
         let last = chunks.len().saturating_sub(1);
         for (i, chunk) in chunks.enumerate() {
             let outputs = if i == last {

@@ -1,7 +1,7 @@
 //! The engine's thread: takes requests in, makes batches, runs steps.
 //!
 //! One turn of the loop: receive what was submitted, drop what was cancelled or abandoned, admit
-//! from the queue while there is room, run one step. A step carries up to [`MAX_ROWS`] rows: a row
+//! from the queue while there is room, run one step. A step carries up to [`Runner::step_rows`] rows: a row
 //! for each sequence that decodes, and what is left goes to prompts, in chunks. At most one step lies
 //! between a cancellation and its effect.
 
@@ -10,7 +10,7 @@ use super::sequence::{Sequence, end_unstarted};
 use super::{Code, Failure, Shared, Submission, direct};
 use crate::device::Batch;
 use crate::error::Result;
-use crate::model::{MAX_OUTPUTS, MAX_ROWS, Runner};
+use crate::model::{MAX_OUTPUTS, Runner};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -138,7 +138,7 @@ impl<'t> Scheduler<'t> {
             let sequence = &mut self.running[i];
             let start = batch.tokens.len();
             let pending = sequence.pending().len();
-            let len = pending.min(MAX_ROWS - start);
+            let len = pending.min(self.runner.step_rows() - start);
             if len == 0 || batch.outputs.len() == MAX_OUTPUTS {
                 break;
             }

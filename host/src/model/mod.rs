@@ -60,8 +60,8 @@ pub struct LoadOptions {
 /// Context when none is asked for: enough for a long chat, small beside any model.
 pub const DEFAULT_CONTEXT: usize = 4096;
 
-/// Rows of one step; a longer prompt goes in several.
-pub const MAX_ROWS: usize = 512;
+/// Rows of one step on any device; a longer prompt goes in several.
+pub const MAX_ROWS: usize = 2048;
 
 /// Rows of one step whose logits can be asked for.
 pub const MAX_OUTPUTS: usize = 64;
@@ -100,10 +100,15 @@ pub trait Runner: Send {
     /// Blocks of [`device::BLOCK_TOKENS`] tokens in the KV cache.
     fn cache_blocks(&self) -> usize;
 
+    /// Rows of one step at most.
+    fn step_rows(&self) -> usize {
+        MAX_ROWS
+    }
+
     /// Runs the batch; its logits stay on the device until the next call.
     ///
     /// # Errors
-    /// More than [`MAX_ROWS`] rows or [`MAX_OUTPUTS`] outputs, a token id outside the vocabulary, a
+    /// More than [`Runner::step_rows`] rows or [`MAX_OUTPUTS`] outputs, a token id outside the vocabulary, a
     /// position past the context, blocks outside the cache; or the device's failure.
     fn forward(&mut self, batch: &Batch) -> Result<()>;
 

@@ -1,8 +1,6 @@
 //! A decoder-only transformer, written once over the operations of [`Device`].
 
-use super::{
-    Config, DEFAULT_CONTEXT, LoadOptions, LoadProgress, MAX_OUTPUTS, MAX_ROWS, ModelInfo, Runner,
-};
+use super::{Config, DEFAULT_CONTEXT, LoadOptions, LoadProgress, MAX_OUTPUTS, ModelInfo, Runner};
 use crate::device::{
     BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo, Heads, Linear, Norm, Qkv, Rope, SampleRow,
 };
@@ -36,7 +34,7 @@ impl<D: Device> Projection<D> {
     }
 }
 
-/// Intermediate activations of one step, [`MAX_ROWS`] rows each.
+/// Intermediate activations of one step, [`Device::STEP_ROWS`] rows each.
 struct Scratch<D: Device> {
     x: D::Buffer,
     q: D::Buffer,
@@ -170,7 +168,7 @@ pub(super) fn load<D: Device>(
     let total_bytes = file.tensors().map(|t| t.data().len() as u64).sum::<u64>();
 
     let widths = config.embedding + 2 * q_dim + config.feed_forward;
-    let scratch_bytes = 4 * (MAX_ROWS * widths + MAX_OUTPUTS * config.vocabulary) as u64;
+    let scratch_bytes = 4 * (D::STEP_ROWS * widths + MAX_OUTPUTS * config.vocabulary) as u64;
     let rope_bytes = 4 * (context * config.rope_dims) as u64;
     let cache_bytes = (2 * cache_shape.elements() * device.cache_element_bytes()) as u64;
     let required = total_bytes + scratch_bytes + rope_bytes + cache_bytes;
@@ -234,10 +232,10 @@ pub(super) fn load<D: Device>(
     let rope = device.upload(&config.rope_table(context, factors.as_deref()))?;
     let cache = device.alloc_cache(cache_shape)?;
     let scratch = Scratch {
-        x: device.alloc(MAX_ROWS * d)?,
-        q: device.alloc(MAX_ROWS * q_dim)?,
-        attended: device.alloc(MAX_ROWS * q_dim)?,
-        hidden: device.alloc(MAX_ROWS * ff)?,
+        x: device.alloc(D::STEP_ROWS * d)?,
+        q: device.alloc(D::STEP_ROWS * q_dim)?,
+        attended: device.alloc(D::STEP_ROWS * q_dim)?,
+        hidden: device.alloc(D::STEP_ROWS * ff)?,
         logits: device.alloc(MAX_OUTPUTS * config.vocabulary)?,
     };
     let info = ModelInfo {
@@ -280,8 +278,9 @@ impl<D: Device> Transformer<D> {
     fn check(&self, batch: &Batch) -> Result<()> {
         let bad = |what: String| Err(Error::Request(what));
         let rows = batch.tokens.len();
-        if rows == 0 || rows > MAX_ROWS {
-            return bad(format!("a step has {rows} rows, expected 1 to {MAX_ROWS}"));
+        if rows == 0 || rows > D::STEP_ROWS {
+            let most = D::STEP_ROWS;
+            return bad(format!("a step has {rows} rows, expected 1 to {most}"));
         }
         if batch.outputs.len() > MAX_OUTPUTS {
             let n = batch.outputs.len();
@@ -343,6 +342,10 @@ impl<D: Device> Runner for Transformer<D> {
 
     fn cache_blocks(&self) -> usize {
         self.cache_shape.blocks
+    }
+
+    fn step_rows(&self) -> usize {
+        D::STEP_ROWS
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<()> {

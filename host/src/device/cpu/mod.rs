@@ -200,6 +200,8 @@ impl Device for Cpu {
     type Weight = Weight;
     type Buffer = Buffer;
     type Cache = Cache;
+    // A step of these takes seconds on a few cores, and nothing can be cancelled within it.
+    const STEP_ROWS: usize = 512;
 
     fn info(&self) -> &DeviceInfo {
         &self.info

@@ -92,6 +92,9 @@ pub trait Driver: Send + Sized + 'static {
 
     /// Memory, zeroed, that kernels write and the host reads while they run; it lives as long as the driver.
     fn alloc_mapped(&mut self, bytes: usize) -> Result<Mapped>;
+
+    /// Rows of a step from which on weights are unpacked beforehand, once for all rows.
+    const DENSE_ROWS: usize = 256;
 }
 
 /// Memory that host and device share.
@@ -167,9 +170,14 @@ pub struct Cache {
 enum Scratch {
     /// f16 input rows of tensor-core products.
     Half,
-    /// Keys, values, or gate and up, before their epilogue.
+    /// Queries, keys, values, or gate and up, before their epilogue.
     First,
     Second,
+    /// Unpacked weights, and their biases.
+    Weights,
+    Biases,
+    /// The list of tiles of attention on tensor cores.
+    Tiles,
     /// Normed rows in f32.
     Normed,
     /// Attention's splits.
@@ -181,7 +189,7 @@ enum Scratch {
 }
 
 /// Sequences that one step can hold.
-const MAX_SPANS: usize = MAX_ROWS;
+const MAX_SPANS: usize = 512;
 
 /// The current step, as the kernels see it.
 struct Current {
@@ -191,6 +199,10 @@ struct Current {
     rows: usize,
     outputs: usize,
     splits: u32,
+    /// First row, rows, and tokens before, of each sequence.
+    spans: Vec<[usize; 3]>,
+    /// Tiles of attention on tensor cores; the first layer lays them out.
+    tiles: Option<u32>,
     /// Host copy of the arrays, reused.
     staging: Vec<u32>,
 }
@@ -239,6 +251,8 @@ impl<D: Driver> Gpu<D> {
                 rows: 0,
                 outputs: 0,
                 splits: 1,
+                spans: Vec::new(),
+                tiles: None,
                 staging: vec![0; words],
             },
             scratch: HashMap::new(),
@@ -281,27 +295,32 @@ impl<D: Driver> Gpu<D> {
             )));
         }
         let (mut longest, stride) = (0, current.table_stride);
-        let s = &mut current.staging;
+        let rows = batch.tokens.len();
+        // Array after array without gaps, so that a step of few rows copies little.
+        let s = &mut current.staging[..3 * rows + batch.outputs.len()];
         let mut table = Vec::new();
-        s[..batch.tokens.len()].copy_from_slice(&batch.tokens);
+        s[..rows].copy_from_slice(&batch.tokens);
+        current.spans.clear();
+        current.tiles = None;
         for (i, span) in batch.spans.iter().enumerate() {
             for row in 0..span.len {
-                s[MAX_ROWS + span.start + row] = (span.past + row) as u32;
-                s[2 * MAX_ROWS + span.start + row] = i as u32;
+                s[rows + span.start + row] = (span.past + row) as u32;
+                s[2 * rows + span.start + row] = i as u32;
             }
+            current.spans.push([span.start, span.len, span.past]);
             longest = longest.max(span.past + span.len);
             table.resize(i * stride, 0);
             let used = (span.past + span.len).div_ceil(BLOCK_TOKENS);
             table.extend_from_slice(&span.blocks[..used]);
         }
         for (i, &row) in batch.outputs.iter().enumerate() {
-            s[3 * MAX_ROWS + i] = row as u32;
+            s[3 * rows + i] = row as u32;
         }
         self.driver
             .write(current.memory.address, bytemuck::cast_slice(s))?;
         self.driver
             .write(tables.address, bytemuck::cast_slice(&table))?;
-        current.rows = batch.tokens.len();
+        current.rows = rows;
         current.outputs = batch.outputs.len();
         current.splits = ops::attention_splits(
             self.driver.multiprocessors(),
@@ -313,15 +332,16 @@ impl<D: Driver> Gpu<D> {
 
     /// The arrays of the current step.
     fn step_args(&self) -> kernels::rows::Step {
+        let rows = self.current.rows;
         let at = |words: usize| (self.current.memory.address + 4 * words as u64) as *const u32;
         kernels::rows::Step {
             tokens: at(0),
-            positions: at(MAX_ROWS),
-            sequences: at(2 * MAX_ROWS),
+            positions: at(rows),
+            sequences: at(2 * rows),
             tables: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
             table_stride: self.current.table_stride as u32,
-            rows: self.current.rows as u32,
-            outputs: at(3 * MAX_ROWS),
+            rows: rows as u32,
+            outputs: at(3 * rows),
         }
     }
 }
@@ -330,6 +350,7 @@ impl<D: Driver> Device for Gpu<D> {
     type Weight = Weight;
     type Buffer = Buffer;
     type Cache = Cache;
+    const STEP_ROWS: usize = MAX_ROWS;
 
     fn info(&self) -> &DeviceInfo {
         self.driver.info()

@@ -1,8 +1,13 @@
 //! The operations of [`Device`](crate::device::Device) as launches.
 //!
-//! Three ways of one product: an operation of the kernel `decode` for a single row, with norm and epilogue
-//! fused; `gemm` on tensor cores for more; `linear_exact` in f32 with `--exact`. The latter two are
-//! launches of their own, with norm and epilogue as kernels beside them.
+//! Four ways of one product: an operation of the kernel `decode` for a single row, with norm and epilogue
+//! fused; `gemm` on tensor cores for more; `dense`, the same with weights unpacked beforehand, for very
+//! many; `linear_exact` in f32 with `--exact`. All but the first are launches of their own, with norm and
+//! epilogue as kernels beside them.
+//!
+//! In a step of several rows without `--exact`, what goes from [`Gpu::op_attend`] or
+//! [`Gpu::op_norm_gate_up`] to [`Gpu::op_linear_add`] lies in its buffer as f16, rows padded with zeros
+//! to whole groups: the form that products take.
 
 use super::{Address, Buffer, Cache, Driver, Gpu, Scratch, Weight};
 use crate::device::{Heads, Linear, Norm, Qkv, RopeLayout, SampleRow};
@@ -10,7 +15,9 @@ use crate::error::{Error, Result};
 use crate::sampling::{MIN_TEMPERATURE, fraction};
 use kernels::attention::{self, AttendArgs};
 use kernels::decode::{self, Input, NO_OP, Op, kind};
+use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
 use kernels::exact::{self, LinearArgs};
+use kernels::flash::{self, FlashArgs};
 use kernels::gemm::{self, GemmArgs};
 use kernels::rows::{
     CacheLayer, CastArgs, EmbedArgs, RmsNormArgs, RopeCacheArgs, Rotation, SiluMulArgs,
@@ -35,6 +42,21 @@ pub(super) fn attention_splits(multiprocessors: u32, tasks: usize, longest: usiz
     splits.min(MAX_SPLITS) as u32
 }
 
+/// Rows of the longest sequence of a step from which on attention goes through tiles of rows.
+const FLASH_ROWS: usize = 4;
+
+/// Unpacked weights at a time: they should still lie in L2 when they are multiplied.
+const SLICE_BYTES: usize = 32 << 20;
+
+/// An output of `dense` products.
+#[derive(Clone, Copy)]
+struct Target {
+    address: Address,
+    element_bytes: usize,
+    stride: usize,
+    add: bool,
+}
+
 fn blocks(n: usize, per_block: u32) -> u32 {
     n.div_ceil(per_block as usize) as u32
 }
@@ -42,6 +64,17 @@ fn blocks(n: usize, per_block: u32) -> u32 {
 /// A product's optional bias.
 fn bias_ptr<D: Driver>(linear: Linear<'_, Gpu<D>>) -> *const f32 {
     linear.bias.map_or(ptr::null(), |b| b.ptr().cast_const())
+}
+
+/// Rows `first .. first + rows` of a matrix, to be unpacked from row `out_row` on.
+fn part<D: Driver>(linear: &Linear<'_, Gpu<D>>, first: usize, rows: usize, out_row: usize) -> Part {
+    Part {
+        matrix: linear.weight.matrix,
+        bias: bias_ptr(*linear),
+        first: first as u32,
+        rows: rows as u32,
+        out_row: out_row as u32,
+    }
 }
 
 /// Input rows of a product that is not fused.
@@ -148,23 +181,98 @@ impl<D: Driver> Gpu<D> {
         })
     }
 
-    /// f32 rows in the form that products of several rows take.
-    fn plain_rows(&mut self, x: *const f32, len: usize, rows: usize) -> Result<Rows> {
-        if self.exact {
-            return Ok(Rows::F32(x));
-        }
+    /// Columns of a row of `len` values in f16, once it is known that a step's rows fit `buffer` so.
+    fn half_stride(&self, len: usize, buffer: &Buffer) -> Result<usize> {
         let stride = len.next_multiple_of(GROUP);
-        let out = self.scratch(Scratch::Half, rows * stride * 2)?;
-        let args = CastArgs {
-            x,
-            out: out as *mut u16,
-            len: len as u32,
-            stride: stride as u32,
+        if self.current.rows * stride * 2 > buffer.len * 4 {
+            return Err(Error::Request(format!(
+                "rows of {len} values are too short for the GPU kernels"
+            )));
+        }
+        Ok(stride)
+    }
+
+    /// Whether weights are unpacked beforehand for the products of this step.
+    fn dense(&self) -> bool {
+        !self.exact && self.current.rows >= D::DENSE_ROWS
+    }
+
+    /// Unpacks rows of up to three matrices, `rows` in all, and multiplies: `ways` is 1 for parts that
+    /// follow each other, 2 for gate and up.
+    fn dense_product(
+        &mut self,
+        parts: &[Part],
+        ways: usize,
+        x: *const u16,
+        to: Target,
+    ) -> Result<()> {
+        let (rows, cols) = (self.current.rows, parts[0].matrix.cols as usize);
+        let n: usize = parts.iter().map(|p| p.rows as usize).sum();
+        let w = self.scratch(Scratch::Weights, n * cols * 2)?;
+        let bias = self.scratch(Scratch::Biases, n * 4)?;
+        let groups = |p: &Part| p.rows as usize * p.matrix.groups();
+        let most = parts.iter().map(groups).max().unwrap_or(0);
+        let args = DequantiseArgs {
+            parts: std::array::from_fn(|i| parts[i.min(parts.len() - 1)]),
+            ways: ways as u32,
+            out: w as *mut u16,
+            bias: bias as *mut f32,
         };
-        let grid = (blocks(stride, ELEMENTWISE), rows as u32);
+        let threads = dense::DEQUANTISE_THREADS;
+        let grid = (blocks(most, threads), parts.len() as u32);
         self.driver
-            .launch("cast_f16", grid, ELEMENTWISE, 0, &args)?;
-        Ok(Rows::F16(out as *const u16))
+            .launch("dequantise", grid, threads, dense::DEQUANTISE_SHARED, &args)?;
+        let args = DenseArgs {
+            w: w as *const u16,
+            bias: bias as *const f32,
+            x,
+            rows: rows as u32,
+            cols: cols as u32,
+            n: n as u32,
+            out: to.address as *mut u8,
+            stride: to.stride as u32,
+            add: u32::from(to.add),
+        };
+        // The largest tile that still gives every multiprocessor a block, or most of them: two blocks
+        // would be better, but smaller tiles read shared memory more often.
+        let fills = |bm: u32, bn: u32| {
+            blocks(rows, bm) * blocks(n, bn) * 5 >= self.driver.multiprocessors() * 4
+        };
+        let (kernel, bm, bn) = match (ways, fills(128, 128), fills(64, 128)) {
+            (1, true, _) => ("dense_128x128", 128, 128),
+            (1, _, true) => ("dense_64x128", 64, 128),
+            (1, ..) => ("dense_64x64", 64, 64),
+            (_, true, _) => ("dense_gate_up_128x128", 128, 128),
+            _ => ("dense_gate_up_64x128", 64, 128),
+        };
+        let grid = (blocks(rows, bm), blocks(n, bn));
+        let shared = dense::shared_bytes(bm as usize, bn as usize);
+        self.driver
+            .launch(kernel, grid, dense::THREADS, shared, &args)
+    }
+
+    /// [`Gpu::dense_product`] of one matrix, or of gate and up, slice by slice.
+    fn dense_sliced(
+        &mut self,
+        linears: &[Linear<'_, Self>],
+        x: *const u16,
+        to: Target,
+    ) -> Result<()> {
+        let ways = linears.len();
+        let matrix = linears[0].weight.matrix;
+        let (n, row_bytes) = (matrix.rows as usize, ways * matrix.cols as usize * 2);
+        // Slices of whole tiles, and of equal size.
+        let slices = (n * row_bytes).div_ceil(SLICE_BYTES);
+        let slice = n.div_ceil(slices).next_multiple_of(128);
+        for first in (0..n).step_by(slice) {
+            let mut parts = Vec::with_capacity(ways);
+            for (way, linear) in linears.iter().enumerate() {
+                parts.push(part(linear, first, slice.min(n - first), 8 * way));
+            }
+            let address = to.address + (first * to.element_bytes) as u64;
+            self.dense_product(&parts, ways, x, Target { address, ..to })?;
+        }
+        Ok(())
     }
 
     /// A product that is not fused: `out = x Wᵀ + b`, or `out += …`.
@@ -198,6 +306,15 @@ impl<D: Driver> Gpu<D> {
                 );
                 self.driver
                     .launch("linear_exact", grid, exact::THREADS, 0, &args)
+            }
+            Rows::F16(x) if rows == self.current.rows && self.dense() => {
+                let to = Target {
+                    address: out as Address,
+                    element_bytes: 4,
+                    stride: n,
+                    add: add != 0,
+                };
+                self.dense_sliced(&[linear], x, to)
             }
             Rows::F16(x) => {
                 let args = GemmArgs {
@@ -263,17 +380,49 @@ impl<D: Driver> Gpu<D> {
             return Ok(());
         }
         let rows = self.current.rows;
-        let kv_len = h.kv_heads * h.head_dim;
+        let (q_len, kv_len) = (h.heads * h.head_dim, h.kv_heads * h.head_dim);
         let normed = self.norm_rows(x, &op.norm, len, rows, ptr::null(), !self.exact)?;
-        let k = self.scratch(Scratch::First, rows * kv_len * 4)? as *mut f32;
-        let v = self.scratch(Scratch::Second, rows * kv_len * 4)? as *mut f32;
-        self.product(op.q, normed, rows, q.ptr(), false)?;
-        self.product(op.k, normed, rows, k, false)?;
-        self.product(op.v, normed, rows, v, false)?;
+        let (from_q, k, v, strides) = match normed {
+            Rows::F16(x) if self.dense() => {
+                let n = q_len + 2 * kv_len;
+                let joined = self.scratch(Scratch::First, rows * n * 4)?;
+                let parts = [
+                    part(&op.q, 0, q_len, 0),
+                    part(&op.k, 0, kv_len, q_len),
+                    part(&op.v, 0, kv_len, q_len + kv_len),
+                ];
+                let to = Target {
+                    address: joined,
+                    element_bytes: 4,
+                    stride: n,
+                    add: false,
+                };
+                self.dense_product(&parts, 1, x, to)?;
+                let at = |column: usize| (joined + 4 * column as u64) as *mut f32;
+                (at(0), at(q_len), at(q_len + kv_len), [n, n])
+            }
+            normed => {
+                // Queries of f16 cannot be turned where they lie.
+                let from_q = if self.flash(&h) {
+                    self.scratch(Scratch::Partial, rows * q_len * 4)? as *mut f32
+                } else {
+                    q.ptr()
+                };
+                let k = self.scratch(Scratch::First, rows * kv_len * 4)? as *mut f32;
+                let v = self.scratch(Scratch::Second, rows * kv_len * 4)? as *mut f32;
+                self.product(op.q, normed, rows, from_q, false)?;
+                self.product(op.k, normed, rows, k, false)?;
+                self.product(op.v, normed, rows, v, false)?;
+                (from_q, k, v, [q_len, kv_len])
+            }
+        };
         let args = RopeCacheArgs {
-            q: q.ptr(),
+            q: from_q,
             k,
             v,
+            strides: strides.map(|s| s as u32),
+            out: q.ptr().cast(),
+            f16: u32::from(self.flash(&h)),
             rotation,
             cache,
             step,
@@ -283,6 +432,39 @@ impl<D: Driver> Gpu<D> {
         let grid = (blocks(pairs, ELEMENTWISE), rows as u32);
         self.driver
             .launch("rope_cache", grid, ELEMENTWISE, 0, &args)
+    }
+
+    /// Whether this step's attention goes through tiles of rows; its queries are f16 then.
+    fn flash(&self, h: &Heads) -> bool {
+        let longest = self.current.spans.iter().map(|s| s[1]).max().unwrap_or(0);
+        !self.exact
+            && longest >= FLASH_ROWS
+            && h.head_dim <= 128
+            && h.heads / h.kv_heads <= flash::TILE_ROWS
+            && (h.heads * h.head_dim).is_multiple_of(GROUP)
+    }
+
+    /// Lays out the tiles of this step's rows, unless an earlier layer did; their list and how many.
+    fn flash_tiles(&mut self, per_tile: usize) -> Result<(Address, u32)> {
+        if let Some(n) = self.current.tiles {
+            let tiles = self.scratch(Scratch::Tiles, n as usize * 8)?;
+            return Ok((tiles, n));
+        }
+        let mut order = Vec::new();
+        for &[first, len, past] in &self.current.spans {
+            for start in (0..len).step_by(per_tile) {
+                let rows = per_tile.min(len - start);
+                order.push((past + start + rows, [(first + start) as u32, rows as u32]));
+            }
+        }
+        // Those with the most tokens to see first, so that the last to end are short.
+        order.sort_by_key(|(tokens, _)| std::cmp::Reverse(*tokens));
+        let list: Vec<[u32; 2]> = order.into_iter().map(|(_, tile)| tile).collect();
+        let tiles = self.scratch(Scratch::Tiles, list.len() * 8)?;
+        self.driver.write(tiles, bytemuck::cast_slice(&list))?;
+        let n = list.len() as u32;
+        self.current.tiles = Some(n);
+        Ok((tiles, n))
     }
 
     pub(super) fn op_attend(
@@ -310,8 +492,40 @@ impl<D: Driver> Gpu<D> {
             self.set_parts(out, parts, heads.head_dim);
             return Ok(());
         }
+        let (rows, len) = (self.current.rows, heads.heads * heads.head_dim);
+        if self.flash(&heads) {
+            self.half_stride(len, out)?;
+            let group = heads.heads / heads.kv_heads;
+            let (tiles, n) = self.flash_tiles(flash::TILE_ROWS / group)?;
+            let args = FlashArgs {
+                q: q.ptr().cast_const().cast(),
+                cache: self.cache_layer(cache, layer),
+                step: self.step_args(),
+                tiles: tiles as *const u32,
+                group: group as u32,
+                scale: heads.scale,
+                out: out.ptr().cast(),
+            };
+            let (kernel, dims) = if heads.head_dim <= 64 {
+                ("flash_64", 64)
+            } else {
+                ("flash_128", 128)
+            };
+            let grid = (heads.kv_heads as u32, n);
+            let shared = flash::shared_bytes(dims);
+            return self
+                .driver
+                .launch(kernel, grid, flash::THREADS, shared, &args);
+        }
+        // Several rows go on to their product in f16.
+        let cast = rows > 1 && !self.exact;
+        let target = if cast {
+            self.scratch(Scratch::First, rows * len * 4)? as *mut f32
+        } else {
+            out.ptr()
+        };
         let splits = self.current.splits;
-        let tasks = self.current.rows * heads.heads;
+        let tasks = rows * heads.heads;
         let partial = if splits > 1 {
             let values = tasks * splits as usize * (heads.head_dim + 2);
             self.scratch(Scratch::Partial, values * 4)?
@@ -325,7 +539,7 @@ impl<D: Driver> Gpu<D> {
             heads: heads.heads as u32,
             splits,
             scale: heads.scale,
-            out: out.ptr(),
+            out: target,
             partial: partial as *mut f32,
         };
         let kernel = if self.exact {
@@ -339,6 +553,18 @@ impl<D: Driver> Gpu<D> {
         if splits > 1 {
             self.driver
                 .launch("attend_combine", (grid.0, 1), attention::THREADS, 0, &args)?;
+        }
+        if cast {
+            let stride = self.half_stride(len, out)?;
+            let args = CastArgs {
+                x: target,
+                out: out.ptr().cast(),
+                len: len as u32,
+                stride: stride as u32,
+            };
+            let grid = (blocks(stride, ELEMENTWISE), rows as u32);
+            self.driver
+                .launch("cast_f16", grid, ELEMENTWISE, 0, &args)?;
         }
         Ok(())
     }
@@ -380,7 +606,11 @@ impl<D: Driver> Gpu<D> {
             return Ok(());
         }
         let rows = self.current.rows;
-        let input = self.plain_rows(input.ptr(), linear.weight.cols, rows)?;
+        let input = if self.exact {
+            Rows::F32(input.ptr())
+        } else {
+            Rows::F16(input.ptr().cast_const().cast())
+        };
         self.product(linear, input, rows, x.ptr(), true)
     }
 
@@ -408,23 +638,37 @@ impl<D: Driver> Gpu<D> {
         }
         let rows = self.current.rows;
         let normed = self.norm_rows(x, &norm, len, rows, ptr::null(), !self.exact)?;
-        let second = self.scratch(Scratch::Second, rows * width * 4)? as *mut f32;
-        self.product(gate, normed, rows, out.ptr(), false)?;
-        self.product(up, normed, rows, second, false)?;
-        let values = rows * width;
-        let args = SiluMulArgs {
-            gate: out.ptr(),
-            up: second,
-            out: out.ptr(),
-            len: values as u64,
+        let stride = if self.exact {
+            width
+        } else {
+            self.half_stride(width, out)?
         };
-        self.driver.launch(
-            "silu_mul",
-            (blocks(values, ELEMENTWISE), 1),
-            ELEMENTWISE,
-            0,
-            &args,
-        )
+        if let Rows::F16(x) = normed
+            && self.dense()
+            && width == stride
+        {
+            let to = Target {
+                address: out.address,
+                element_bytes: 2,
+                stride,
+                add: false,
+            };
+            return self.dense_sliced(&[gate, up], x, to);
+        }
+        let first = self.scratch(Scratch::First, rows * width * 4)? as *mut f32;
+        let second = self.scratch(Scratch::Second, rows * width * 4)? as *mut f32;
+        self.product(gate, normed, rows, first, false)?;
+        self.product(up, normed, rows, second, false)?;
+        let args = SiluMulArgs {
+            gate: first,
+            up: second,
+            out: out.ptr().cast(),
+            len: width as u32,
+            stride: stride as u32,
+            f16: u32::from(!self.exact),
+        };
+        let grid = (blocks(stride, ELEMENTWISE), rows as u32);
+        self.driver.launch("silu_mul", grid, ELEMENTWISE, 0, &args)
     }
 
     pub(super) fn op_norm_head(

@@ -1,4 +1,4 @@
-//! Attention over the paged cache, split and whole.
+//! Attention over the paged cache: row by row, split and whole, and in tiles on tensor cores.
 
 use super::Driver;
 use super::bench::{Bench, nmse};
@@ -6,6 +6,7 @@ use super::rows::{Element, Paging};
 use crate::error::Result;
 use half::f16;
 use kernels::attention::{self, AttendArgs};
+use kernels::flash::{self, FlashArgs};
 
 pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
     let long: &[(usize, usize)] = &[(0, 3), (70, 1), (31, 2)];
@@ -16,6 +17,161 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             check::<f32, D>(b, heads, kv_heads, head_dim, spans, splits)?;
         }
     }
+    for (heads, kv_heads, head_dim) in [
+        (2, 1, 16),
+        (7, 1, 64),
+        (9, 3, 64),
+        (3, 3, 40),
+        (8, 2, 128),
+        (2, 1, 96),
+    ] {
+        check_flash(b, heads, kv_heads, head_dim, &[(0, 3)])?;
+        check_flash(b, heads, kv_heads, head_dim, &[(0, 70)])?;
+        check_flash(
+            b,
+            heads,
+            kv_heads,
+            head_dim,
+            &[(63, 1), (70, 30), (0, 33), (31, 2)],
+        )?;
+    }
+    Ok(())
+}
+
+/// Tokens of a cache, as a sequence of `[keys, values][kv head][element]` for each sequence.
+type Cached = Vec<Vec<[Vec<Vec<f32>>; 2]>>;
+
+/// Fills the cache; keys far from zero, as those of a model with large key biases are.
+fn fill<E: Element, D: Driver>(
+    b: &mut Bench<'_, D>,
+    paging: &Paging,
+    kv_heads: usize,
+    head_dim: usize,
+    spans: &[(usize, usize)],
+) -> Result<Cached> {
+    let mut cached = Vec::new();
+    for (sequence, (past, len)) in spans.iter().enumerate() {
+        let mut tokens = Vec::new();
+        for token in 0..past + len {
+            let mut kinds = [Vec::new(), Vec::new()];
+            for (kind, offset) in kinds.iter_mut().zip([3.0, 0.0]) {
+                let value = offset == 0.0;
+                for head in 0..kv_heads {
+                    let v: Vec<f32> = b
+                        .random
+                        .values(head_dim)
+                        .iter()
+                        .map(|v| E::from_f32(v + offset).to_f32())
+                        .collect();
+                    paging
+                        .write::<E, D>(b, kv_heads, head_dim, value, head, sequence, token, &v)?;
+                    kind.push(v);
+                }
+            }
+            tokens.push(kinds);
+        }
+        cached.push(tokens);
+    }
+    Ok(cached)
+}
+
+/// Softmax attention in f64.
+fn attention(
+    q: &[f32],
+    cached: &Cached,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    spans: &[(usize, usize)],
+    scale: f32,
+) -> Vec<f64> {
+    let mut expected = Vec::with_capacity(q.len());
+    let mut queries = q.chunks(head_dim);
+    for (sequence, (past, len)) in spans.iter().enumerate() {
+        for (r, head) in (0..*len).flat_map(|r| (0..heads).map(move |h| (r, h))) {
+            let q = queries.next().unwrap_or_default();
+            let kv = head / (heads / kv_heads);
+            let tokens = &cached[sequence][..past + r + 1];
+            let scores: Vec<f64> = tokens
+                .iter()
+                .map(|t| {
+                    let pairs = q.iter().zip(&t[0][kv]);
+                    let dot: f64 = pairs.map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+                    dot * f64::from(scale)
+                })
+                .collect();
+            let peak = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let mass: f64 = scores.iter().map(|s| (s - peak).exp()).sum();
+            for e in 0..head_dim {
+                let sum: f64 = scores
+                    .iter()
+                    .zip(tokens)
+                    .map(|(s, t)| (s - peak).exp() * f64::from(t[1][kv][e]))
+                    .sum();
+                expected.push(sum / mass);
+            }
+        }
+    }
+    expected
+}
+
+fn check_flash<D: Driver>(
+    b: &mut Bench<'_, D>,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    spans: &[(usize, usize)],
+) -> Result<()> {
+    let rows: usize = spans.iter().map(|s| s.1).sum();
+    let paging = Paging::new(b, spans, kv_heads * head_dim * 2, &vec![0; rows])?;
+    let cached = fill::<f16, D>(b, &paging, kv_heads, head_dim, spans)?;
+    let q: Vec<f16> = b
+        .random
+        .values(rows * heads * head_dim)
+        .iter()
+        .map(|v| f16::from_f32(v * 3.0))
+        .collect();
+    let q_on = b.upload(&q)?;
+    let out = b.alloc(2 * q.len())?;
+    let per_tile = flash::TILE_ROWS / (heads / kv_heads);
+    let mut tiles = Vec::new();
+    let mut first = 0;
+    for (_, len) in spans {
+        for start in (0..*len).step_by(per_tile) {
+            tiles.push([(first + start) as u32, per_tile.min(len - start) as u32]);
+        }
+        first += len;
+    }
+    let tiles_on = b.upload(&tiles)?;
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let args = FlashArgs {
+        q: q_on.ptr(),
+        cache: paging.layer(kv_heads, head_dim),
+        step: paging.step,
+        tiles: tiles_on.ptr(),
+        group: (heads / kv_heads) as u32,
+        scale,
+        out: out.ptr(),
+    };
+    let (kernel, dims) = if head_dim <= 64 {
+        ("flash_64", 64)
+    } else {
+        ("flash_128", 128)
+    };
+    let grid = (kv_heads as u32, tiles.len() as u32);
+    let shared = flash::shared_bytes(dims);
+    b.driver
+        .launch(kernel, grid, flash::THREADS, shared, &args)?;
+    let halves = b.take::<f16>(kernel, out)?;
+    let found: Vec<f32> = halves.into_iter().map(f16::to_f32).collect();
+    let q: Vec<f32> = q.into_iter().map(f16::to_f32).collect();
+    let expected = attention(&q, &cached, heads, kv_heads, head_dim, spans, scale);
+    let case = format!(
+        "{heads}/{kv_heads} heads of {head_dim}, {} spans, {rows} rows",
+        spans.len()
+    );
+    // The weights of the tokens are rounded to f16, and so is the result.
+    b.report(kernel, case, nmse(&found, &expected), 1e-6);
     Ok(())
 }
 
@@ -34,32 +190,7 @@ fn check<E: Element, D: Driver>(
         kv_heads * head_dim * size_of::<E>(),
         &vec![0; rows],
     )?;
-    // Keys far from zero, as those of a model with large key biases are.
-    let mut cached = Vec::new();
-    for (sequence, (past, len)) in spans.iter().enumerate() {
-        let mut tokens = Vec::new();
-        for token in 0..past + len {
-            let mut kinds = Vec::new();
-            for value in [false, true] {
-                let mut by_head = Vec::new();
-                for head in 0..kv_heads {
-                    let offset = if value { 0.0 } else { 3.0 };
-                    let v: Vec<f32> = b
-                        .random
-                        .values(head_dim)
-                        .iter()
-                        .map(|v| E::from_f32(v + offset).to_f32())
-                        .collect();
-                    paging
-                        .write::<E, D>(b, kv_heads, head_dim, value, head, sequence, token, &v)?;
-                    by_head.push(v);
-                }
-                kinds.push(by_head);
-            }
-            tokens.push(kinds);
-        }
-        cached.push(tokens);
-    }
+    let cached = fill::<E, D>(b, &paging, kv_heads, head_dim, spans)?;
     let q: Vec<f32> = b
         .random
         .values(rows * heads * head_dim)
@@ -95,39 +226,7 @@ fn check<E: Element, D: Driver>(
     b.take::<f32>(kernel, partial)?;
     let found = b.take::<f32>(kernel, out)?;
 
-    let mut expected = Vec::with_capacity(q.len());
-    let mut row = 0;
-    for (sequence, (past, len)) in spans.iter().enumerate() {
-        for r in 0..*len {
-            for head in 0..heads {
-                let q = &q[(row * heads + head) * head_dim..][..head_dim];
-                let kv = head / (heads / kv_heads);
-                let tokens = &cached[sequence][..past + r + 1];
-                let scores: Vec<f64> = tokens
-                    .iter()
-                    .map(|t| {
-                        let dot: f64 = q
-                            .iter()
-                            .zip(&t[0][kv])
-                            .map(|(q, k)| f64::from(*q) * f64::from(*k))
-                            .sum();
-                        dot * f64::from(scale)
-                    })
-                    .collect();
-                let peak = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let mass: f64 = scores.iter().map(|s| (s - peak).exp()).sum();
-                for e in 0..head_dim {
-                    let sum: f64 = scores
-                        .iter()
-                        .zip(tokens)
-                        .map(|(s, t)| (s - peak).exp() * f64::from(t[1][kv][e]))
-                        .sum();
-                    expected.push(sum / mass);
-                }
-            }
-            row += 1;
-        }
-    }
+    let expected = attention(&q, &cached, heads, kv_heads, head_dim, spans, scale);
     let case = format!(
         "{heads}/{kv_heads} heads of {head_dim}, {} spans, {splits} splits",
         spans.len()

@@ -3,13 +3,16 @@
 use super::Driver;
 use super::bench::{Bench, TestMatrix, layout, nmse, types};
 use super::decode;
-use super::rows::Paging;
+use super::rows::{Paging, silu};
 use crate::error::Result;
+use gguf::GgmlType;
 use half::f16;
+use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
 use kernels::exact::{self, LinearArgs};
 use kernels::gemm::{self, GemmArgs};
 use kernels::rows::EmbedArgs;
 use kernels::types::GROUP;
+use std::ptr;
 
 /// f32 arithmetic against f64.
 pub const F32_LIMIT: f64 = 1e-10;
@@ -39,7 +42,24 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             for (kernel, mt, n) in [("gemm_32", 1, 3), ("gemm_64", 2, 64), ("gemm_128", 4, 129)] {
                 gemm(b, &m, kernel, mt, n, n == 3)?;
             }
+            if rows > 5 {
+                for (kernel, bm, bn, n) in [
+                    ("dense_128x128", 128, 128, 129),
+                    ("dense_64x128", 64, 128, 9),
+                    ("dense_64x64", 64, 64, 65),
+                ] {
+                    dense(b, &m, kernel, bm, bn, n, n == 9)?;
+                }
+            }
         }
+    }
+    for (gate, up) in [
+        (GgmlType::Q4_K, GgmlType::Q4_K),
+        (GgmlType::Q5_0, GgmlType::Q8_0),
+        (GgmlType::F16, GgmlType::Q6_K),
+    ] {
+        dense_gate_up(b, gate, up, "dense_gate_up_128x128", 128, 130)?;
+        dense_gate_up(b, gate, up, "dense_gate_up_64x128", 64, 17)?;
     }
     Ok(())
 }
@@ -173,5 +193,183 @@ fn gemm<D: Driver>(
         nmse(&found, &expected),
         F16_LIMIT,
     );
+    Ok(())
+}
+
+/// Input rows as halves, padded to the matrix's columns, and as what those stand for.
+fn half_rows<D: Driver>(
+    b: &mut Bench<'_, D>,
+    m: &TestMatrix,
+    n: usize,
+    scale: f32,
+) -> (Vec<f16>, Vec<f32>) {
+    let padded = m.matrix.cols as usize;
+    let mut halves = vec![f16::ZERO; n * padded];
+    let mut x = Vec::with_capacity(n * m.cols);
+    for row in halves.chunks_mut(padded) {
+        for half in &mut row[..m.cols] {
+            *half = f16::from_f32(b.random.signed() * scale);
+            x.push(half.to_f32());
+        }
+    }
+    (halves, x)
+}
+
+/// All rows of a matrix, from output row `out_row` on.
+fn whole(m: &TestMatrix, bias: *const f32, out_row: u32) -> Part {
+    Part {
+        matrix: m.matrix,
+        bias,
+        first: 0,
+        rows: m.rows as u32,
+        out_row,
+    }
+}
+
+fn dequantise<D: Driver>(
+    b: &mut Bench<'_, D>,
+    parts: [Part; 3],
+    n: u32,
+    ways: u32,
+    out: *mut u16,
+    bias: *mut f32,
+) -> Result<()> {
+    let args = DequantiseArgs {
+        parts,
+        ways,
+        out,
+        bias,
+    };
+    let groups = |p: &Part| p.rows as usize * p.matrix.groups();
+    let most = parts.iter().map(groups).max().unwrap_or(0);
+    let threads = dense::DEQUANTISE_THREADS;
+    let grid = (most.div_ceil(threads as usize) as u32, n);
+    b.driver
+        .launch("dequantise", grid, threads, dense::DEQUANTISE_SHARED, &args)
+}
+
+/// A matrix's rows in two parts that change places, the second without a bias, through f16.
+fn dense<D: Driver>(
+    b: &mut Bench<'_, D>,
+    m: &TestMatrix,
+    kernel: &'static str,
+    bm: usize,
+    bn: usize,
+    n: usize,
+    add: bool,
+) -> Result<()> {
+    let cols = m.matrix.cols as usize;
+    let (halves, x) = half_rows(b, m, n, 1.0);
+    let (bias, before) = (b.random.values(m.rows), b.random.values(n * m.rows));
+    let (x_on, bias_on) = (b.upload(&halves)?, b.upload(&bias)?);
+    let (w_on, w_bias) = (b.alloc(2 * m.rows * cols)?, b.alloc(4 * m.rows)?);
+    let cut = m.rows / 2 + 1;
+    let first = Part {
+        rows: cut as u32,
+        out_row: (m.rows - cut) as u32,
+        ..whole(m, bias_on.ptr(), 0)
+    };
+    let second = Part {
+        first: cut as u32,
+        rows: (m.rows - cut) as u32,
+        ..whole(m, ptr::null(), 0)
+    };
+    dequantise(b, [first, second, second], 2, 1, w_on.ptr(), w_bias.ptr())?;
+    let out = if add {
+        b.upload(&before)?
+    } else {
+        b.alloc(4 * n * m.rows)?
+    };
+    let args = DenseArgs {
+        w: w_on.ptr(),
+        bias: w_bias.ptr(),
+        x: x_on.ptr(),
+        rows: n as u32,
+        cols: cols as u32,
+        n: m.rows as u32,
+        out: out.ptr(),
+        stride: m.rows as u32,
+        add: u32::from(add),
+    };
+    let grid = (n.div_ceil(bm) as u32, m.rows.div_ceil(bn) as u32);
+    let shared = dense::shared_bytes(bm, bn);
+    b.driver
+        .launch(kernel, grid, dense::THREADS, shared, &args)?;
+    let found = b.take::<f32>(kernel, out)?;
+    b.take::<u16>("dequantise", w_on)?;
+    b.take::<f32>("dequantise", w_bias)?;
+    let mut expected = Vec::new();
+    for x in x.chunks(m.cols) {
+        let y = m.times(x);
+        let biased = |i: usize| y[i] + if i < cut { f64::from(bias[i]) } else { 0.0 };
+        expected.extend((cut..m.rows).chain(0..cut).map(biased));
+    }
+    if add {
+        for (e, before) in expected.iter_mut().zip(&before) {
+            *e += f64::from(*before);
+        }
+    }
+    let error = nmse(&found, &expected);
+    b.report(kernel, name(m, format!("× {n}")), error, F16_LIMIT);
+    b.report("dequantise", name(m, "two parts"), error, F16_LIMIT);
+    Ok(())
+}
+
+fn dense_gate_up<D: Driver>(
+    b: &mut Bench<'_, D>,
+    gate: GgmlType,
+    up: GgmlType,
+    kernel: &'static str,
+    bm: usize,
+    n: usize,
+) -> Result<()> {
+    let (rows, cols) = (96, 512);
+    let (gate, up) = (b.matrix(gate, rows, cols)?, b.matrix(up, rows, cols)?);
+    // Small, so that the products of two products stay in range.
+    let (halves, x) = half_rows(b, &gate, n, 1.0 / 64.0);
+    let (gate_bias, up_bias) = (b.random.values(rows), b.random.values(rows));
+    let x_on = b.upload(&halves)?;
+    let (gate_bias_on, up_bias_on) = (b.upload(&gate_bias)?, b.upload(&up_bias)?);
+    let (w_on, w_bias) = (b.alloc(2 * 2 * rows * cols)?, b.alloc(4 * 2 * rows)?);
+    let parts = [
+        whole(&gate, gate_bias_on.ptr(), 0),
+        whole(&up, up_bias_on.ptr(), 8),
+    ];
+    dequantise(
+        b,
+        [parts[0], parts[1], parts[1]],
+        2,
+        2,
+        w_on.ptr(),
+        w_bias.ptr(),
+    )?;
+    let out = b.alloc(2 * n * rows)?;
+    let args = DenseArgs {
+        w: w_on.ptr(),
+        bias: w_bias.ptr(),
+        x: x_on.ptr(),
+        rows: n as u32,
+        cols: cols as u32,
+        n: 2 * rows as u32,
+        out: out.ptr(),
+        stride: rows as u32,
+        add: 0,
+    };
+    let grid = (n.div_ceil(bm) as u32, (2 * rows).div_ceil(128) as u32);
+    let shared = dense::shared_bytes(bm, 128);
+    b.driver
+        .launch(kernel, grid, dense::THREADS, shared, &args)?;
+    let halves = b.take::<f16>(kernel, out)?;
+    let found: Vec<f32> = halves.into_iter().map(f16::to_f32).collect();
+    let mut expected = Vec::new();
+    for x in x.chunks(cols) {
+        let (g, u) = (gate.times(x), up.times(x));
+        expected.extend(
+            (0..rows)
+                .map(|i| silu(g[i] + f64::from(gate_bias[i])) * (u[i] + f64::from(up_bias[i]))),
+        );
+    }
+    let case = format!("{} and {} {rows}×{cols} × {n}", gate.ty, up.ty);
+    b.report(kernel, case, nmse(&found, &expected), F16_LIMIT);
     Ok(())
 }

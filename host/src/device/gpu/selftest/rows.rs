@@ -209,15 +209,19 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             check_rms_norm(b, len, f16)?;
         }
         check_cast(b, len)?;
-        check_silu_mul(b, len)?;
+        for f16 in [false, true] {
+            check_silu_mul(b, len, f16)?;
+        }
     }
     for (heads, kv_heads, head_dim, dims, halves) in [
         (1, 1, 8, 8, true),
         (4, 2, 64, 64, false),
         (3, 1, 40, 16, true),
     ] {
-        check_rope_cache::<f16, D>(b, heads, kv_heads, head_dim, dims, halves)?;
-        check_rope_cache::<f32, D>(b, heads, kv_heads, head_dim, dims, halves)?;
+        for f16_out in [false, true] {
+            check_rope_cache::<f16, D>(b, heads, kv_heads, head_dim, dims, halves, f16_out)?;
+        }
+        check_rope_cache::<f32, D>(b, heads, kv_heads, head_dim, dims, halves, false)?;
     }
     Ok(())
 }
@@ -306,25 +310,58 @@ fn check_cast<D: Driver>(b: &mut Bench<'_, D>, len: usize) -> Result<()> {
     Ok(())
 }
 
-fn check_silu_mul<D: Driver>(b: &mut Bench<'_, D>, len: usize) -> Result<()> {
-    let gate: Vec<f32> = b.random.values(len).iter().map(|v| v * 30.0).collect();
-    let up = b.random.values(len);
+fn check_silu_mul<D: Driver>(b: &mut Bench<'_, D>, len: usize, to_f16: bool) -> Result<()> {
+    let rows = 2;
+    let gate: Vec<f32> = b
+        .random
+        .values(rows * len)
+        .iter()
+        .map(|v| v * 30.0)
+        .collect();
+    let up = b.random.values(rows * len);
     let (gate_on, up_on) = (b.upload(&gate)?, b.upload(&up)?);
+    let stride = if to_f16 {
+        len.next_multiple_of(32)
+    } else {
+        len
+    };
+    let half = b.alloc(rows * stride * 2)?;
     let args = SiluMulArgs {
         gate: gate_on.ptr(),
         up: up_on.ptr(),
-        out: gate_on.ptr(),
-        len: len as u64,
+        out: if to_f16 { half.ptr() } else { gate_on.ptr() },
+        len: len as u32,
+        stride: stride as u32,
+        f16: u32::from(to_f16),
     };
-    b.driver
-        .launch("silu_mul", (len.div_ceil(64) as u32, 1), 64, 0, &args)?;
-    let found = b.take::<f32>("silu_mul", gate_on)?;
+    let grid = (stride.div_ceil(64) as u32, rows as u32);
+    b.driver.launch("silu_mul", grid, 64, 0, &args)?;
+    let found: Vec<f32> = if to_f16 {
+        let halves = b.take::<f16>("silu_mul", half)?;
+        halves.into_iter().map(f16::to_f32).collect()
+    } else {
+        b.take::<f32>("silu_mul", gate_on)?
+    };
     let expected: Vec<f64> = gate
-        .iter()
-        .zip(&up)
-        .map(|(g, u)| silu(f64::from(*g)) * f64::from(*u))
+        .chunks(len)
+        .zip(up.chunks(len))
+        .flat_map(|(gate, up)| {
+            let mut row: Vec<f64> = gate
+                .iter()
+                .zip(up)
+                .map(|(g, u)| silu(f64::from(*g)) * f64::from(*u))
+                .collect();
+            row.resize(stride, 0.0);
+            row
+        })
         .collect();
-    b.report("silu_mul", format!("{len}"), nmse(&found, &expected), 1e-12);
+    let (kind, limit) = if to_f16 {
+        ("f16", 1e-6)
+    } else {
+        ("f32", 1e-12)
+    };
+    let error = nmse(&found, &expected);
+    b.report("silu_mul", format!("{len} to {kind}"), error, limit);
     Ok(())
 }
 
@@ -335,20 +372,41 @@ fn check_rope_cache<E: Element, D: Driver>(
     head_dim: usize,
     dims: usize,
     halves: bool,
+    f16_out: bool,
 ) -> Result<()> {
     let spans = [(30, 5), (0, 2)];
     let rows = 7;
-    let q = b.random.values(rows * heads * head_dim);
-    let k = b.random.values(rows * kv_heads * head_dim);
-    let v = b.random.values(rows * kv_heads * head_dim);
-    let (q_on, k_on, v_on) = (b.upload(&q)?, b.upload(&k)?, b.upload(&v)?);
+    let (q_len, kv_len) = (heads * head_dim, kv_heads * head_dim);
+    let q = b.random.values(rows * q_len);
+    let k = b.random.values(rows * kv_len);
+    let v = b.random.values(rows * kv_len);
+    // Side by side where one product made all three, else each its own.
+    let (q_on, k_on, v_on, strides) = if f16_out {
+        let joined: Vec<f32> = (0..rows)
+            .flat_map(|r| {
+                let parts = [(&q, q_len), (&k, kv_len), (&v, kv_len)];
+                parts.map(|(x, len)| x[r * len..][..len].to_vec()).concat()
+            })
+            .collect();
+        let on = b.upload(&joined)?;
+        let at = |offset: usize| (on.address() + 4 * offset as u64) as *mut f32;
+        let stride = q_len + 2 * kv_len;
+        (at(0), at(q_len), at(q_len + kv_len), [stride, stride])
+    } else {
+        let on = [b.upload(&q)?, b.upload(&k)?, b.upload(&v)?];
+        (on[0].ptr(), on[1].ptr(), on[2].ptr(), [q_len, kv_len])
+    };
+    let out = b.alloc(rows * q_len * if f16_out { 2 } else { 4 })?;
     let table = rotation_table(40, dims);
     let table_on = b.upload(&table)?;
     let paging = Paging::new(b, &spans, kv_heads * head_dim * size_of::<E>(), &[0; 7])?;
     let args = RopeCacheArgs {
-        q: q_on.ptr(),
-        k: k_on.ptr(),
-        v: v_on.ptr(),
+        q: q_on,
+        k: k_on,
+        v: v_on,
+        strides: strides.map(|s| s as u32),
+        out: out.ptr(),
+        f16: u32::from(f16_out),
         rotation: Rotation {
             table: table_on.ptr(),
             dims: dims as u32,
@@ -367,7 +425,12 @@ fn check_rope_cache<E: Element, D: Driver>(
         0,
         &args,
     )?;
-    let mut found = b.take::<f32>("rope_cache", q_on)?;
+    let mut found: Vec<f32> = if f16_out {
+        let halves = b.take::<f16>("rope_cache", out)?;
+        halves.into_iter().map(f16::to_f32).collect()
+    } else {
+        b.take::<f32>("rope_cache", out)?
+    };
     let turned = |x: &[f32], position: usize, rotates: bool| -> Vec<f64> {
         let mut head: Vec<f64> = x.iter().copied().map(f64::from).collect();
         if rotates {
@@ -400,8 +463,9 @@ fn check_rope_cache<E: Element, D: Driver>(
     }
     let limit = if size_of::<E>() == 4 { 1e-12 } else { 1e-6 };
     let case = format!(
-        "{heads} heads, {head_dim} wide, {dims} rotate, {}",
-        size_of::<E>() * 8
+        "{heads} heads, {head_dim} wide, {dims} rotate, {}{}",
+        size_of::<E>() * 8,
+        if f16_out { ", f16 queries" } else { "" }
     );
     b.report("rope_cache", case, nmse(&found, &expected), limit);
     Ok(())
