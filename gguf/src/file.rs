@@ -389,6 +389,33 @@ mod tests {
     fn shared_between_threads<T: Send + Sync>() {}
 
     #[test]
+    fn a_part_is_read_as_it_is_mapped() {
+        let mut writer = crate::Writer::new();
+        writer.metadata("general.architecture", "none");
+        for name in ["a", "b"] {
+            writer.tensor(name, &[5], crate::GgmlType::I8).unwrap();
+        }
+        let mut payload = writer.begin(Vec::new()).unwrap();
+        payload.write(b"firstother").unwrap();
+        let bytes = payload.finish().unwrap();
+        let path = std::env::temp_dir().join(format!("gguf-read-{}.gguf", std::process::id()));
+        std::fs::write(&path, &bytes).unwrap();
+        let opened = super::Gguf::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let in_memory = super::Gguf::from_bytes("memory", bytes).unwrap();
+        for file in [opened, in_memory] {
+            let tensor = file.require("b").unwrap();
+            let mut out = [0; 3];
+            file.read(&tensor, 2, &mut out).unwrap();
+            assert_eq!(&out, b"her");
+            for offset in [3, usize::MAX] {
+                let error = file.read(&tensor, offset, &mut out).unwrap_err();
+                assert!(error.to_string().contains("\"b\""), "{error}");
+            }
+        }
+    }
+
+    #[test]
     fn gguf_is_send_and_sync() {
         shared_between_threads::<super::Gguf>();
     }

@@ -125,6 +125,7 @@ impl Piece {
     }
 
     /// Copies the bytes.
+    #[cfg(feature = "cuda")]
     fn read(&self, out: &mut [u8]) -> Result<(), gguf::Error> {
         let tensor = self.file.require(&self.tensor)?;
         self.file.read(&tensor, self.range.start, out)

@@ -78,3 +78,42 @@ impl Drop for Readers {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gguf::{GgmlType, Gguf, Writer};
+
+    #[test]
+    fn pieces_arrive_whole_or_say_why_not() {
+        let data: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        let mut writer = Writer::new();
+        writer
+            .tensor("t", &[data.len() as u64], GgmlType::I8)
+            .unwrap();
+        let mut payload = writer.begin(Vec::new()).unwrap();
+        payload.write(&data).unwrap();
+        let file = Gguf::from_bytes("memory", payload.finish().unwrap()).unwrap();
+        let file = Arc::new(file);
+        let piece = |tensor: &str, range| Piece {
+            file: Arc::clone(&file),
+            tensor: tensor.to_owned(),
+            range,
+        };
+        let mut out = vec![0u8; data.len()];
+        let readers = Readers::new();
+        // Each piece has a part of `out` of its own, and `out` outlives all.
+        let outcomes: Vec<_> = (0..100)
+            .map(|i| unsafe {
+                let range = i * 1000..(i + 1) * 1000;
+                readers.read(piece("t", range), out.as_mut_ptr().add(i * 1000))
+            })
+            .collect();
+        for outcome in outcomes {
+            outcome.recv().unwrap().unwrap();
+        }
+        assert_eq!(out, data);
+        let absent = unsafe { readers.read(piece("absent", 0..10), out.as_mut_ptr()) };
+        assert!(absent.recv().unwrap().is_err());
+    }
+}
