@@ -6,8 +6,8 @@
 //!
 //! - [`types`]: how each weight type lies in device memory, and how it is read
 //! - [`gemv`]: matrix times one row: the steps of decoding, each with its norm and its epilogue
-//! - [`gemm`]: matrix times many rows on tensor cores: prefill
-//! - [`dense`]: matrix times so many rows that the weights are unpacked beforehand, once for all
+//! - [`gemm`]: matrix times several rows on tensor cores: small batches, short prompts
+//! - [`dense`]: matrix times many rows, the weights unpacked beforehand, once for all: prefill
 //! - [`exact`]: the plain f32 twin of all three
 //! - [`attention`]: one query row at a time; [`flash`]: many on tensor cores
 //! - [`rows`] (norms, rotation, casts), [`sample`]
@@ -53,7 +53,6 @@ cuda_std::kernels![
     exact::linear_exact,
     flash::flash_128,
     flash::flash_64,
-    gemm::gemm_128,
     gemm::gemm_32,
     gemm::gemm_64,
     gemv::gemv,

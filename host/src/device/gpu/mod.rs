@@ -83,7 +83,7 @@ pub trait Driver: Send + Sized + 'static {
     fn replay(&mut self, graph: &Self::Graph) -> Result<()>;
 
     /// Rows of a step from which on weights are unpacked beforehand, once for all rows.
-    const DENSE_ROWS: usize = 256;
+    const DENSE_ROWS: usize = 16;
 }
 
 /// f32 values on the device.
