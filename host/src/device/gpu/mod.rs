@@ -82,8 +82,9 @@ pub trait Driver: Send + Sized + 'static {
 
     fn replay(&mut self, graph: &Self::Graph) -> Result<()>;
 
-    /// Rows of a step from which on weights are unpacked beforehand, once for all rows.
-    const DENSE_ROWS: usize = 16;
+    /// Rows of a step from which on weights are unpacked beforehand, once for all rows. On a card that
+    /// is faster for any number of rows: the other way has too few blocks for narrow matrices.
+    const DENSE_ROWS: usize = 2;
 }
 
 /// f32 values on the device.
