@@ -1,6 +1,6 @@
-//! Matrix times so many rows that unpacking the weights once, for all of them, is cheaper than in
-//! every block of rows: [`dequantise`] writes a slice of matrices as f16 to scratch memory, small
-//! enough to stay in L2, and the `dense` kernels multiply with it.
+//! Matrix times many rows: [`dequantise`] writes a slice of matrices as f16 to scratch memory, once for all
+//! rows, and the `dense` kernels multiply with it. Unpacking takes a pass over memory more than
+//! [`crate::gemm`] does, but runs at its bandwidth, and products without it keep tensor cores busy.
 //!
 //! A `dense` block of four warps computes a tile of the output, `mma.sync` m16n8k16 with f16 operands
 //! and f32 sums. `cp.async` keeps [`STAGES`] steps of [`BK`] columns in flight; a warp reads the fragments
@@ -138,30 +138,32 @@ fn swizzle(row: usize, piece: usize) -> usize {
     row * ROW_BYTES + ((piece ^ (row & 7)) * 16)
 }
 
-/// Starts the copy of [`BK`] columns from `k` on of `16 * T` rows.
+/// Starts the copy of [`BK`] columns from `k` on of `16 * T` rows. Elements are counted in 32 bits, which
+/// both operands fit: the loop has little else to do beside its products.
 #[inline(always)]
 unsafe fn load<const T: usize>(
-    tile: usize,
+    tile: u32,
     source: *const u16,
-    (first, rows): (usize, usize),
-    (k, cols): (usize, usize),
+    (first, rows): (u32, u32),
+    (k, cols): (u32, u32),
 ) {
-    let t = thread_idx_x() as usize;
+    let t = thread_idx_x();
     let (row, piece) = (t / 8, t % 8);
-    for i in 0..T {
-        let row = row + i * 16;
-        let (r, c) = (first + row, k + piece * 8);
-        let inside = r < rows && c < cols;
+    let c = k + piece * 8;
+    // Outside the matrix nothing is read: the size of the source is zero, its address any.
+    let rows = if c < cols { rows } else { 0 };
+    let mut at = (first + row).wrapping_mul(cols).wrapping_add(c);
+    let to = tile + swizzle(row as usize, piece as usize) as u32;
+    for i in 0..T as u32 {
+        let inside = first + row + i * 16 < rows;
         unsafe {
-            // Outside the matrix nothing is read: the size of the source is zero, its address any.
-            let from = if inside {
-                source.add(r * cols + c)
-            } else {
-                source
-            };
-            let to = shared::at::<u8>((tile + swizzle(row, piece)) as u32);
-            cp_async_16_zfill(to, from, if inside { 16 } else { 0 });
+            cp_async_16_zfill(
+                shared::at::<u8>(to + i * 16 * ROW_BYTES as u32),
+                source.wrapping_add(at as usize),
+                if inside { 16 } else { 0 },
+            );
         }
+        at = at.wrapping_add(16 * cols);
     }
 }
 
@@ -178,7 +180,7 @@ unsafe fn multiply<const MT: usize, const NP: usize>(a: &DenseArgs) -> [[[f32; 4
     let t = thread_idx_x() as usize;
     let (warp_index, lane) = (t / 32, t % 32);
     let (warp_m, warp_n) = (warp_index / 2, warp_index % 2);
-    let (rows, cols, n) = (a.rows as usize, a.cols as usize, a.n as usize);
+    let cols = a.cols as usize;
     let first_m = block_idx_x() as usize * 32 * MT;
     let first_n = block_idx_y() as usize * 32 * NP;
     let x_bytes = 32 * MT * ROW_BYTES;
@@ -186,21 +188,15 @@ unsafe fn multiply<const MT: usize, const NP: usize>(a: &DenseArgs) -> [[[f32; 4
     let mut sums = [[[0.0f32; 4]; 8]; MT];
     unsafe {
         let bring = |stage: usize, k: usize| {
-            let at = stage * stage_bytes;
+            let at = (stage * stage_bytes) as u32;
+            let columns = (k as u32, a.cols);
             // Two times the tiles of a warp: half of them for each 16 rows that the threads cover.
             for half in 0..2 {
-                load::<MT>(
-                    at + half * 16 * MT * ROW_BYTES,
-                    a.x,
-                    (first_m + half * 16 * MT, rows),
-                    (k, cols),
-                );
-                load::<NP>(
-                    at + x_bytes + half * 16 * NP * ROW_BYTES,
-                    a.w,
-                    (first_n + half * 16 * NP, n),
-                    (k, cols),
-                );
+                let (m, n) = (half * 16 * MT as u32, half * 16 * NP as u32);
+                let x = at + m * ROW_BYTES as u32;
+                load::<MT>(x, a.x, (first_m as u32 + m, a.rows), columns);
+                let w = at + x_bytes as u32 + n * ROW_BYTES as u32;
+                load::<NP>(w, a.w, (first_n as u32 + n, a.n), columns);
             }
         };
         for s in 0..STAGES - 1 {

@@ -73,29 +73,30 @@ impl Source {
     unsafe fn load<const N: usize>(&self, keys: usize, values: usize, first: usize) {
         let head_dim = self.cache.head_dim as usize;
         let t = thread_idx_x() as usize;
-        for i in 0..TILE_TOKENS * N / THREADS as usize {
-            let index = t + i * THREADS as usize;
-            let (row, piece) = (index / N, index % N);
-            let token = first + row;
-            let inside = token < self.end && piece * 8 < head_dim;
-            let bytes = if inside { 16 } else { 0 };
-            // Where nothing is read, the address must still be one.
-            let token = if token < self.end {
-                token
-            } else {
-                self.end - 1
-            };
+        let (row, piece) = (t / N, t % N);
+        // Tokens that the threads cover at a time.
+        let per_turn = THREADS as usize / N;
+        let wanted = piece * 8 < head_dim;
+        for half in 0..TILE_TOKENS / BLOCK_TOKENS {
             unsafe {
-                let block = ldg_u32(self.table.add(token / BLOCK_TOKENS)) as usize;
-                let at = block * self.cache.kv_heads as usize + self.kv_head;
-                let at = (at * BLOCK_TOKENS + token % BLOCK_TOKENS) * head_dim + piece * 8;
-                let offset = swizzle::<N>(row, piece);
-                for (base, tile) in [(self.cache.keys, keys), (self.cache.values, values)] {
-                    cp_async_16_zfill(
-                        shared::at::<u8>((tile + offset) as u32),
-                        base.cast::<u16>().add(at),
-                        bytes,
-                    );
+                // Where nothing is read, the address must still be one.
+                let index = (first / BLOCK_TOKENS + half).min((self.end - 1) / BLOCK_TOKENS);
+                let block = ldg_u32(self.table.add(index)) as usize;
+                let block = block * self.cache.kv_heads as usize + self.kv_head;
+                let mut at = (block * BLOCK_TOKENS + row) * head_dim + piece * 8;
+                for i in 0..BLOCK_TOKENS / per_turn {
+                    let row = half * BLOCK_TOKENS + i * per_turn + row;
+                    let inside = wanted && first + row < self.end;
+                    let bytes = if inside { 16 } else { 0 };
+                    let offset = swizzle::<N>(row, piece);
+                    for (base, tile) in [(self.cache.keys, keys), (self.cache.values, values)] {
+                        cp_async_16_zfill(
+                            shared::at::<u8>((tile + offset) as u32),
+                            base.cast::<u16>().wrapping_add(at),
+                            bytes,
+                        );
+                    }
+                    at += per_turn * head_dim;
                 }
             }
         }

@@ -1,4 +1,5 @@
-//! Matrix times many rows on tensor cores: `mma.sync` m16n8k16, f16 operands, f32 sums.
+//! Matrix times several rows on tensor cores: `mma.sync` m16n8k16, f16 operands, f32 sums. For many
+//! rows see [`crate::dense`].
 //!
 //! A block computes a tile of [`BN`] matrix rows for `32 * MT` input rows. Per step of [`BK`]
 //! columns, each of its 256 threads unpacks one group of weights from quantised form straight into
@@ -180,10 +181,4 @@ pub unsafe fn gemm_32(a: GemmArgs) {
 #[kernel(launch_bounds(256))]
 pub unsafe fn gemm_64(a: GemmArgs) {
     unsafe { gemm::<2>(&a) }
-}
-
-/// The same, 128 input rows a block.
-#[kernel(launch_bounds(256))]
-pub unsafe fn gemm_128(a: GemmArgs) {
-    unsafe { gemm::<4>(&a) }
 }

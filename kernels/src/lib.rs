@@ -6,8 +6,8 @@
 //!
 //! - [`types`]: how each weight type lies in device memory, and how it is read
 //! - [`decode`]: a whole decode step of one row, in one launch
-//! - [`gemm`]: matrix times many rows on tensor cores: prefill
-//! - [`dense`]: matrix times so many rows that the weights are unpacked beforehand, once for all
+//! - [`gemm`]: matrix times several rows on tensor cores: small batches, short prompts
+//! - [`dense`]: matrix times many rows, the weights unpacked beforehand, once for all: prefill
 //! - [`exact`]: the plain f32 twin of all three
 //! - [`attention`]: one query row at a time; [`flash`]: many on tensor cores
 //! - [`rows`] (norms, rotation, casts), [`sample`]
@@ -54,7 +54,6 @@ cuda_std::kernels![
     exact::linear_exact,
     flash::flash_128,
     flash::flash_64,
-    gemm::gemm_128,
     gemm::gemm_32,
     gemm::gemm_64,
     rows::cast_f16,

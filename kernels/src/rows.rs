@@ -1,7 +1,7 @@
 //! Work on single rows: embedding, norms, casts, the gated activation, rotation and cache writes.
 
 use crate::types::{GROUP, Matrix, to_f16, unpack};
-use cuda_std::memory::{ldg_f32, ldg_u32};
+use cuda_std::memory::{ld_v4_u32, ldg_f32, ldg_u32, ldg_v4_u32, st_global_v2, st_global_v4};
 use cuda_std::thread::{
     block_dim_x, block_idx_x, block_idx_y, index_1d, sync_threads, thread_idx_x,
 };
@@ -218,12 +218,24 @@ pub unsafe fn rms_norm(a: RmsNormArgs) {
             ldg_u32(a.rows.add(out_row)) as usize
         };
         let x = a.x.add(row * len);
+        // Four values at a time where rows are aligned for it.
+        let wide = len % 4 == 0 && a.stride % 4 == 0;
+        let (first, turn) = if wide {
+            (t * 4, threads * 4)
+        } else {
+            (t, threads)
+        };
         let mut sum = 0.0;
-        let mut i = t;
+        let mut i = first;
         while i < len {
-            let v = x.add(i).read();
-            sum += v * v;
-            i += threads;
+            if wide {
+                let v = ld_v4_u32(x.add(i)).map(f32::from_bits);
+                sum += (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]);
+            } else {
+                let v = x.add(i).read();
+                sum += v * v;
+            }
+            i += turn;
         }
         let partial = shared::at::<f32>(0);
         let sum = warp::reduce_sum_f32(sum);
@@ -238,15 +250,34 @@ pub unsafe fn rms_norm(a: RmsNormArgs) {
             0.0
         };
         let scale = 1.0 / float::sqrt(warp::reduce_sum_f32(sum) / len as f32 + a.eps);
-        let mut i = t;
+        let mut i = first;
         while i < a.stride as usize {
-            let v = if i < len {
-                x.add(i).read() * scale * ldg_f32(a.weight.add(i))
+            let at = out_row * a.stride as usize + i;
+            if wide {
+                let mut v = [0.0; 4];
+                if i < len {
+                    let x = ld_v4_u32(x.add(i)).map(f32::from_bits);
+                    let w = ldg_v4_u32(a.weight.add(i)).map(f32::from_bits);
+                    for e in 0..4 {
+                        v[e] = x[e] * scale * w[e];
+                    }
+                }
+                if a.f16 != 0 {
+                    let h = [to_f16(v[0]), to_f16(v[1]), to_f16(v[2]), to_f16(v[3])].map(u32::from);
+                    let pairs = [h[0] | (h[1] << 16), h[2] | (h[3] << 16)];
+                    st_global_v2(a.out.cast::<u16>().add(at), pairs);
+                } else {
+                    st_global_v4(a.out.cast::<f32>().add(at), v.map(f32::to_bits));
+                }
             } else {
-                0.0
-            };
-            put(a.out, a.f16 != 0, out_row * a.stride as usize + i, v);
-            i += threads;
+                let v = if i < len {
+                    x.add(i).read() * scale * ldg_f32(a.weight.add(i))
+                } else {
+                    0.0
+                };
+                put(a.out, a.f16 != 0, at, v);
+            }
+            i += turn;
         }
     }
 }

@@ -97,6 +97,10 @@ impl Runner for FakeRunner {
         self.cache.len() / BLOCK_TOKENS
     }
 
+    fn step_rows(&self) -> usize {
+        512
+    }
+
     fn forward(&mut self, batch: &Batch) -> Result<()> {
         std::thread::sleep(self.step_time);
         let step = self.steps.fetch_add(1, Ordering::SeqCst);

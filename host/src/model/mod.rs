@@ -101,9 +101,7 @@ pub trait Runner: Send {
     fn cache_blocks(&self) -> usize;
 
     /// Rows of one step at most.
-    fn step_rows(&self) -> usize {
-        MAX_ROWS
-    }
+    fn step_rows(&self) -> usize;
 
     /// Runs the batch; its logits stay on the device until the next call.
     ///

@@ -1,7 +1,7 @@
 //! The operations of [`Device`](crate::device::Device) as launches.
 //!
 //! Four ways of one product: an operation of the kernel `decode` for a single row, with norm and epilogue
-//! fused; `gemm` on tensor cores for more; `dense`, the same with weights unpacked beforehand, for very
+//! fused; `gemm` on tensor cores for more; `dense`, the same with weights unpacked beforehand, for
 //! many; `linear_exact` in f32 with `--exact`. All but the first are launches of their own, with norm and
 //! epilogue as kernels beside them.
 //!
@@ -45,8 +45,9 @@ pub(super) fn attention_splits(multiprocessors: u32, tasks: usize, longest: usiz
 /// Rows of the longest sequence of a step from which on attention goes through tiles of rows.
 const FLASH_ROWS: usize = 4;
 
-/// Unpacked weights at a time: they should still lie in L2 when they are multiplied.
-const SLICE_BYTES: usize = 32 << 20;
+/// Bytes of weights unpacked at a time: their product should take many turns of the whole card, the last
+/// of which is rarely full.
+const SLICE_BYTES: usize = 128 << 20;
 
 /// An output of `dense` products.
 #[derive(Clone, Copy)]
@@ -233,12 +234,12 @@ impl<D: Driver> Gpu<D> {
             stride: to.stride as u32,
             add: u32::from(to.add),
         };
-        // The largest tile that still gives every multiprocessor a block, or most of them: two blocks
-        // would be better, but smaller tiles read shared memory more often.
-        let fills = |bm: u32, bn: u32| {
-            blocks(rows, bm) * blocks(n, bn) * 5 >= self.driver.multiprocessors() * 4
+        // Large tiles read shared memory less often, small ones share the work out better; where they
+        // draw level was measured on an H100, in blocks for two multiprocessors.
+        let fills = |bm: u32, bn: u32, many: u32| {
+            2 * blocks(rows, bm) * blocks(n, bn) >= many * self.driver.multiprocessors()
         };
-        let (kernel, bm, bn) = match (ways, fills(128, 128), fills(64, 128)) {
+        let (kernel, bm, bn) = match (ways, fills(128, 128, 5), fills(64, 128, 3)) {
             (1, true, _) => ("dense_128x128", 128, 128),
             (1, _, true) => ("dense_64x128", 64, 128),
             (1, ..) => ("dense_64x64", 64, 64),
@@ -288,6 +289,7 @@ impl<D: Driver> Gpu<D> {
         let bias = bias_ptr(linear);
         let add = u32::from(add);
         let n = matrix.rows as usize;
+        let columns = blocks(n, gemm::BN as u32);
         match x {
             Rows::F32(x) => {
                 let len = linear.weight.cols as u32;
@@ -307,7 +309,12 @@ impl<D: Driver> Gpu<D> {
                 self.driver
                     .launch("linear_exact", grid, exact::THREADS, 0, &args)
             }
-            Rows::F16(x) if rows == self.current.rows && self.dense() => {
+            // Not where a matrix has so many rows that one row of blocks fills the card anyway.
+            Rows::F16(x)
+                if rows == self.current.rows
+                    && self.dense()
+                    && (rows > 64 || columns < 4 * self.driver.multiprocessors()) =>
+            {
                 let to = Target {
                     address: out as Address,
                     element_bytes: 4,
@@ -325,13 +332,9 @@ impl<D: Driver> Gpu<D> {
                     out,
                     add,
                 };
-                let columns = blocks(n, gemm::BN as u32);
-                // The tallest tile that still gives every multiprocessor a block.
-                let fills =
-                    |tall: u32| columns * blocks(rows, tall) >= self.driver.multiprocessors();
-                let (kernel, mt) = if rows > 64 && fills(128) {
-                    ("gemm_128", 4)
-                } else if rows > 32 && fills(64) {
+                // The taller tile where it still gives every multiprocessor a block.
+                let fills = columns * blocks(rows, 64) >= self.driver.multiprocessors();
+                let (kernel, mt) = if rows > 32 && fills {
                     ("gemm_64", 2)
                 } else {
                     ("gemm_32", 1)

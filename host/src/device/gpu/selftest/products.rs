@@ -39,7 +39,7 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
         }
         for (rows, cols) in [(5, block), (130, 2 * block + if quantised { 0 } else { 9 })] {
             let m = b.matrix(ty, rows, cols)?;
-            for (kernel, mt, n) in [("gemm_32", 1, 3), ("gemm_64", 2, 64), ("gemm_128", 4, 129)] {
+            for (kernel, mt, n) in [("gemm_32", 1, 3), ("gemm_64", 2, 129)] {
                 gemm(b, &m, kernel, mt, n, n == 3)?;
             }
             if rows > 5 {
