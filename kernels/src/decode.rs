@@ -19,8 +19,8 @@ use crate::types::*;
 use crate::unrolled;
 use cuda_std::int::dp4a_us;
 use cuda_std::memory::{
-    cp_async_16, cp_async_wait_all, ld_v4_u32, ldg_f32, ldg_u32, prefetch_l2, threadfence,
-    threadfence_system,
+    cp_async_16, cp_async_wait_all, ld_v2_u32, ld_v4_u32, ldg_f32, ldg_u32, prefetch_l2,
+    threadfence, threadfence_system,
 };
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::{block_idx_x, grid_dim_x, sync_threads, thread_idx_x};
@@ -173,10 +173,8 @@ const PART: usize = 256 + 4;
 #[derive(Clone, Copy)]
 struct Row {
     low: SharedPtr<u32>,
-    high: SharedPtr<u32>,
     meta: SharedPtr<u32>,
-    values: SharedPtr<f32>,
-    groups: usize,
+    groups: u32,
     /// Multiplies every product: the norm's `1 / sqrt(mean(x²) + eps)`, which is known only after the
     /// values are stored.
     scale: f32,
@@ -230,17 +228,26 @@ unsafe fn copy_norm(op: Current) {
 }
 
 impl Row {
+    // Computed when needed: registers are scarce.
+    #[inline(always)]
+    fn high(&self) -> SharedPtr<u32> {
+        self.low.byte_add(self.groups * (GROUP as u32 / 2))
+    }
+
+    #[inline(always)]
+    fn values(&self) -> SharedPtr<f32> {
+        self.low.byte_add(self.groups * GROUP as u32).cast()
+    }
+
     #[inline(always)]
     fn new(a: &DecodeArgs, cols: usize, keep_f32: bool) -> Row {
         let start = NORM_AT + (4 * a.norm_len as usize).next_multiple_of(16);
         let at = |bytes: usize| (start + bytes) as u32;
         Row {
             low: shared::at(at(0)),
-            high: shared::at(at(cols / 2)),
-            values: shared::at(at(cols)),
             // Last, as it is aligned to eight bytes only.
             meta: shared::at(at(cols + if keep_f32 { 4 * cols } else { 0 })),
-            groups: cols / GROUP,
+            groups: (cols / GROUP) as u32,
             scale: 1.0,
         }
     }
@@ -336,7 +343,7 @@ impl Row {
                 if w < 4 {
                     self.low.add(group * 4 + w).store(word);
                 } else {
-                    self.high.add(group * 4 + w - 4).store(word);
+                    self.high().add(group * 4 + w - 4).store(word);
                 }
                 if w == 0 {
                     self.meta.add(group * 2).store(d.to_bits());
@@ -345,7 +352,7 @@ impl Row {
                         .store((sum as u32 & 0xffff) | ((other as u32) << 16));
                 }
                 if keep_f32 {
-                    self.values.add(i as u32).store_v4(v);
+                    self.values().add(i as u32).store_v4(v);
                 }
             }
         }
@@ -390,7 +397,7 @@ unsafe fn load4_combined(input: &Input, i: usize) -> [f32; 4] {
                 let s = first + s;
                 parts.add(if s < splits { s } else { splits - 1 } * stride)
             };
-            let stats = unrolled!(8, |s| ld_v4_u32(at(s).add(head_dim)));
+            let stats = unrolled!(8, |s| ld_v2_u32(at(s).add(head_dim)));
             let values = unrolled!(8, |s| ld_v4_u32(at(s).add(element)));
             let mut top = peak;
             for s in 0..COMBINE {
@@ -450,6 +457,9 @@ unsafe fn dot_group<T: Quantised>(
     }
 }
 
+/// Groups of a long row that a lane loads before it uses the first.
+const WIDE: u32 = 4;
+
 /// A run of one matrix row's groups.
 #[derive(Clone, Copy)]
 struct Run {
@@ -475,7 +485,7 @@ unsafe fn dot2_quantised<T: Quantised>(
     let lane = thread::lane_id();
     let load = |at: u32| unsafe {
         let low = row.low.add(at * 4).load_v4();
-        let high = row.high.add(at * 4).load_v4();
+        let high = row.high().add(at * 4).load_v4();
         let [d, sums] = row.meta.add(at * 2).load_v2();
         let meta = (
             f32::from_bits(d),
@@ -504,11 +514,11 @@ unsafe fn dot2_quantised<T: Quantised>(
     // Several groups a turn, without a branch between them, so that their loads overlap.
     let mut base = 0;
     while base + 64 < a.len {
-        for u in 0..4 {
+        for u in 0..WIDE {
             let at = base + 32 * u + lane;
             step(if at < a.len { at } else { lane }, at < a.len);
         }
-        base += 128;
+        base += 32 * WIDE;
     }
     if base < a.len {
         for u in 0..2 {
@@ -536,7 +546,7 @@ unsafe fn dot2_float<T: Eight>(
             let inside = e < b.len * 4;
             let f = if inside { e } else { b.len * 4 - 1 };
             let load = |i: u32| {
-                let at = row.values.add(i * 8);
+                let at = row.values().add(i * 8);
                 (at.load_v4(), at.add(4).load_v4())
             };
             let x = load(a.at * 4 + e);
@@ -584,28 +594,28 @@ for_each_type!(dot2_by_type);
 /// Two matrix rows (the number of a matrix of the operation, and a row of it), or one twice.
 #[derive(Clone, Copy)]
 struct Task {
-    m0: usize,
-    r0: usize,
-    m1: usize,
-    r1: usize,
+    m0: u32,
+    r0: u32,
+    m1: u32,
+    r1: u32,
     /// A [`kind::QKV`]'s head and pair of elements within its matrix, and whether they rotate.
-    head: usize,
-    pair: usize,
+    head: u32,
+    pair: u32,
     rotates: bool,
 }
 
 /// Tasks of a product, one per warp and turn.
 #[inline(always)]
-unsafe fn tasks(op: Current) -> usize {
+unsafe fn tasks(op: Current) -> u32 {
     unsafe {
-        let rows = (*op).matrices[0].rows as usize;
+        let rows = (*op).matrices[0].rows;
         match (*op).kind {
             kind::PRODUCT if (*op).split != 0 => rows,
             kind::PRODUCT => rows.div_ceil(2),
             kind::GATE_UP => rows,
             kind::QKV => {
                 let heads = (*op).heads + 2 * (*op).cache.kv_heads;
-                (heads * (*op).cache.head_dim / 2) as usize
+                heads * (*op).cache.head_dim / 2
             }
             _ => 0,
         }
@@ -613,7 +623,7 @@ unsafe fn tasks(op: Current) -> usize {
 }
 
 #[inline(always)]
-unsafe fn task(op: Current, index: usize) -> Task {
+unsafe fn task(op: Current, index: u32) -> Task {
     let mut task = Task {
         m0: 0,
         r0: index,
@@ -627,7 +637,7 @@ unsafe fn task(op: Current, index: usize) -> Task {
         match (*op).kind {
             kind::PRODUCT if (*op).split == 0 => {
                 task.r0 = 2 * index;
-                let last = (*op).matrices[0].rows as usize - 1;
+                let last = (*op).matrices[0].rows - 1;
                 task.r1 = if 2 * index < last {
                     2 * index + 1
                 } else {
@@ -636,10 +646,10 @@ unsafe fn task(op: Current, index: usize) -> Task {
             }
             kind::GATE_UP => task.m1 = 1,
             kind::QKV => {
-                let head_dim = (*op).cache.head_dim as usize;
-                let (heads, kv_heads) = ((*op).heads as usize, (*op).cache.kv_heads as usize);
-                let pairs = (*op).cache.head_dim / 2;
-                let head = (index as u32 / pairs) as usize;
+                let head_dim = (*op).cache.head_dim;
+                let (heads, kv_heads) = ((*op).heads, (*op).cache.kv_heads);
+                let pairs = head_dim / 2;
+                let head = index / pairs;
                 let (which, head) = if head < heads {
                     (0, head)
                 } else if head < heads + kv_heads {
@@ -647,13 +657,13 @@ unsafe fn task(op: Current, index: usize) -> Task {
                 } else {
                     (2, head - heads - kv_heads)
                 };
-                let pair = (index as u32 % pairs) as usize;
-                let (e0, e1, rotates) = (*op).rotation.pair(pair, which < 2);
+                let pair = index % pairs;
+                let (e0, e1, rotates) = (*op).rotation.pair(pair as usize, which < 2);
                 task = Task {
                     m0: which,
-                    r0: head * head_dim + e0,
+                    r0: head * head_dim + e0 as u32,
                     m1: which,
-                    r1: head * head_dim + e1,
+                    r1: head * head_dim + e1 as u32,
                     head,
                     pair,
                     rotates,
@@ -667,14 +677,14 @@ unsafe fn task(op: Current, index: usize) -> Task {
 
 /// This warp's first task. Neighbouring tasks go to different blocks, so that a few keep all busy.
 #[inline(always)]
-fn first_task() -> usize {
-    (thread_idx_x() / 32 * grid_dim_x() + block_idx_x()) as usize
+fn first_task() -> u32 {
+    thread_idx_x() / 32 * grid_dim_x() + block_idx_x()
 }
 
 /// From one of this warp's tasks to the next.
 #[inline(always)]
-fn task_stride() -> usize {
-    grid_dim_x() as usize * WARPS
+fn task_stride() -> u32 {
+    grid_dim_x() * WARPS as u32
 }
 
 /// Matrices of an operation.
@@ -724,15 +734,15 @@ const LONG_ROW: u32 = 1024;
 
 /// Asks for the two rows of a task to come, so that the memory works while the current one is computed.
 #[inline(always)]
-unsafe fn prefetch_rows(op: Current, index: usize) {
+unsafe fn prefetch_rows(op: Current, index: u32) {
     let lane = thread::lane_id() as usize;
     unsafe {
         let task = task(op, index);
         for plane in 0..3 {
             for (m, r) in [(task.m0, task.r0), (task.m1, task.r1)] {
-                let matrix = &raw const (*op).matrices[m];
+                let matrix = &raw const (*op).matrices[m as usize];
                 let bytes = (*matrix).row_bytes[plane] as usize;
-                let start = (*matrix).planes[plane].add(r * bytes);
+                let start = (*matrix).planes[plane].add(r as usize * bytes);
                 let mut at = 128 * lane;
                 while at < bytes {
                     prefetch_l2(start.add(at));
@@ -745,13 +755,13 @@ unsafe fn prefetch_rows(op: Current, index: usize) {
 
 /// `v` of a matrix's optional bias.
 #[inline(always)]
-unsafe fn bias(op: Current, m: usize, r: usize) -> f32 {
+unsafe fn bias(op: Current, m: u32, r: u32) -> f32 {
     unsafe {
-        let bias = (*op).biases[m];
+        let bias = (*op).biases[m as usize];
         if bias.is_null() {
             0.0
         } else {
-            ldg_f32(bias.add(r))
+            ldg_f32(bias.add(r as usize))
         }
     }
 }
@@ -767,7 +777,6 @@ unsafe fn products(a: &DecodeArgs, op: Current, number: u32) {
         }
         let lane = thread::lane_id();
         let count = tasks(op);
-        let op_kind = (*op).kind;
         let apart = (*op).split != 0;
         let mut best = 0;
         let mut index = first_task();
@@ -779,36 +788,42 @@ unsafe fn products(a: &DecodeArgs, op: Current, number: u32) {
             }
             // What the epilogue needs is asked for first, and comes while the weights do.
             let biases = (bias(op, t.m0, t.r0), bias(op, t.m1, t.r1));
-            let mut turn = (1.0, 0.0);
-            let mut before = 0.0;
+            // A rotation's cosine and sine; or what the product is added to.
+            let mut extra = (if (*op).kind == kind::QKV { 1.0 } else { 0.0 }, 0.0);
             if t.rotates {
-                turn = rotation_at(&(*op).rotation, a.position as usize, t.pair);
+                extra = rotation_at(&(*op).rotation, a.position as usize, t.pair as usize);
             } else if (*op).add != 0 {
-                before = (*op).out.add(if lane == 1 { t.r1 } else { t.r0 }).read();
+                extra.0 = (*op)
+                    .out
+                    .add(if lane == 1 { t.r1 } else { t.r0 } as usize)
+                    .read();
             }
-            let groups = row.groups as u32;
+            let groups = row.groups;
             let half = if apart { groups.div_ceil(2) } else { groups };
             let run0 = Run {
-                first: t.r0 as u32 * groups,
+                first: t.r0 * groups,
                 at: 0,
                 len: half,
             };
             let run1 = if apart && groups > half {
                 Run {
-                    first: t.r0 as u32 * groups + half,
+                    first: t.r0 * groups + half,
                     at: half,
                     len: groups - half,
                 }
             } else {
                 Run {
-                    first: t.r1 as u32 * groups,
+                    first: t.r1 * groups,
                     at: 0,
                     len: groups,
                 }
             };
             // Types that differ are rare (a gate and an up of a hand-made mix): one after the other then,
             // through the same code.
-            let (m0, m1) = (&(*op).matrices[t.m0], &(*op).matrices[t.m1]);
+            let (m0, m1) = (
+                &(*op).matrices[t.m0 as usize],
+                &(*op).matrices[t.m1 as usize],
+            );
             let same = m0.ty == m1.ty;
             let (mut s0, mut s1) = (0.0, 0.0);
             let mut pass = 0;
@@ -835,20 +850,22 @@ unsafe fn products(a: &DecodeArgs, op: Current, number: u32) {
                 warp::reduce_sum_f32(s0) * row.scale + biases.0,
                 warp::reduce_sum_f32(s1) * row.scale + biases.1,
             );
+            // Read again rather than held in a register meanwhile.
+            let op_kind = (&raw const (*op).kind).read_volatile();
             if op_kind == kind::PRODUCT {
                 if lane < 2 && (lane == 0 || t.r1 > t.r0) {
                     let (r, v) = if lane == 0 { (t.r0, v0) } else { (t.r1, v1) };
-                    (*op).out.add(r).write(v + before);
-                    best = max_u64(best, rank(v, r));
+                    (*op).out.add(r as usize).write(v + extra.0);
+                    best = max_u64(best, rank(v, r as usize));
                 }
             } else if lane == 0 {
                 if op_kind == kind::GATE_UP {
-                    (*op).out.add(t.r0).write(silu(v0) * v1);
+                    (*op).out.add(t.r0 as usize).write(silu(v0) * v1);
                 } else {
-                    let v = (v0 * turn.0 - v1 * turn.1, v0 * turn.1 + v1 * turn.0);
+                    let v = (v0 * extra.0 - v1 * extra.1, v0 * extra.1 + v1 * extra.0);
                     if t.m0 == 0 {
-                        (*op).out.add(t.r0).write(v.0);
-                        (*op).out.add(t.r1).write(v.1);
+                        (*op).out.add(t.r0 as usize).write(v.0);
+                        (*op).out.add(t.r1 as usize).write(v.1);
                     } else {
                         let base = if t.m0 == 1 {
                             (*op).cache.keys
@@ -859,11 +876,13 @@ unsafe fn products(a: &DecodeArgs, op: Current, number: u32) {
                         let block = ldg_u32(a.table.add(position / BLOCK_TOKENS)) as usize;
                         let kv_heads = (*op).cache.kv_heads as usize;
                         let head_dim = (*op).cache.head_dim as usize;
-                        let at =
-                            (block * kv_heads + t.head) * BLOCK_TOKENS + position % BLOCK_TOKENS;
+                        let at = (block * kv_heads + t.head as usize) * BLOCK_TOKENS
+                            + position % BLOCK_TOKENS;
                         let to = base.cast::<u16>().add(at * head_dim);
-                        to.add(t.r0 - t.head * head_dim).write(to_f16(v.0));
-                        to.add(t.r1 - t.head * head_dim).write(to_f16(v.1));
+                        to.add(t.r0 as usize - t.head as usize * head_dim)
+                            .write(to_f16(v.0));
+                        to.add(t.r1 as usize - t.head as usize * head_dim)
+                            .write(to_f16(v.1));
                     }
                 }
             }
@@ -904,20 +923,19 @@ unsafe fn choose(a: &DecodeArgs, best: u64) {
 #[inline(always)]
 unsafe fn embed(a: &DecodeArgs, op: Current) {
     unsafe {
-        let table = (*op).matrices[0];
-        let groups = table.groups();
-        let group = (thread_idx_x() * grid_dim_x() + block_idx_x()) as usize;
-        let mut g = group;
+        let table = &(*op).matrices[0];
+        let groups = table.groups() as u32;
+        let mut g = thread_idx_x() * grid_dim_x() + block_idx_x();
         while g < groups {
-            let v = unpack(&table, a.token as usize * groups + g);
-            let len = (*op).input.len as usize;
+            let v = unpack(table, (a.token * groups + g) as usize);
+            let left = (*op).input.len - g * GROUP as u32;
+            let out = (*op).out.add(g as usize * GROUP);
             for i in 0..GROUP {
-                let e = g * GROUP + i;
-                if e < len {
-                    (*op).out.add(e).write(v[i] * (*op).scale);
+                if (i as u32) < left {
+                    out.add(i).write(v[i] * (*op).scale);
                 }
             }
-            g += (THREADS * grid_dim_x()) as usize;
+            g += THREADS * grid_dim_x();
         }
         cp_async_wait_all();
         sync_threads();
@@ -930,19 +948,16 @@ unsafe fn attend(a: &DecodeArgs, op: Current) {
     unsafe {
         let cache = (*op).cache;
         let head_dim = cache.head_dim as usize;
-        let (heads, splits) = ((*op).heads as usize, (*op).splits as usize);
+        let splits = (*op).splits;
         let team_lanes = head_dim.div_ceil(8).next_power_of_two();
         let (warp_index, lane) = (thread_idx_x() as usize / 32, thread::lane_id() as usize);
         let tokens = a.position as usize + 1;
         let start = NORM_AT + (4 * a.norm_len as usize).next_multiple_of(16);
         let parts = shared::at::<f32>(start as u32);
-        let mut index = block_idx_x() as usize;
-        while index < heads * splits {
-            let (head, split) = (
-                (index as u32 / (*op).splits) as usize,
-                (index as u32 % (*op).splits) as usize,
-            );
-            let chunk = (tokens as u32).div_ceil((*op).splits) as usize;
+        let mut index = block_idx_x();
+        while index < (*op).heads * splits {
+            let (head, split) = ((index / splits) as usize, (index % splits) as usize);
+            let chunk = (tokens as u32).div_ceil(splits) as usize;
             let first = split * chunk;
             let last = if first + chunk < tokens {
                 first + chunk
@@ -994,7 +1009,7 @@ unsafe fn attend(a: &DecodeArgs, op: Current) {
                     sum += weight * at.add(element as u32).load();
                 }
                 let stride = head_dim + 4;
-                let to = (*op).out.add((head * splits + split) * stride);
+                let to = (*op).out.add((head * splits as usize + split) * stride);
                 // Elements, then peak, then mass.
                 if e < head_dim {
                     to.add(e).write(sum);
@@ -1005,7 +1020,7 @@ unsafe fn attend(a: &DecodeArgs, op: Current) {
                 }
             }
             sync_threads();
-            index += grid_dim_x() as usize;
+            index += grid_dim_x();
         }
         cp_async_wait_all();
         sync_threads();

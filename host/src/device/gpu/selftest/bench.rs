@@ -69,6 +69,15 @@ pub struct TestMatrix {
 }
 
 impl TestMatrix {
+    /// The sum of the squares of all terms of `W x`.
+    pub fn typical(&self, x: &[f32]) -> f64 {
+        self.values
+            .chunks(self.cols)
+            .flat_map(|row| row.iter().zip(x))
+            .map(|(w, x)| (f64::from(*w) * f64::from(*x)).powi(2))
+            .sum()
+    }
+
     /// `W x` in f64.
     pub fn times(&self, x: &[f32]) -> Vec<f64> {
         self.values
@@ -85,6 +94,12 @@ impl TestMatrix {
 
 /// Normalised mean square error; NaN if any value is.
 pub fn nmse(found: &[f32], expected: &[f64]) -> f64 {
+    nmse_at_least(found, expected, 0.0)
+}
+
+/// The same where the expected values are sums whose terms may cancel: `typical`, the sum of their terms'
+/// squares, is what they would measure if none did, and the least that errors are measured by.
+pub fn nmse_at_least(found: &[f32], expected: &[f64], typical: f64) -> f64 {
     let error: f64 = found
         .iter()
         .zip(expected)
@@ -94,7 +109,7 @@ pub fn nmse(found: &[f32], expected: &[f64]) -> f64 {
     if found.len() != expected.len() {
         f64::NAN
     } else {
-        error / scale.max(1e-30)
+        error / scale.max(typical).max(1e-30)
     }
 }
 
