@@ -428,37 +428,32 @@ unsafe fn load4_combined(input: &Input, i: usize) -> [f32; 4] {
 
 /// This lane's part of the product of one group.
 #[inline(always)]
-unsafe fn dot_group<T: Quantised>(
-    m: &Matrix,
+fn dot_group<T: Quantised>(
+    raw: T::Raw,
     g: usize,
     low: &[u32; 4],
     high: &[u32; 4],
     meta: (f32, i32, i32),
 ) -> f32 {
-    unsafe {
-        let levels = T::levels(m, g);
-        let a = T::affine(m, g);
-        let (mut first, mut last) = (0, 0);
-        for w in 0..4 {
-            first = dp4a_us(levels[w], low[w], first);
-        }
-        for w in 0..4 {
-            last = dp4a_us(levels[w + 4], high[w], last);
-        }
-        let (d, sum_first, sum_last) = meta;
-        let v = if T::UNIFORM {
-            a.d[0] * (first + last) as f32 + a.m[0] * (sum_first + sum_last) as f32
-        } else {
-            a.d[0] * first as f32
-                + a.m[0] * sum_first as f32
-                + (a.d[1] * last as f32 + a.m[1] * sum_last as f32)
-        };
-        d * v
+    let levels = T::levels(raw);
+    let a = T::affine(raw, g);
+    let (mut first, mut last) = (0, 0);
+    for w in 0..4 {
+        first = dp4a_us(levels[w], low[w], first);
     }
+    for w in 0..4 {
+        last = dp4a_us(levels[w + 4], high[w], last);
+    }
+    let (d, sum_first, sum_last) = meta;
+    let v = if T::UNIFORM {
+        a.d[0] * (first + last) as f32 + a.m[0] * (sum_first + sum_last) as f32
+    } else {
+        a.d[0] * first as f32
+            + a.m[0] * sum_first as f32
+            + (a.d[1] * last as f32 + a.m[1] * sum_last as f32)
+    };
+    d * v
 }
-
-/// Groups of a long row that a lane loads before it uses the first.
-const WIDE: u32 = 4;
 
 /// A run of one matrix row's groups.
 #[derive(Clone, Copy)]
@@ -494,36 +489,36 @@ unsafe fn dot2_quantised<T: Quantised>(
         );
         (low, high, meta)
     };
-    let mut step = |g: u32, counts: bool| unsafe {
-        // Past the end of `b` its last group again, which is not counted.
-        let inside = g < b.len;
-        let h = if inside { g } else { b.len - 1 };
-        let x = load(a.at + g);
-        let y = if apart { load(b.at + h) } else { x };
-        let v0 = dot_group::<T>(m0, (a.first + g) as usize, &x.0, &x.1, x.2);
-        let v1 = dot_group::<T>(m1, (b.first + h) as usize, &y.0, &y.1, y.2);
-        s0 += if counts { v0 } else { 0.0 };
-        s1 += if counts && inside { v1 } else { 0.0 };
-    };
-    if a.len <= 32 {
-        if lane < a.len {
-            step(lane, true);
-        }
-        return (s0, s1);
+    macro_rules! turn {
+        ($wide:tt, $base:expr) => {{
+            let base: u32 = $base;
+            // Past the end the last group again, which is not counted.
+            let at = |u: usize, len: u32| {
+                let g = base + 32 * u as u32 + lane;
+                (if g < len { g } else { len - 1 }, g < len)
+            };
+            let w0 = unrolled!($wide, |u| T::load(m0, (a.first + at(u, a.len).0) as usize));
+            let w1 = unrolled!($wide, |u| T::load(m1, (b.first + at(u, b.len).0) as usize));
+            for u in 0..w0.len() {
+                let ((g, g_counts), (h, h_counts)) = (at(u, a.len), at(u, b.len));
+                let x = load(a.at + g);
+                let y = if apart { load(b.at + h) } else { x };
+                let v0 = dot_group::<T>(w0[u], (a.first + g) as usize, &x.0, &x.1, x.2);
+                let v1 = dot_group::<T>(w1[u], (b.first + h) as usize, &y.0, &y.1, y.2);
+                s0 += if g_counts { v0 } else { 0.0 };
+                s1 += if h_counts { v1 } else { 0.0 };
+            }
+        }};
     }
-    // Several groups a turn, without a branch between them, so that their loads overlap.
-    let mut base = 0;
-    while base + 64 < a.len {
-        for u in 0..WIDE {
-            let at = base + 32 * u + lane;
-            step(if at < a.len { at } else { lane }, at < a.len);
+    unsafe {
+        // Several groups a turn: all are loaded before the first is used.
+        let mut base = 0;
+        while base + 32 < a.len {
+            turn!(2, base);
+            base += 64;
         }
-        base += 32 * WIDE;
-    }
-    if base < a.len {
-        for u in 0..2 {
-            let at = base + 32 * u + lane;
-            step(if at < a.len { at } else { lane }, at < a.len);
+        if base < a.len {
+            turn!(1, base);
         }
     }
     (s0, s1)
@@ -540,28 +535,40 @@ unsafe fn dot2_float<T: Eight>(
     apart: bool,
 ) -> (f32, f32) {
     let (mut s0, mut s1) = (0.0, 0.0);
-    let mut e = thread::lane_id();
+    let lane = thread::lane_id();
+    let load = |i: u32| unsafe {
+        let at = row.values().add(i * 8);
+        (at.load_v4(), at.add(4).load_v4())
+    };
+    let mut base = 0;
     unsafe {
-        while e < a.len * 4 {
-            let inside = e < b.len * 4;
-            let f = if inside { e } else { b.len * 4 - 1 };
-            let load = |i: u32| {
-                let at = row.values().add(i * 8);
-                (at.load_v4(), at.add(4).load_v4())
+        while base < a.len * 4 {
+            // Past the end the last eight again, which are not counted.
+            let at = |u: usize, len: u32| {
+                let e = base + 32 * u as u32 + lane;
+                (if e < len * 4 { e } else { len * 4 - 1 }, e < len * 4)
             };
-            let x = load(a.at * 4 + e);
-            let y = if apart { load(b.at * 4 + f) } else { x };
-            let (w0, w1) = (
-                T::eight(m0, a.first as usize * 4 + e as usize),
-                T::eight(m1, b.first as usize * 4 + f as usize),
-            );
-            let mut v = 0.0;
-            for k in 0..4 {
-                s0 += w0[k] * x.0[k] + w0[k + 4] * x.1[k];
-                v += w1[k] * y.0[k] + w1[k + 4] * y.1[k];
+            let w0 = unrolled!(2, |u| T::eight(
+                m0,
+                a.first as usize * 4 + at(u, a.len).0 as usize
+            ));
+            let w1 = unrolled!(2, |u| T::eight(
+                m1,
+                b.first as usize * 4 + at(u, b.len).0 as usize
+            ));
+            for u in 0..2 {
+                let ((e, e_counts), (f, f_counts)) = (at(u, a.len), at(u, b.len));
+                let x = load(a.at * 4 + e);
+                let y = if apart { load(b.at * 4 + f) } else { x };
+                let (mut v0, mut v1) = (0.0, 0.0);
+                for k in 0..4 {
+                    v0 += w0[u][k] * x.0[k] + w0[u][k + 4] * x.1[k];
+                    v1 += w1[u][k] * y.0[k] + w1[u][k + 4] * y.1[k];
+                }
+                s0 += if e_counts { v0 } else { 0.0 };
+                s1 += if f_counts { v1 } else { 0.0 };
             }
-            s1 += if inside { v } else { 0.0 };
-            e += 32;
+            base += 64;
         }
     }
     (s0, s1)
@@ -729,30 +736,6 @@ unsafe fn prefetch(op: Current) {
     }
 }
 
-/// Rows of fewer bytes are not worth asking for one task ahead.
-const LONG_ROW: u32 = 1024;
-
-/// Asks for the two rows of a task to come, so that the memory works while the current one is computed.
-#[inline(always)]
-unsafe fn prefetch_rows(op: Current, index: u32) {
-    let lane = thread::lane_id() as usize;
-    unsafe {
-        let task = task(op, index);
-        for plane in 0..3 {
-            for (m, r) in [(task.m0, task.r0), (task.m1, task.r1)] {
-                let matrix = &raw const (*op).matrices[m as usize];
-                let bytes = (*matrix).row_bytes[plane] as usize;
-                let start = (*matrix).planes[plane].add(r as usize * bytes);
-                let mut at = 128 * lane;
-                while at < bytes {
-                    prefetch_l2(start.add(at));
-                    at += 128 * 32;
-                }
-            }
-        }
-    }
-}
-
 /// `v` of a matrix's optional bias.
 #[inline(always)]
 unsafe fn bias(op: Current, m: u32, r: u32) -> f32 {
@@ -782,10 +765,6 @@ unsafe fn products(a: &DecodeArgs, op: Current, number: u32) {
         let mut index = first_task();
         while index < count {
             let t = task(op, index);
-            let next = index + task_stride();
-            if next < count && (*op).matrices[0].row_bytes[0] >= LONG_ROW {
-                prefetch_rows(op, next);
-            }
             // What the epilogue needs is asked for first, and comes while the weights do.
             let biases = (bias(op, t.m0, t.r0), bias(op, t.m1, t.r1));
             // A rotation's cosine and sine; or what the product is added to.

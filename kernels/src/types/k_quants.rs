@@ -41,8 +41,7 @@ unsafe fn write_header(s: *const u8, m: &Matrix, plane: usize, b: usize) {
 
 /// What [`write_header`] wrote, for group `g`: `d * scale * q - dmin * min`.
 #[inline(always)]
-unsafe fn read_header(m: &Matrix, plane: usize, g: usize) -> Affine {
-    let h = unsafe { read::words4(m, plane, g / GROUPS) };
+fn read_header(h: [u32; 4], g: usize) -> Affine {
     let j = g % GROUPS;
     let low = (if j < 4 { h[1] } else { h[2] }) >> (8 * (j % 4));
     let high = h[3] >> (4 * j);
@@ -66,10 +65,11 @@ quantised_weights! {
     /// `d * scale * q - dmin * min`, 2 bits, scales for each 16.
     Q2K, 10, block 256 of 84, planes [64, 16, 4, 0],
     uniform false,
-    levels |m, g| read::pairs(m, 0, g),
-    affine |m, g| {
-        let scales = read::half_word(m, 1, g);
-        let d = read::word(m, 2, g / GROUPS);
+    load |m, g| -> ([u32; 2], u16, u32) {
+        (read::words2(m, 0, g), read::half_word(m, 1, g), read::word(m, 2, g / GROUPS))
+    }
+    levels |(qs, _, _)| read::pairs(qs),
+    affine |(_, scales, d), _| {
         let (d, dmin) = (read::f16(d as u16), read::f16((d >> 16) as u16));
         Affine {
             d: [d * f32::from(scales & 15), d * f32::from((scales >> 8) & 15)],
@@ -91,13 +91,20 @@ quantised_weights! {
     /// `d * (scale - 32) * (q - 4)`, 3 bits, scales for each 16.
     Q3K, 11, block 256 of 110, planes [64, 32, 16, 2],
     uniform false,
-    levels |m, g| {
-        let (low, high) = (read::pairs(m, 0, g), read::bits(m, 1, g));
+    load |m, g| -> ([u32; 2], u32, u16, u16) {
+        (
+            read::words2(m, 0, g),
+            read::word(m, 1, g),
+            read::half_word(m, 2, g),
+            read::half_word(m, 3, g / GROUPS),
+        )
+    }
+    levels |(low, high, _, _)| {
+        let (low, high) = (read::pairs(low), read::bits(high));
         unrolled!(8, |w| low[w] | (high[w] << 2))
     },
-    affine |m, g| {
-        let scales = signed_pair(read::half_word(m, 2, g));
-        let d = read::f16(read::half_word(m, 3, g / GROUPS));
+    affine |(_, _, scales, d), _| {
+        let (scales, d) = (signed_pair(scales), read::f16(d));
         let d = [d * scales[0], d * scales[1]];
         Affine { d, m: [-4.0 * d[0], -4.0 * d[1]] }
     },
@@ -123,8 +130,9 @@ quantised_weights! {
     /// `d * scale * q - dmin * min`, 4 bits.
     Q4K, 12, block 256 of 144, planes [128, 16, 0, 0],
     uniform true,
-    levels |m, g| read::nibbles(m, g),
-    affine |m, g| read_header(m, 1, g),
+    load |m, g| -> ([u32; 4], [u32; 4]) { (read::words4(m, 0, g), read::words4(m, 1, g / GROUPS)) }
+    levels |(qs, _)| read::nibbles(qs),
+    affine |(_, header), g| read_header(header, g),
     repack |s, m, b| {
         for j in 0..GROUPS {
             let qs = s.add(16 + 32 * (j / 2));
@@ -138,11 +146,14 @@ quantised_weights! {
     /// `d * scale * q - dmin * min`, 5 bits.
     Q5K, 13, block 256 of 176, planes [128, 32, 16, 0],
     uniform true,
-    levels |m, g| {
-        let (low, high) = (read::nibbles(m, g), read::bits(m, 1, g));
+    load |m, g| -> ([u32; 4], u32, [u32; 4]) {
+        (read::words4(m, 0, g), read::word(m, 1, g), read::words4(m, 2, g / GROUPS))
+    }
+    levels |(low, high, _)| {
+        let (low, high) = (read::nibbles(low), read::bits(high));
         unrolled!(8, |w| low[w] | (high[w] << 4))
     },
-    affine |m, g| read_header(m, 2, g),
+    affine |(_, _, header), g| read_header(header, g),
     repack |s, m, b| {
         for j in 0..GROUPS {
             let g = b * GROUPS + j;
@@ -158,13 +169,20 @@ quantised_weights! {
     /// `d * scale * (q - 32)`, 6 bits, signed scales for each 16.
     Q6K, 14, block 256 of 210, planes [128, 64, 16, 2],
     uniform false,
-    levels |m, g| {
-        let (low, high) = (read::nibbles(m, g), read::pairs(m, 1, g));
+    load |m, g| -> ([u32; 4], [u32; 2], u16, u16) {
+        (
+            read::words4(m, 0, g),
+            read::words2(m, 1, g),
+            read::half_word(m, 2, g),
+            read::half_word(m, 3, g / GROUPS),
+        )
+    }
+    levels |(low, high, _, _)| {
+        let (low, high) = (read::nibbles(low), read::pairs(high));
         unrolled!(8, |w| low[w] | (high[w] << 4))
     },
-    affine |m, g| {
-        let scales = signed_pair(read::half_word(m, 2, g));
-        let d = read::f16(read::half_word(m, 3, g / GROUPS));
+    affine |(_, _, scales, d), _| {
+        let (scales, d) = (signed_pair(scales), read::f16(d));
         let d = [d * scales[0], d * scales[1]];
         Affine { d, m: [-32.0 * d[0], -32.0 * d[1]] }
     },

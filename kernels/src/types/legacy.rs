@@ -5,8 +5,9 @@ use super::*;
 macro_rules! quantised_weights {
     ($(#[$doc:meta])* $name:ident, $ty:literal, block $block:literal of $bytes:literal, planes $planes:expr,
      uniform $uniform:literal,
-     levels |$lm:ident, $lg:ident| $levels:expr,
-     affine |$am:ident, $ag:ident| $affine:expr,
+     load |$lm:ident, $lg:ident| -> $raw:ty { $load:expr }
+     levels |$lr:pat_param| $levels:expr,
+     affine |$ar:pat_param, $ag:pat_param| $affine:expr,
      repack |$s:ident, $rm:ident, $rb:ident| $repack:expr) => {
         $(#[$doc])*
         pub struct $name;
@@ -14,14 +15,21 @@ macro_rules! quantised_weights {
         impl Quantised for $name {
             const UNIFORM: bool = $uniform;
 
+            type Raw = $raw;
+
             #[inline(always)]
-            unsafe fn levels($lm: &Matrix, $lg: usize) -> [u32; 8] {
-                unsafe { $levels }
+            unsafe fn load($lm: &Matrix, $lg: usize) -> $raw {
+                unsafe { $load }
             }
 
             #[inline(always)]
-            unsafe fn affine($am: &Matrix, $ag: usize) -> Affine {
-                unsafe { $affine }
+            fn levels($lr: $raw) -> [u32; 8] {
+                $levels
+            }
+
+            #[inline(always)]
+            fn affine($ar: $raw, $ag: usize) -> Affine {
+                $affine
             }
         }
 
@@ -83,9 +91,10 @@ quantised_weights! {
     /// `d * (q - 8)`.
     Q4_0, 2, block 32 of 18, planes [16, 2, 0, 0],
     uniform true,
-    levels |m, g| read::nibbles(m, g),
-    affine |m, g| {
-        let d = read::f16(read::half_word(m, 1, g));
+    load |m, g| -> ([u32; 4], u16) { (read::words4(m, 0, g), read::half_word(m, 1, g)) }
+    levels |(qs, _)| read::nibbles(qs),
+    affine |(_, d), _| {
+        let d = read::f16(d);
         uniform(d, -8.0 * d)
     },
     repack |s, m, b| {
@@ -98,11 +107,9 @@ quantised_weights! {
     /// `d * q + m`.
     Q4_1, 3, block 32 of 20, planes [16, 4, 0, 0],
     uniform true,
-    levels |m, g| read::nibbles(m, g),
-    affine |m, g| {
-        let dm = read::word(m, 1, g);
-        uniform(read::f16(dm as u16), read::f16((dm >> 16) as u16))
-    },
+    load |m, g| -> ([u32; 4], u32) { (read::words4(m, 0, g), read::word(m, 1, g)) }
+    levels |(qs, _)| read::nibbles(qs),
+    affine |(_, dm), _| uniform(read::f16(dm as u16), read::f16((dm >> 16) as u16)),
     repack |s, m, b| {
         write::nibbles(m, b, |i| nibble(s.add(4), i));
         write::word(m, 1, b, u32::from(u16_at(s, 0)) | (u32::from(u16_at(s, 2)) << 16));
@@ -113,9 +120,12 @@ quantised_weights! {
     /// `d * (q - 16)`.
     Q5_0, 6, block 32 of 22, planes [16, 4, 2, 0],
     uniform true,
-    levels |m, g| five_bits(read::nibbles(m, g), read::bits(m, 1, g)),
-    affine |m, g| {
-        let d = read::f16(read::half_word(m, 2, g));
+    load |m, g| -> ([u32; 4], u32, u16) {
+        (read::words4(m, 0, g), read::word(m, 1, g), read::half_word(m, 2, g))
+    }
+    levels |(qs, high, _)| five_bits(read::nibbles(qs), read::bits(high)),
+    affine |(_, _, d), _| {
+        let d = read::f16(d);
         uniform(d, -16.0 * d)
     },
     repack |s, m, b| {
@@ -129,11 +139,11 @@ quantised_weights! {
     /// `d * q + m`.
     Q5_1, 7, block 32 of 24, planes [16, 4, 4, 0],
     uniform true,
-    levels |m, g| five_bits(read::nibbles(m, g), read::bits(m, 1, g)),
-    affine |m, g| {
-        let dm = read::word(m, 2, g);
-        uniform(read::f16(dm as u16), read::f16((dm >> 16) as u16))
-    },
+    load |m, g| -> ([u32; 4], u32, u32) {
+        (read::words4(m, 0, g), read::word(m, 1, g), read::word(m, 2, g))
+    }
+    levels |(qs, high, _)| five_bits(read::nibbles(qs), read::bits(high)),
+    affine |(_, _, dm), _| uniform(read::f16(dm as u16), read::f16((dm >> 16) as u16)),
     repack |s, m, b| {
         write::nibbles(m, b, |i| nibble(s.add(8), i));
         write::bits(m, 1, b, |i| fifth_bit(s.add(4), i));
@@ -145,12 +155,12 @@ quantised_weights! {
     /// `d * q`, q signed; stored as `q + 128`, so that levels are unsigned here too.
     Q8_0, 8, block 32 of 34, planes [16, 16, 2, 0],
     uniform true,
-    levels |m, g| {
-        let (lo, hi) = (read::words4(m, 0, g), read::words4(m, 1, g));
-        unrolled!(8, |w| if w < 4 { lo[w] } else { hi[w - 4] })
-    },
-    affine |m, g| {
-        let d = read::f16(read::half_word(m, 2, g));
+    load |m, g| -> ([u32; 4], [u32; 4], u16) {
+        (read::words4(m, 0, g), read::words4(m, 1, g), read::half_word(m, 2, g))
+    }
+    levels |(lo, hi, _)| unrolled!(8, |w| if w < 4 { lo[w] } else { hi[w - 4] }),
+    affine |(_, _, d), _| {
+        let d = read::f16(d);
         uniform(d, -128.0 * d)
     },
     repack |s, m, b| {

@@ -20,10 +20,12 @@ pub use float::{Bf16, Eight, F16, F32, to_f16};
 pub use k_quants::{Q2K, Q3K, Q4K, Q5K, Q6K};
 pub use legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 
-/// An array of 4, 8, 16 or 32 elements, each written out with its index: what goes through a closure and a
+/// An array of 1 to 32 elements (a power of two), each written out with its index: what goes through a closure and a
 /// loop, as with `core::array::from_fn`, may end up in local memory instead of registers.
 #[macro_export]
 macro_rules! unrolled {
+    (1, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0) };
+    (2, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1) };
     (4, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1 2 3) };
     (8, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1 2 3 4 5 6 7) };
     (16, |$i:ident| $e:expr) => {
@@ -142,11 +144,18 @@ pub trait Weights {
 
 /// A type whose weights are small integers with scales.
 pub trait Quantised: Weights {
-    /// The levels of group `g`, unsigned bytes in order.
-    unsafe fn levels(m: &Matrix, g: usize) -> [u32; 8];
+    /// A group as it lies in memory. Loading is apart from unpacking, so that a kernel can load several
+    /// groups before it waits for the first.
+    type Raw: Copy;
 
-    /// The scales of group `g`.
-    unsafe fn affine(m: &Matrix, g: usize) -> Affine;
+    /// Loads group `g`.
+    unsafe fn load(m: &Matrix, g: usize) -> Self::Raw;
+
+    /// The levels of a group, unsigned bytes in order.
+    fn levels(raw: Self::Raw) -> [u32; 8];
+
+    /// The scales of a group; `g` is its number.
+    fn affine(raw: Self::Raw, g: usize) -> Affine;
 
     /// Whether both halves of a group always share their scales.
     const UNIFORM: bool;
@@ -299,22 +308,19 @@ mod read {
 
     /// Nibbles of 16 bytes: low nibbles are weights 0..16, high ones 16..32.
     #[inline(always)]
-    pub unsafe fn nibbles(m: &Matrix, g: usize) -> [u32; 8] {
-        let v = unsafe { words4(m, 0, g) };
+    pub fn nibbles(v: [u32; 4]) -> [u32; 8] {
         unrolled!(8, |w| (v[w % 4] >> (4 * (w / 4))) & 0x0f0f_0f0f)
     }
 
-    /// Bit `8b + w` of the word at `index` is one bit of weight `4w + b`.
+    /// Bit `8b + w` is one bit of weight `4w + b`.
     #[inline(always)]
-    pub unsafe fn bits(m: &Matrix, plane: usize, index: usize) -> [u32; 8] {
-        let v = unsafe { word(m, plane, index) };
+    pub fn bits(v: u32) -> [u32; 8] {
         unrolled!(8, |w| (v >> w) & 0x0101_0101)
     }
 
     /// Two bits of each weight: weight `4w + b` has bits `8b + 2(w % 4)` of word `w / 4`.
     #[inline(always)]
-    pub unsafe fn pairs(m: &Matrix, plane: usize, index: usize) -> [u32; 8] {
-        let v = unsafe { words2(m, plane, index) };
+    pub fn pairs(v: [u32; 2]) -> [u32; 8] {
         unrolled!(8, |w| (v[w / 4] >> (2 * (w % 4))) & 0x0303_0303)
     }
 
@@ -386,7 +392,8 @@ mod write {
 /// [`Weights::unpack`] of a quantised type.
 #[inline(always)]
 unsafe fn unpack_quantised<T: Quantised>(m: &Matrix, g: usize) -> [f32; 32] {
-    let (levels, a) = unsafe { (T::levels(m, g), T::affine(m, g)) };
+    let raw = unsafe { T::load(m, g) };
+    let (levels, a) = (T::levels(raw), T::affine(raw, g));
     unrolled!(32, |i| a.d[i / 16] * read::byte(&levels, i) as f32
         + a.m[i / 16])
 }
@@ -397,7 +404,8 @@ unsafe fn unpack_quantised<T: Quantised>(m: &Matrix, g: usize) -> [f32; 32] {
 unsafe fn unpack_f16_quantised<T: Quantised>(m: &Matrix, g: usize) -> [u32; 16] {
     use cuda_std::half::{Half2, hfma2, hsub2};
     use cuda_std::int::prmt;
-    let (levels, a) = unsafe { (T::levels(m, g), T::affine(m, g)) };
+    let raw = unsafe { T::load(m, g) };
+    let (levels, a) = (T::levels(raw), T::affine(raw, g));
     let d = [
         Half2::from_f32(a.d[0], a.d[0]),
         Half2::from_f32(a.d[1], a.d[1]),
