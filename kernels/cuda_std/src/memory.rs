@@ -22,7 +22,7 @@ fn aligned<T, const BYTES: usize>(pointer: *const T) {
 }
 
 macro_rules! load_v4 {
-    ($($(#[$doc:meta])* $name:ident = $op:literal;)*) => {$(
+    ($($(#[$doc:meta])* $name:ident = $op:literal $(, $pure:ident)?;)*) => {$(
         $(#[$doc])*
         ///
         /// # Safety
@@ -34,7 +34,7 @@ macro_rules! load_v4 {
                 let (a, b, c, d): (u32, u32, u32, u32);
                 asm!(concat!($op, ".v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];"),
                     out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) pointer as u64,
-                    options(pure, readonly, nostack, preserves_flags));
+                    options($($pure,)? readonly, nostack, preserves_flags));
                 [a, b, c, d]
             }
             #[cfg(not(target_arch = "nvptx64"))]
@@ -48,19 +48,21 @@ macro_rules! load_v4 {
 
 load_v4! {
     /// Loads 16 bytes.
-    ld_v4_u32 = "ld.global";
+    ld_v4_u32 = "ld.global", pure;
     /// Loads 16 read-only bytes.
-    ldg_v4_u32 = "ld.global.nc";
+    ldg_v4_u32 = "ld.global.nc", pure;
     /// Loads 16 read-only bytes, read once: they take no place in L1.
-    ldg_v4_u32_stream = "ld.global.nc.L1::no_allocate";
+    ldg_v4_u32_stream = "ld.global.nc.L1::no_allocate", pure;
     /// As [`ldg_v4_u32_stream`], and fetches 256 bytes into L2.
-    ldg_v4_u32_stream_l2 = "ld.global.nc.L1::no_allocate.L2::256B";
+    ldg_v4_u32_stream_l2 = "ld.global.nc.L1::no_allocate.L2::256B", pure;
+    /// As [`ldg_v4_u32`], at the place where it is written.
+    ldg_v4_u32_here = "ld.global.nc";
     /// Loads 16 read-only bytes with the evict-first policy.
-    ldg_v4_u32_cs = "ld.global.cs";
+    ldg_v4_u32_cs = "ld.global.cs", pure;
 }
 
 macro_rules! load_v2 {
-    ($($(#[$doc:meta])* $name:ident = $op:literal;)*) => {$(
+    ($($(#[$doc:meta])* $name:ident = $op:literal $(, $pure:ident)?;)*) => {$(
         $(#[$doc])*
         ///
         /// # Safety
@@ -71,7 +73,7 @@ macro_rules! load_v2 {
             unsafe {
                 let (a, b): (u32, u32);
                 asm!(concat!($op, ".v2.u32 {{{0}, {1}}}, [{2}];"), out(reg32) a, out(reg32) b, in(reg64) pointer as u64,
-                    options(pure, readonly, nostack, preserves_flags));
+                    options($($pure,)? readonly, nostack, preserves_flags));
                 [a, b]
             }
             #[cfg(not(target_arch = "nvptx64"))]
@@ -85,15 +87,17 @@ macro_rules! load_v2 {
 
 load_v2! {
     /// Loads 8 bytes.
-    ld_v2_u32 = "ld.global";
+    ld_v2_u32 = "ld.global", pure;
     /// Loads 8 read-only bytes.
-    ldg_v2_u32 = "ld.global.nc";
+    ldg_v2_u32 = "ld.global.nc", pure;
+    /// As [`ldg_v2_u32`], at the place where it is written.
+    ldg_v2_u32_here = "ld.global.nc";
     /// Loads 8 read-only bytes, read once: they take no place in L1.
-    ldg_v2_u32_stream = "ld.global.nc.L1::no_allocate";
+    ldg_v2_u32_stream = "ld.global.nc.L1::no_allocate", pure;
 }
 
 macro_rules! load {
-    ($($(#[$doc:meta])* $name:ident -> $type:ty = $op:literal, $reg:ident $bits:ty;)*) => {$(
+    ($($(#[$doc:meta])* $name:ident -> $type:ty = $op:literal, $reg:ident $bits:ty $(, $pure:ident)?;)*) => {$(
         $(#[$doc])*
         ///
         /// # Safety
@@ -104,7 +108,7 @@ macro_rules! load {
             unsafe {
                 let bits: $bits;
                 asm!(concat!($op, " {0}, [{1}];"), out($reg) bits, in(reg64) pointer as u64,
-                    options(pure, readonly, nostack, preserves_flags));
+                    options($($pure,)? readonly, nostack, preserves_flags));
                 bits as $type
             }
             #[cfg(not(target_arch = "nvptx64"))]
@@ -117,27 +121,31 @@ macro_rules! load {
 
 load! {
     /// Loads a read-only byte.
-    ldg_u8 -> u8 = "ld.global.nc.u8", reg16 u16;
+    ldg_u8 -> u8 = "ld.global.nc.u8", reg16 u16, pure;
     /// Loads a read-only 16-bit word.
-    ldg_u16 -> u16 = "ld.global.nc.u16", reg16 u16;
+    ldg_u16 -> u16 = "ld.global.nc.u16", reg16 u16, pure;
     /// Loads a read-only word.
-    ldg_u32 -> u32 = "ld.global.nc.u32", reg32 u32;
+    ldg_u32 -> u32 = "ld.global.nc.u32", reg32 u32, pure;
+    /// As [`ldg_u32`], at the place where it is written.
+    ldg_u32_here -> u32 = "ld.global.nc.u32", reg32 u32;
+    /// As [`ldg_u16`], at the place where it is written.
+    ldg_u16_here -> u16 = "ld.global.nc.u16", reg16 u16;
     /// Loads a read-only integer.
-    ldg_i32 -> i32 = "ld.global.nc.u32", reg32 u32;
+    ldg_i32 -> i32 = "ld.global.nc.u32", reg32 u32, pure;
     /// Loads a read-only float.
-    ldg_f32 -> f32 = "ld.global.nc.f32", reg32 f32;
+    ldg_f32 -> f32 = "ld.global.nc.f32", reg32 f32, pure;
     /// Loads a read-only double word.
-    ldg_u64 -> u64 = "ld.global.nc.u64", reg64 u64;
+    ldg_u64 -> u64 = "ld.global.nc.u64", reg64 u64, pure;
     /// Loads a read-only word, read once.
-    ldg_u32_stream -> u32 = "ld.global.nc.L1::no_allocate.u32", reg32 u32;
+    ldg_u32_stream -> u32 = "ld.global.nc.L1::no_allocate.u32", reg32 u32, pure;
     /// Loads a read-only 16-bit word, read once.
-    ldg_u16_stream -> u16 = "ld.global.nc.L1::no_allocate.u16", reg16 u16;
+    ldg_u16_stream -> u16 = "ld.global.nc.L1::no_allocate.u16", reg16 u16, pure;
     /// Loads a read-only byte, read once.
-    ldg_u8_stream -> u8 = "ld.global.nc.L1::no_allocate.u8", reg16 u16;
+    ldg_u8_stream -> u8 = "ld.global.nc.L1::no_allocate.u8", reg16 u16, pure;
     /// Loads a word past L1, as another block may have written it.
-    ld_cg_u32 -> u32 = "ld.global.cg.u32", reg32 u32;
+    ld_cg_u32 -> u32 = "ld.global.cg.u32", reg32 u32, pure;
     /// Loads a float past L1, as another block may have written it.
-    ld_cg_f32 -> f32 = "ld.global.cg.f32", reg32 f32;
+    ld_cg_f32 -> f32 = "ld.global.cg.f32", reg32 f32, pure;
 }
 
 /// Loads 16 bytes past L1, as another block of this launch may have written them.

@@ -10,7 +10,7 @@
 //! A new type is one file here and one line in [`for_each_type!`].
 
 use crate::unrolled;
-use cuda_std::memory::{ldg_u16, ldg_u32, ldg_v4_u32};
+use cuda_std::memory::ldg_v4_u32;
 
 mod float;
 mod k_quants;
@@ -280,25 +280,26 @@ pub unsafe fn repack_kernel(a: RepackArgs) {
 /// Reads that the types share.
 mod read {
     use super::*;
+    use cuda_std::memory::{ldg_u16_here, ldg_u32_here, ldg_v2_u32_here, ldg_v4_u32_here};
 
     #[inline(always)]
     pub unsafe fn words4(m: &Matrix, plane: usize, index: usize) -> [u32; 4] {
-        unsafe { ldg_v4_u32(m.planes[plane].add(index * 16)) }
+        unsafe { ldg_v4_u32_here(m.planes[plane].add(index * 16)) }
     }
 
     #[inline(always)]
     pub unsafe fn words2(m: &Matrix, plane: usize, index: usize) -> [u32; 2] {
-        unsafe { cuda_std::memory::ldg_v2_u32(m.planes[plane].add(index * 8)) }
+        unsafe { ldg_v2_u32_here(m.planes[plane].add(index * 8)) }
     }
 
     #[inline(always)]
     pub unsafe fn word(m: &Matrix, plane: usize, index: usize) -> u32 {
-        unsafe { ldg_u32(m.planes[plane].add(index * 4).cast()) }
+        unsafe { ldg_u32_here(m.planes[plane].add(index * 4).cast()) }
     }
 
     #[inline(always)]
     pub unsafe fn half_word(m: &Matrix, plane: usize, index: usize) -> u16 {
-        unsafe { ldg_u16(m.planes[plane].add(index * 2).cast()) }
+        unsafe { ldg_u16_here(m.planes[plane].add(index * 2).cast()) }
     }
 
     #[inline(always)]
