@@ -125,21 +125,6 @@ pub struct DecodeArgs {
     pub chosen: *mut u64,
     /// Longest norm weight of any operation.
     pub norm_len: u32,
-    /// Null, or `[count][4]` for block 0's clock: at each operation's start, with its input filled, at its
-    /// end, and before the barrier.
-    pub profile: *mut u64,
-}
-
-/// Notes the clock.
-#[inline(always)]
-unsafe fn note(a: &DecodeArgs, op: u32, phase: usize) {
-    if !a.profile.is_null() && block_idx_x() == 0 && thread_idx_x() == 0 {
-        unsafe {
-            a.profile
-                .add(op as usize * 4 + phase)
-                .write(thread::clock64())
-        }
-    }
 }
 
 /// Start of the two operations in shared memory: the current one and the next. Scratch lies before.
@@ -754,7 +739,6 @@ unsafe fn bias(op: Current, m: u32, r: u32) -> f32 {
 unsafe fn products(a: &DecodeArgs, op: Current, number: u32) {
     unsafe {
         let row = Row::fill(a, op);
-        note(a, number, 1);
         if number + 1 < a.count {
             prefetch(op_at(number + 1));
         }
@@ -1020,7 +1004,6 @@ pub unsafe fn decode(a: DecodeArgs) {
         while i < a.count {
             let op = op_at(i);
             let more = i + 1 < a.count;
-            note(&a, i, 0);
             if more {
                 copy_op(&a, i + 1);
             }
@@ -1029,13 +1012,11 @@ pub unsafe fn decode(a: DecodeArgs) {
                 kind::ATTEND => attend(&a, op),
                 _ => products(&a, op, i),
             }
-            note(&a, i, 2);
             if more && matches!((*op).kind, kind::EMBED | kind::ATTEND) {
                 prefetch(op_at(i + 1));
             }
             if more {
                 copy_norm(op_at(i + 1));
-                note(&a, i, 3);
                 // Each thread's own copies; the barrier shows them to the block.
                 cp_async_wait_all();
                 grid::sync(a.barrier);

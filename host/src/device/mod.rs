@@ -167,6 +167,13 @@ pub trait Device: Send + Sized + 'static {
     /// Bytes free for [`Device::load`], [`Device::alloc`] and [`Device::alloc_cache`] together.
     fn free_bytes(&self) -> Result<u64>;
 
+    /// Most bytes that operations take for themselves beside the buffers they are given, `widest` being the
+    /// most values that a row has between two of them.
+    fn working_bytes(&self, widest: usize) -> u64 {
+        let _ = widest;
+        0
+    }
+
     /// Bytes per element of the KV cache: 2 (f16), or 4 with `exact`.
     fn cache_element_bytes(&self) -> usize;
 

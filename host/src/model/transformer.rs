@@ -168,7 +168,9 @@ pub(super) fn load<D: Device>(
     let total_bytes = file.tensors().map(|t| t.data().len() as u64).sum::<u64>();
 
     let widths = config.embedding + 2 * q_dim + config.feed_forward;
-    let scratch_bytes = 4 * (D::STEP_ROWS * widths + MAX_OUTPUTS * config.vocabulary) as u64;
+    let widest = (q_dim + 2 * kv_dim).max(config.feed_forward);
+    let scratch_bytes = 4 * (D::STEP_ROWS * widths + MAX_OUTPUTS * config.vocabulary) as u64
+        + device.working_bytes(widest);
     let rope_bytes = 4 * (context * config.rope_dims) as u64;
     let cache_bytes = (2 * cache_shape.elements() * device.cache_element_bytes()) as u64;
     let required = total_bytes + scratch_bytes + rope_bytes + cache_bytes;

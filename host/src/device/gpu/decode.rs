@@ -242,7 +242,6 @@ impl<D: Driver> Gpu<D> {
             choice: decode.choice as *mut Choice,
             chosen: decode.chosen.address as *mut u64,
             norm_len,
-            profile: std::ptr::null_mut(),
         };
         self.driver.launch_cooperative(
             "decode",

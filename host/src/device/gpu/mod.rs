@@ -362,6 +362,11 @@ impl<D: Driver> Device for Gpu<D> {
         self.driver.free_bytes()
     }
 
+    fn working_bytes(&self, widest: usize) -> u64 {
+        // Unpacked weights, and two f32 intermediates of a step's rows.
+        (ops::SLICE_BYTES + 2 * 4 * Self::STEP_ROWS * widest) as u64
+    }
+
     fn cache_element_bytes(&self) -> usize {
         if self.exact { 4 } else { 2 }
     }

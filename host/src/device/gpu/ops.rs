@@ -47,7 +47,7 @@ const FLASH_ROWS: usize = 4;
 
 /// Bytes of weights unpacked at a time: their product should take many turns of the whole card, the last
 /// of which is rarely full.
-const SLICE_BYTES: usize = 128 << 20;
+pub(super) const SLICE_BYTES: usize = 128 << 20;
 
 /// An output of `dense` products.
 #[derive(Clone, Copy)]

@@ -123,7 +123,6 @@ fn launch<D: Driver>(
         choice: choice.ptr(),
         chosen: chosen.ptr(),
         norm_len,
-        profile: ptr::null_mut(),
     };
     let shared = decode::shared_bytes(norm_len as usize, row);
     b.driver
