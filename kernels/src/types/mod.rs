@@ -10,13 +10,13 @@
 //! A new type is one file here and one line in [`for_each_type!`].
 
 use crate::unrolled;
-use cuda_std::memory::ldg_v4_u32;
+use cuda_std::memory::{ldg_u16_here, ldg_u32_here, ldg_v2_u32_here, ldg_v4_u32, ldg_v4_u32_here};
 
 mod float;
 mod k_quants;
 mod legacy;
 
-pub use float::{Bf16, Eight, F16, F32, to_f16};
+pub use float::{Bf16, F16, F32, Sixteen, to_f16};
 pub use k_quants::{Q2K, Q3K, Q4K, Q5K, Q6K};
 pub use legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 
@@ -58,8 +58,8 @@ pub struct Matrix {
     pub cols: u32,
     /// GGML's number of the type.
     pub ty: u32,
-    /// Bytes of a row in each plane.
-    pub row_bytes: [u32; 4],
+    /// For each plane a byte, from the lowest on: its [`Plane::code`], zero where there is none.
+    pub codes: u32,
 }
 
 /// An absent matrix.
@@ -68,7 +68,7 @@ pub const NO_MATRIX: Matrix = Matrix {
     rows: 0,
     cols: 0,
     ty: 0,
-    row_bytes: [0; 4],
+    codes: 0,
 };
 
 impl Matrix {
@@ -93,13 +93,61 @@ impl Layout {
             ty: self.ty,
             ..NO_MATRIX
         };
-        for (i, bytes) in self.planes.into_iter().enumerate() {
+        for (i, p) in self.planes.into_iter().enumerate() {
+            let bytes = self.block_plane_bytes(i);
             if bytes > 0 {
-                matrix.row_bytes[i] = (bytes * blocks_per_row) as u32;
+                matrix.codes |= p.code() << (8 * i);
                 matrix.planes[i] = plane(i, bytes * blocks_per_row * rows);
             }
         }
         matrix
+    }
+
+    /// Bytes of a block of the file (float types: of a group) in plane `i`.
+    pub const fn block_plane_bytes(&self, i: usize) -> usize {
+        let groups = if self.block > GROUP {
+            self.block / GROUP
+        } else {
+            1
+        };
+        self.planes[i].bytes * if self.planes[i].per_block { 1 } else { groups }
+    }
+}
+
+/// A plane of a type's layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plane {
+    /// Bytes of an element: 2, 4, 8 or 16; of float types' groups 64 or 128. Zero for no plane.
+    pub bytes: usize,
+    /// Whether an element belongs to a block of the file rather than to a group.
+    pub per_block: bool,
+}
+
+impl Plane {
+    pub const NONE: Plane = Plane::group(0);
+
+    pub const fn group(bytes: usize) -> Plane {
+        Plane {
+            bytes,
+            per_block: false,
+        }
+    }
+
+    pub const fn block(bytes: usize) -> Plane {
+        Plane {
+            bytes,
+            per_block: true,
+        }
+    }
+
+    /// Set in [`Plane::code`] of elements of blocks.
+    pub const PER_BLOCK: u32 = 0x80;
+
+    /// The plane in a byte: its element's size, and [`Plane::PER_BLOCK`].
+    pub const fn code(self) -> u32 {
+        // A float group of 128 bytes is all that would not fit; float types' sizes are read by nobody.
+        let bytes = if self.bytes > 64 { 64 } else { self.bytes };
+        bytes as u32 | if self.per_block { Plane::PER_BLOCK } else { 0 }
     }
 }
 
@@ -112,8 +160,7 @@ pub struct Layout {
     pub block: usize,
     /// Bytes per block of the file.
     pub block_bytes: usize,
-    /// Bytes per block (float types: per group) in each plane.
-    pub planes: [usize; 4],
+    pub planes: [Plane; 4],
     /// Whether activations may be quantised before a product with it.
     pub quantised: bool,
 }
@@ -149,7 +196,7 @@ pub trait Quantised: Weights {
     type Raw: Copy;
 
     /// Loads group `g`.
-    unsafe fn load(m: &Matrix, g: usize) -> Self::Raw;
+    unsafe fn load<P: Planes>(planes: &P, g: usize) -> Self::Raw;
 
     /// The levels of a group, unsigned bytes in order.
     fn levels(raw: Self::Raw) -> [u32; 8];
@@ -277,29 +324,59 @@ pub unsafe fn repack_kernel(a: RepackArgs) {
     }
 }
 
+/// Where the planes of a matrix are read: element `index` of a plane, whose size is in the name.
+pub trait Planes {
+    unsafe fn words4(&self, plane: usize, index: usize) -> [u32; 4];
+    unsafe fn words2(&self, plane: usize, index: usize) -> [u32; 2];
+    unsafe fn word(&self, plane: usize, index: usize) -> u32;
+    unsafe fn half_word(&self, plane: usize, index: usize) -> u16;
+}
+
+/// In global memory.
+impl Planes for Matrix {
+    #[inline(always)]
+    unsafe fn words4(&self, plane: usize, index: usize) -> [u32; 4] {
+        unsafe { ldg_v4_u32_here(self.planes[plane].add(index * 16)) }
+    }
+
+    #[inline(always)]
+    unsafe fn words2(&self, plane: usize, index: usize) -> [u32; 2] {
+        unsafe { ldg_v2_u32_here(self.planes[plane].add(index * 8)) }
+    }
+
+    #[inline(always)]
+    unsafe fn word(&self, plane: usize, index: usize) -> u32 {
+        unsafe { ldg_u32_here(self.planes[plane].add(index * 4).cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn half_word(&self, plane: usize, index: usize) -> u16 {
+        unsafe { ldg_u16_here(self.planes[plane].add(index * 2).cast()) }
+    }
+}
+
 /// Reads that the types share.
 mod read {
     use super::*;
-    use cuda_std::memory::{ldg_u16_here, ldg_u32_here, ldg_v2_u32_here, ldg_v4_u32_here};
 
     #[inline(always)]
-    pub unsafe fn words4(m: &Matrix, plane: usize, index: usize) -> [u32; 4] {
-        unsafe { ldg_v4_u32_here(m.planes[plane].add(index * 16)) }
+    pub unsafe fn words4(m: &impl Planes, plane: usize, index: usize) -> [u32; 4] {
+        unsafe { m.words4(plane, index) }
     }
 
     #[inline(always)]
-    pub unsafe fn words2(m: &Matrix, plane: usize, index: usize) -> [u32; 2] {
-        unsafe { ldg_v2_u32_here(m.planes[plane].add(index * 8)) }
+    pub unsafe fn words2(m: &impl Planes, plane: usize, index: usize) -> [u32; 2] {
+        unsafe { m.words2(plane, index) }
     }
 
     #[inline(always)]
-    pub unsafe fn word(m: &Matrix, plane: usize, index: usize) -> u32 {
-        unsafe { ldg_u32_here(m.planes[plane].add(index * 4).cast()) }
+    pub unsafe fn word(m: &impl Planes, plane: usize, index: usize) -> u32 {
+        unsafe { m.word(plane, index) }
     }
 
     #[inline(always)]
-    pub unsafe fn half_word(m: &Matrix, plane: usize, index: usize) -> u16 {
-        unsafe { ldg_u16_here(m.planes[plane].add(index * 2).cast()) }
+    pub unsafe fn half_word(m: &impl Planes, plane: usize, index: usize) -> u16 {
+        unsafe { m.half_word(plane, index) }
     }
 
     #[inline(always)]
@@ -393,7 +470,7 @@ mod write {
 /// [`Weights::unpack`] of a quantised type.
 #[inline(always)]
 unsafe fn unpack_quantised<T: Quantised>(m: &Matrix, g: usize) -> [f32; 32] {
-    let raw = unsafe { T::load(m, g) };
+    let raw = unsafe { T::load::<Matrix>(m, g) };
     let (levels, a) = (T::levels(raw), T::affine(raw, g));
     unrolled!(32, |i| a.d[i / 16] * read::byte(&levels, i) as f32
         + a.m[i / 16])
@@ -405,7 +482,7 @@ unsafe fn unpack_quantised<T: Quantised>(m: &Matrix, g: usize) -> [f32; 32] {
 unsafe fn unpack_f16_quantised<T: Quantised>(m: &Matrix, g: usize) -> [u32; 16] {
     use cuda_std::half::{Half2, hfma2, hsub2};
     use cuda_std::int::prmt;
-    let raw = unsafe { T::load(m, g) };
+    let raw = unsafe { T::load::<Matrix>(m, g) };
     let (levels, a) = (T::levels(raw), T::affine(raw, g));
     let d = [
         Half2::from_f32(a.d[0], a.d[0]),

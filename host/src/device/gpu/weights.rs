@@ -14,12 +14,10 @@ const ALIGNMENT: usize = 256;
 /// Where each plane of so many blocks begins, and the bytes of all.
 fn planes(layout: &Layout, blocks: usize) -> (Vec<usize>, usize) {
     let mut total = 0;
-    let offsets = layout
-        .planes
-        .iter()
-        .map(|bytes| {
+    let offsets = (0..layout.planes.len())
+        .map(|plane| {
             let offset = total;
-            total += (bytes * blocks).next_multiple_of(ALIGNMENT);
+            total += (layout.block_plane_bytes(plane) * blocks).next_multiple_of(ALIGNMENT);
             offset
         })
         .collect();

@@ -188,7 +188,8 @@ impl<D: Driver> Bench<'_, D> {
         let blocks_per_row = padded / layout.block.max(GROUP);
         let blocks = rows * blocks_per_row;
         let mut planes = [std::ptr::null(); 4];
-        for (plane, bytes) in planes.iter_mut().zip(layout.planes) {
+        for (i, plane) in planes.iter_mut().enumerate() {
+            let bytes = layout.block_plane_bytes(i);
             if bytes > 0 {
                 *plane = self.alloc(bytes * blocks)?.ptr::<u8>().cast_const();
             }
