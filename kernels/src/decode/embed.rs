@@ -24,7 +24,7 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current, w: &mut Warp) {
         let (len, scale, out) = (get!(op, input.len), get!(op, scale), get!(op, out));
         let mut g = thread_idx_x() * grid_dim_x() + block_idx_x();
         while g < groups {
-            let v = unpack(&*table, a.token as usize * groups as usize + g as usize);
+            let v = unpack(&*table, a.token as usize, g as usize);
             for i in 0..GROUP as u32 {
                 let at = g * GROUP as u32 + i;
                 if at < len {

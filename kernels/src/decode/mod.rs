@@ -34,7 +34,7 @@ use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{block_idx_x, clock64, grid_dim_x, lane_id, sync_threads, thread_idx_x};
 use ring::Ring;
 
-pub use ring::{MAX_TURNS, turn_groups};
+pub use ring::TURNS;
 pub use row::row_bytes;
 pub use seal::{NUMBERS, PLAIN};
 
@@ -99,8 +99,6 @@ pub struct Op {
     pub choose: u32,
     /// Tasks of a product, one per warp and turn: [`Op::count_tasks`].
     pub tasks: u32,
-    /// Groups of a row that one turn of a warp takes: [`turn_groups`], the least of its matrices.
-    pub turn: u32,
     pub heads: u32,
     /// Parts that each head's tokens are cut into, at most [`MAX_SPLITS`]; a block takes one at a time.
     pub splits: u32,
@@ -153,8 +151,10 @@ pub struct DecodeArgs {
     pub position: u32,
     /// The number that the host knows this step's choice by.
     pub sequence: u32,
-    /// Turns in a warp's ring, 1 to [`MAX_TURNS`].
+    /// Turns in a warp's ring, one of [`TURNS`].
     pub turns: u32,
+    /// Bytes of the largest tile of any matrix.
+    pub tile_bytes: u32,
     /// Bytes of one of the two row buffers; see [`shared_bytes`].
     pub row_bytes: u32,
     /// The sequence's cache blocks.
@@ -176,16 +176,16 @@ const WINDOW_AT: u32 = 256;
 const ROWS_AT: u32 = WINDOW_AT + WINDOW * OP_BYTES;
 
 /// Bytes of shared memory of a launch whose operations need at most `row` bytes for a row
-/// ([`row_bytes`]), with `turns` turns in each warp's ring; and what to pass as
+/// ([`row_bytes`]), with `turns` turns in each warp's ring, of tiles of `tile` bytes; and what to pass as
 /// [`DecodeArgs::row_bytes`].
-pub const fn shared_bytes(row: u32, turns: u32) -> (u32, u32) {
+pub const fn shared_bytes(row: u32, tile: u32, turns: u32) -> (u32, u32) {
     let row = if row > attend::PARTS_BYTES {
         row
     } else {
         attend::PARTS_BYTES
     };
     let row = row.next_multiple_of(128);
-    (ROWS_AT + 2 * row + WARPS * turns * ring::TURN_BYTES, row)
+    (ROWS_AT + 2 * row + WARPS * turns * 2 * tile, row)
 }
 
 /// An operation in shared memory: its address there.
@@ -365,7 +365,6 @@ pub const NO_OP: Op = Op {
     split: 0,
     choose: 0,
     tasks: 0,
-    turn: 0,
     heads: 0,
     splits: 0,
     scale: 0.0,

@@ -1,6 +1,6 @@
 //! Products with the input row: plain ones, gate and up, queries, keys and values.
 
-use super::ring::{FLOAT_COPIES, SLOT_BYTES, Slot};
+use super::ring::{Rest, Tile};
 use super::row::{Group, Row};
 use super::seal::{Seal, pause};
 use super::{AHEAD, Coming, Current, DecodeArgs, PLAIN, WARPS, Warp, get, kind};
@@ -8,6 +8,7 @@ use crate::for_each_type;
 use crate::rows::{BLOCK_TOKENS, Rotation, silu};
 use crate::sample::{block_max, max_u64, rank};
 use crate::types::*;
+use core::mem::offset_of;
 use cuda_std::int::dp4a_us;
 use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
@@ -18,12 +19,10 @@ use cuda_std::{half, warp};
 
 /// A run of one matrix row's groups.
 #[derive(Clone, Copy)]
-pub struct Run {
-    /// First group, counted over the matrix.
-    pub first: u32,
-    /// Its place in the input row.
-    pub at: u32,
-    pub len: u32,
+struct Run {
+    /// First group, of a whole tile.
+    first: u32,
+    len: u32,
 }
 
 /// Two matrix rows (the number of a matrix of the operation, and a row of it), or one twice.
@@ -113,22 +112,67 @@ impl Task {
 
     /// The two runs; the second is at most as long as the first.
     #[inline(always)]
-    pub unsafe fn runs(&self, op: Current) -> [Run; 2] {
+    unsafe fn runs(&self, op: Current) -> [Run; 2] {
         unsafe {
-            let groups = matrix_field(op, 0, core::mem::offset_of!(Matrix, cols)) / GROUP as u32;
-            let first = |row: u32, at: u32, len: u32| Run {
-                first: row * groups + at,
-                at,
-                len,
+            let groups = matrix_field(op, 0, offset_of!(Matrix, cols)) / GROUP as u32;
+            let whole = Run {
+                first: 0,
+                len: groups,
             };
-            if get!(op, split) != 0 {
-                let half = groups.div_ceil(2);
-                [first(self.r0, 0, half), first(self.r0, half, groups - half)]
-            } else {
-                [first(self.r0, 0, groups), first(self.r1, 0, groups)]
+            if get!(op, split) == 0 {
+                return [whole, whole];
             }
+            let half = half(groups.div_ceil(TILE as u32)) * TILE as u32;
+            if half >= groups {
+                return [whole, Run { first: 0, len: 0 }];
+            }
+            [
+                Run {
+                    first: 0,
+                    len: half,
+                },
+                Run {
+                    first: half,
+                    len: groups - half,
+                },
+            ]
         }
     }
+
+    /// The bytes of both runs.
+    #[inline(always)]
+    pub unsafe fn rest(&self, op: Current) -> [Rest; 2] {
+        unsafe {
+            let row = |m: u32, r: u32| {
+                let row_bytes = matrix_field(op, m, offset_of!(Matrix, row_bytes));
+                let base = u64::load(op.matrix(m) + offset_of!(Matrix, base) as u32) as *const u8;
+                Rest {
+                    from: base.add(r as usize * row_bytes as usize),
+                    bytes: row_bytes,
+                    tile: matrix_field(op, m, offset_of!(Matrix, tile_bytes)),
+                }
+            };
+            let (mut first, mut second) = (row(self.m0, self.r0), row(self.m1, self.r1));
+            if get!(op, split) != 0 {
+                let bytes = half(first.bytes.div_ceil(first.tile)) * first.tile;
+                let bytes = if bytes < first.bytes {
+                    bytes
+                } else {
+                    first.bytes
+                };
+                first.bytes = bytes;
+                second.from = second.from.add(bytes as usize);
+                second.bytes -= bytes;
+            }
+            [first, second]
+        }
+    }
+}
+
+/// Tiles of the first half of so many.
+#[inline(always)]
+fn half(tiles: u32) -> u32 {
+    tiles.div_ceil(2)
 }
 
 #[inline(always)]
@@ -138,7 +182,7 @@ unsafe fn matrix_field(op: Current, m: u32, offset: usize) -> u32 {
 
 #[inline(always)]
 unsafe fn rows(op: Current, m: u32) -> u32 {
-    unsafe { matrix_field(op, m, core::mem::offset_of!(Matrix, rows)) }
+    unsafe { matrix_field(op, m, offset_of!(Matrix, rows)) }
 }
 
 /// What a task's end needs besides the sums. The first lane of each half of the warp has its row's; the rest
@@ -202,13 +246,15 @@ fn dot_group<T: Quantised>(raw: T::Raw, g: u32, x: &Group) -> f32 {
     x.d * v
 }
 
-/// A turn: where it is in the runs, and the slot of each.
+/// A turn.
 struct Turn {
-    runs: [Run; 2],
-    slots: [u32; 2],
-    at: u32,
-    groups: u32,
-    /// Whether the runs lie at different places of the row.
+    /// Addresses of the two tiles.
+    tiles: [u32; 2],
+    /// Their groups.
+    groups: [u32; 2],
+    /// Their places in the row.
+    at: [u32; 2],
+    /// Whether those differ.
     apart: bool,
 }
 
@@ -217,20 +263,21 @@ struct Turn {
 unsafe fn turn_quantised<T: Quantised>(row: &Row, turn: &Turn) -> (f32, f32) {
     unsafe {
         let lane = lane_id();
-        let [a, b] = turn.runs;
-        let g = turn.at + lane;
-        let inside = |run: Run| lane < turn.groups && g < run.len;
-        // Lanes past the end compute with what their slot held before, and are not counted.
-        let place = |run: Run| run.at + if inside(run) { g } else { 0 };
-        let w0 = T::load(&Slot::<T>::new(turn.slots[0]), (a.first + g) as usize);
-        let w1 = T::load(&Slot::<T>::new(turn.slots[1]), (b.first + g) as usize);
-        let x = row.group(place(a));
-        let y = if turn.apart { row.group(place(b)) } else { x };
-        let v0 = dot_group::<T>(w0, a.first + g, &x);
-        let v1 = dot_group::<T>(w1, b.first + g, &y);
+        // Lanes past the end compute with whatever is there, and are not counted.
+        let tile = |i: usize| Tile::<T>::new(turn.tiles[i], turn.groups[i]);
+        let w0 = T::load(&tile(0), lane as usize);
+        let w1 = T::load(&tile(1), lane as usize);
+        let x = row.group(turn.at[0] + lane);
+        let y = if turn.apart {
+            row.group(turn.at[1] + lane)
+        } else {
+            x
+        };
+        let v0 = dot_group::<T>(w0, lane, &x);
+        let v1 = dot_group::<T>(w1, lane, &y);
         (
-            if inside(a) { v0 } else { 0.0 },
-            if inside(b) { v1 } else { 0.0 },
+            if lane < turn.groups[0] { v0 } else { 0.0 },
+            if lane < turn.groups[1] { v1 } else { 0.0 },
         )
     }
 }
@@ -239,34 +286,27 @@ unsafe fn turn_quantised<T: Quantised>(row: &Row, turn: &Turn) -> (f32, f32) {
 #[inline(always)]
 unsafe fn turn_float<T: Sixteen>(row: &Row, turn: &Turn) -> (f32, f32) {
     unsafe {
-        let side = |run: Run, slot: u32| {
+        let side = |i: usize| {
             let mut sum = 0.0;
-            for i in 0..FLOAT_COPIES {
-                let unit = lane_id() + 32 * i;
-                // Element of the run.
-                let e = turn.at * GROUP as u32 + unit * T::WEIGHTS as u32;
-                if e < run.len * GROUP as u32
-                    && unit * (T::WEIGHTS as u32) < turn.groups * GROUP as u32
-                {
-                    let w =
-                        T::unpack_sixteen(SharedPtr::<u32>::from_addr(slot + 16 * unit).load_v4());
-                    let x = row.values().add(run.at * GROUP as u32 + e);
-                    let mut k = 0;
-                    while k < T::WEIGHTS {
-                        let x = x.add(k as u32).load_v4();
-                        for j in 0..4 {
-                            sum += w[k + j] * x[j];
-                        }
-                        k += 4;
+            // 16 bytes a lane at a time.
+            let mut unit = lane_id();
+            while unit * (T::WEIGHTS as u32) < turn.groups[i] * GROUP as u32 {
+                let w = SharedPtr::<u32>::from_addr(turn.tiles[i] + 16 * unit).load_v4();
+                let w = T::unpack_sixteen(w);
+                let e = turn.at[i] * GROUP as u32 + unit * T::WEIGHTS as u32;
+                let mut k = 0;
+                while k < T::WEIGHTS {
+                    let x = row.values().add(e + k as u32).load_v4();
+                    for j in 0..4 {
+                        sum += w[k + j] * x[j];
                     }
+                    k += 4;
                 }
+                unit += 32;
             }
             sum
         };
-        (
-            side(turn.runs[0], turn.slots[0]),
-            side(turn.runs[1], turn.slots[1]),
-        )
+        (side(0), side(1))
     }
 }
 
@@ -335,49 +375,48 @@ unsafe fn multiply(
     limit: u32,
 ) -> (f32, f32) {
     unsafe {
-        let runs = task.runs(op);
-        let groups = get!(op, turn);
-        let ty = core::mem::offset_of!(Matrix, ty);
+        let [a0, b0] = task.runs(op);
+        let ty = offset_of!(Matrix, ty);
         let (ty0, ty1) = (matrix_field(op, task.m0, ty), matrix_field(op, task.m1, ty));
         let apart = get!(op, split) != 0;
         let mut sums = (0.0, 0.0);
         let mut at = 0;
-        while at < runs[0].len {
-            let slot = w.ring.wait(a, limit);
-            let slots = [slot, slot + SLOT_BYTES];
-            // Types that differ are rare (a gate and an up of a hand-made mix): one after the other then,
-            // through the same code.
-            let mut pass = 0;
-            loop {
-                let both = ty0 == ty1;
-                let turn = Turn {
-                    runs: if pass == 0 { runs } else { [runs[1], runs[1]] },
-                    slots: if pass == 0 {
-                        slots
-                    } else {
-                        [slots[1], slots[1]]
-                    },
-                    at,
-                    groups,
-                    apart,
-                };
-                let v = turn_of(if pass == 0 { ty0 } else { ty1 }, row, &turn);
-                if pass == 0 {
-                    sums.0 += v.0;
-                }
-                if both || pass == 1 {
-                    sums.1 += v.1;
-                    break;
-                }
-                pass = 1;
+        while at < a0.len {
+            let tile = w.ring.wait(a, limit);
+            let mut turn = Turn {
+                tiles: [tile, tile + a.tile_bytes],
+                groups: [groups_left(a0.len, at), groups_left(b0.len, at)],
+                at: [at, b0.first + at],
+                apart,
+            };
+            let v = turn_of(ty0, row, &turn);
+            sums.0 += v.0;
+            let mut second = v.1;
+            if ty0 != ty1 {
+                // Rare (a gate and an up of a hand-made mix): through the same code again.
+                turn.tiles[0] = turn.tiles[1];
+                turn.groups[0] = turn.groups[1];
+                second = turn_of(ty1, row, &turn).0;
             }
+            sums.1 += second;
             w.ring.release();
-            at += groups;
-            if !(last && at >= runs[0].len) {
+            at += TILE as u32;
+            if !(last && at >= a0.len) {
                 w.ring.fill(a, limit);
             }
         }
         sums
+    }
+}
+
+/// Groups of the tile that begins at group `at` of a run.
+#[inline(always)]
+fn groups_left(len: u32, at: u32) -> u32 {
+    let left = if at < len { len - at } else { 0 };
+    if left < TILE as u32 {
+        left
+    } else {
+        TILE as u32
     }
 }
 

@@ -1,158 +1,141 @@
 //! Weights on their way into shared memory.
 //!
-//! Every warp has a ring of *turns*. A turn is what the warp's lanes multiply at once: one group a lane of
-//! each of its task's two runs. A lane copies what it will read itself, so that no more than its own
-//! `cp.async` groups need be waited for, one group a turn. The ring goes through the tasks of this and the
-//! coming operations in the order in which they will be computed.
+//! Every warp has a ring of *turns*. A turn is what the warp's lanes multiply at once: a tile of each of its
+//! task's two runs, a group a lane. The ring goes through the tasks of this and the coming operations in the
+//! order in which they will be computed; the copies of a turn are one `cp.async` group.
 
-use super::product::{self, Run, Task};
-use super::{Current, DecodeArgs, OP_BYTES, ROWS_AT, WARPS, get};
-use crate::types::{GROUP, LAYOUTS, Layout, Matrix, Plane, Planes, Quantised};
-use cuda_std::memory::{cp_async_4, cp_async_8, cp_async_16, cp_async_commit, cp_async_wait};
-use cuda_std::shared::{self, Scalar, SharedPtr};
+use super::product::{self, Task};
+use super::{Current, DecodeArgs, ROWS_AT, get};
+use crate::types::{Planes, Quantised, TILE, Weights};
+use core::marker::PhantomData;
+use cuda_std::memory::{cp_async_16, cp_async_commit, cp_async_wait};
+use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::{lane_id, thread_idx_x};
+use cuda_std::warp;
 
-/// Most turns of a ring.
-pub const MAX_TURNS: u32 = 6;
+/// How many turns a ring may have: what [`Ring::wait`] knows to wait for.
+pub const TURNS: [u32; 5] = [8, 6, 4, 2, 1];
 
-/// Bytes of each run's half of a turn: enough for every type.
-pub const SLOT_BYTES: u32 = slot_bytes();
-pub(super) const TURN_BYTES: u32 = 2 * SLOT_BYTES;
-
-/// Weights of a float type come as they lie, 16 bytes a lane and copy.
-pub(super) const FLOAT_COPIES: u32 = 2;
-
-const fn slot_bytes() -> u32 {
-    let mut most = FLOAT_COPIES * 32 * 16;
-    let mut i = 0;
-    while i < LAYOUTS.len() {
-        if LAYOUTS[i].quantised {
-            let bytes = offset(&LAYOUTS[i], 4);
-            most = if bytes > most { bytes } else { most };
-        }
-        i += 1;
-    }
-    most.next_multiple_of(128)
-}
-
-/// Bytes that an element takes in a slot: no copy is of less than 4.
-const fn element(plane: Plane) -> u32 {
-    if plane.bytes == 2 {
-        4
-    } else {
-        plane.bytes as u32
-    }
-}
-
-/// Where `plane` begins in a slot.
-const fn offset(layout: &Layout, plane: usize) -> u32 {
-    let mut bytes = 0;
-    let mut i = 0;
-    while i < plane {
-        bytes += 32 * element(layout.planes[i]);
-        i += 1;
-    }
-    bytes
-}
-
-/// Groups of a row that a turn takes, of a type so laid out.
-pub const fn turn_groups(layout: &Layout) -> u32 {
-    if layout.quantised {
-        32
-    } else {
-        FLOAT_COPIES * 32 * 16 / layout.planes[0].bytes as u32
-    }
-}
-
-/// A quantised group of this lane in a slot.
-pub(super) struct Slot<T> {
+/// A quantised tile in shared memory.
+pub(super) struct Tile<T> {
     start: u32,
-    weights: core::marker::PhantomData<T>,
+    groups: u32,
+    weights: PhantomData<T>,
 }
 
-impl<T: Quantised> Slot<T> {
-    const OFFSETS: [u32; 4] = [
-        offset(&T::LAYOUT, 0),
-        offset(&T::LAYOUT, 1),
-        offset(&T::LAYOUT, 2),
-        offset(&T::LAYOUT, 3),
-    ];
-
+impl<T: Weights> Tile<T> {
+    /// The tile at address `start`, of so many groups.
     #[inline(always)]
-    pub fn new(start: u32) -> Self {
+    pub fn new(start: u32, groups: u32) -> Self {
         Self {
             start,
-            weights: core::marker::PhantomData,
+            groups,
+            weights: PhantomData,
         }
     }
 
     #[inline(always)]
-    fn at<E>(&self, plane: usize, bytes: u32) -> SharedPtr<E> {
-        SharedPtr::from_addr(self.start + Self::OFFSETS[plane] + lane_id() * bytes)
+    fn at<E>(&self, plane: usize, index: usize) -> SharedPtr<E> {
+        let layout = T::LAYOUT;
+        let offset = layout.plane_offset(plane, self.groups as usize);
+        let element = index % layout.tile_elements(plane) * layout.planes[plane].bytes;
+        SharedPtr::from_addr(self.start + offset as u32 + element as u32)
     }
 }
 
-impl<T: Quantised> Planes for Slot<T> {
+impl<T: Quantised> Planes for Tile<T> {
     #[inline(always)]
-    unsafe fn words4(&self, plane: usize, _: usize) -> [u32; 4] {
-        unsafe { self.at::<u32>(plane, 16).load_v4() }
+    unsafe fn words4(&self, plane: usize, index: usize) -> [u32; 4] {
+        unsafe { self.at::<u32>(plane, index).load_v4() }
     }
 
     #[inline(always)]
-    unsafe fn words2(&self, plane: usize, _: usize) -> [u32; 2] {
-        unsafe { self.at::<u32>(plane, 8).load_v2() }
+    unsafe fn words2(&self, plane: usize, index: usize) -> [u32; 2] {
+        unsafe { self.at::<u32>(plane, index).load_v2() }
     }
 
     #[inline(always)]
-    unsafe fn word(&self, plane: usize, _: usize) -> u32 {
-        unsafe { self.at::<u32>(plane, 4).load() }
+    unsafe fn word(&self, plane: usize, index: usize) -> u32 {
+        unsafe { self.at::<u32>(plane, index).load() }
     }
 
     #[inline(always)]
     unsafe fn half_word(&self, plane: usize, index: usize) -> u16 {
-        // The copy was of the four bytes that it lies in.
-        unsafe { self.at::<u16>(plane, 4).add(index as u32 % 2).load() }
+        unsafe { self.at::<u16>(plane, index).load() }
+    }
+}
+
+/// What is still to be copied of a run.
+#[derive(Clone, Copy)]
+pub struct Rest {
+    pub from: *const u8,
+    pub bytes: u32,
+    /// Of a whole tile.
+    pub tile: u32,
+}
+
+impl Rest {
+    /// Starts the copy of the next tile to `slot`.
+    #[inline(always)]
+    unsafe fn copy_tile(&mut self, slot: u32) {
+        let bytes = if self.bytes < self.tile {
+            self.bytes
+        } else {
+            self.tile
+        };
+        let mut at = 16 * lane_id();
+        unsafe {
+            while at < bytes {
+                let to = SharedPtr::<u8>::from_addr(slot + at);
+                cp_async_16(to, self.from.add(at as usize));
+                at += 16 * 32;
+            }
+            self.from = self.from.add(bytes as usize);
+        }
+        self.bytes -= bytes;
     }
 }
 
 /// A warp's ring, and how far it has come.
 pub struct Ring {
     start: u32,
+    end: u32,
+    turn_bytes: u32,
     turns: u32,
     /// Turns under way or ready.
     full: u32,
-    /// Places of the next turn to be taken, and to be filled.
+    /// Addresses of the next turn to be taken, and to be filled.
     take: u32,
     put: u32,
-    /// The operation and task that the next turn is of, and its place in the task's runs.
+    /// The operation and task that the next turn is of, and what it has not copied of the task's runs yet.
     op: u32,
     task: u32,
-    at: u32,
-    /// The task's runs, valid where `at` is not zero, and the addresses of their matrices.
-    runs: [Run; 2],
-    matrices: [u32; 2],
+    rest: [Rest; 2],
 }
 
 impl Ring {
     #[inline(always)]
     pub fn new(a: &DecodeArgs) -> Self {
-        const NO_RUN: Run = Run {
-            first: 0,
-            at: 0,
-            len: 0,
+        const NOTHING: Rest = Rest {
+            from: core::ptr::null(),
+            bytes: 0,
+            tile: 0,
         };
+        let turn_bytes = 2 * a.tile_bytes;
         let warp = thread_idx_x() / 32;
+        let start = ROWS_AT + 2 * a.row_bytes + warp * a.turns * turn_bytes;
+        let start = shared::at::<u8>(start).addr();
         Self {
-            start: shared::at::<u8>(ROWS_AT + 2 * a.row_bytes + warp * a.turns * TURN_BYTES).addr(),
+            start,
+            end: start + a.turns * turn_bytes,
+            turn_bytes,
             turns: a.turns,
             full: 0,
-            take: 0,
-            put: 0,
+            take: start,
+            put: start,
             op: 0,
             task: product::first_task(),
-            at: 0,
-            runs: [NO_RUN; 2],
-            matrices: [0; 2],
+            rest: [NOTHING; 2],
         }
     }
 
@@ -162,17 +145,29 @@ impl Ring {
         let limit = if limit < a.count { limit } else { a.count - 1 };
         unsafe {
             while self.full < self.turns && self.seek(limit) {
-                self.start_turn();
+                self.rest[0].copy_tile(self.put);
+                self.rest[1].copy_tile(self.put + self.turn_bytes / 2);
+                cp_async_commit();
+                self.full += 1;
+                self.put = self.next(self.put);
             }
         }
     }
 
-    /// Goes to the next task of this warp; false if there is none up to `limit`.
+    /// Goes to the next task of this warp if it is through with one; false if there is none up to `limit`.
     #[inline(always)]
     unsafe fn seek(&mut self, limit: u32) -> bool {
+        if self.rest[0].bytes != 0 {
+            return true;
+        }
         while self.op <= limit {
-            if self.task < unsafe { get!(Current::at(self.op), tasks) } {
-                return true;
+            let op = Current::at(self.op);
+            unsafe {
+                if self.task < get!(op, tasks) {
+                    self.rest = Task::of(op, self.task).rest(op);
+                    self.task += product::task_stride();
+                    return true;
+                }
             }
             self.op += 1;
             self.task = product::first_task();
@@ -181,129 +176,40 @@ impl Ring {
     }
 
     #[inline(always)]
-    unsafe fn start_turn(&mut self) {
-        let op = Current::at(self.op);
-        unsafe {
-            if self.at == 0 {
-                let task = Task::of(op, self.task);
-                self.runs = task.runs(op);
-                self.matrices = [op.matrix(task.m0), op.matrix(task.m1)];
-            }
-            let turn = get!(op, turn);
-            let slot = self.start + self.put * TURN_BYTES;
-            let mut side = 0;
-            while side < 2 {
-                let run = if side == 0 {
-                    self.runs[0]
-                } else {
-                    self.runs[1]
-                };
-                let matrix = self.matrices[if side == 0 { 0 } else { 1 }];
-                if self.at < run.len {
-                    let left = run.len - self.at;
-                    let groups = if left < turn { left } else { turn };
-                    copy(
-                        matrix,
-                        run.first + self.at,
-                        groups,
-                        slot + side * SLOT_BYTES,
-                    );
-                }
-                side += 1;
-            }
-            cp_async_commit();
-            self.full += 1;
-            self.put = next(self.put, self.turns);
-            self.at += turn;
-            if self.at >= self.runs[0].len {
-                self.at = 0;
-                self.task += product::task_stride();
-            }
-        }
+    fn next(&self, place: u32) -> u32 {
+        let next = place + self.turn_bytes;
+        if next == self.end { self.start } else { next }
     }
 
-    /// Waits for the next turn: the address of its first slot.
+    /// Waits for the next turn: the address of its first tile; the second is [`DecodeArgs::tile_bytes`] behind.
     #[inline(always)]
     pub unsafe fn wait(&mut self, a: &DecodeArgs, limit: u32) -> u32 {
         if self.full == 0 {
             unsafe { self.fill(a, limit) }
         }
-        match self.full {
-            0 | 1 => cp_async_wait::<0>(),
-            2 => cp_async_wait::<1>(),
-            3 => cp_async_wait::<2>(),
-            4 => cp_async_wait::<3>(),
-            5 => cp_async_wait::<4>(),
-            _ => cp_async_wait::<5>(),
+        if self.full >= 8 {
+            cp_async_wait::<7>();
+        } else if self.full >= 6 {
+            cp_async_wait::<5>();
+        } else if self.full >= 4 {
+            cp_async_wait::<3>();
+        } else if self.full >= 2 {
+            cp_async_wait::<1>();
+        } else {
+            cp_async_wait::<0>();
         }
-        self.start + self.take * TURN_BYTES
+        // Each lane has waited for its own copies, and reads those of others.
+        warp::sync_warp();
+        self.take
     }
 
-    /// Gives the place of the turn that [`Ring::wait`] returned back; this lane has read it.
+    /// Gives the place of the turn that [`Ring::wait`] returned back, once all lanes have read it.
     #[inline(always)]
     pub fn release(&mut self) {
+        warp::sync_warp();
         self.full -= 1;
-        self.take = next(self.take, self.turns);
+        self.take = self.next(self.take);
     }
 }
 
-#[inline(always)]
-fn next(place: u32, turns: u32) -> u32 {
-    if place + 1 == turns { 0 } else { place + 1 }
-}
-
-/// Starts the copy of `groups` groups from group `first` on, of the matrix described at `matrix`, to `slot`.
-#[inline(always)]
-unsafe fn copy(matrix: u32, first: u32, groups: u32, slot: u32) {
-    let lane = lane_id();
-    let field = |offset: usize| matrix + offset as u32;
-    unsafe {
-        let mut codes = u32::load(field(core::mem::offset_of!(Matrix, codes)));
-        let planes = field(core::mem::offset_of!(Matrix, planes));
-        if codes & 0x40 != 0 {
-            // A float type.
-            let bytes = GROUP as u32
-                * if u32::load(field(core::mem::offset_of!(Matrix, ty))) == 0 {
-                    4
-                } else {
-                    2
-                };
-            let from = u64::load(planes) as *const u8;
-            for i in 0..FLOAT_COPIES {
-                let at = 16 * (lane + 32 * i);
-                if at < groups * bytes {
-                    let from = from.add(first as usize * bytes as usize + at as usize);
-                    cp_async_16(SharedPtr::<u8>::from_addr(slot + at), from);
-                }
-            }
-        } else if lane < groups {
-            let group = first + lane;
-            let (mut plane, mut to) = (planes, slot);
-            while codes != 0 {
-                let bytes = codes & 0x1f;
-                let index = if codes & Plane::PER_BLOCK != 0 {
-                    group / 8
-                } else {
-                    group
-                };
-                let from = (u64::load(plane) as *const u8).add(index as usize * bytes as usize);
-                if bytes == 16 {
-                    cp_async_16(SharedPtr::<u8>::from_addr(to + 16 * lane), from);
-                    to += 32 * 16;
-                } else if bytes == 8 {
-                    cp_async_8(SharedPtr::<u8>::from_addr(to + 8 * lane), from);
-                    to += 32 * 8;
-                } else {
-                    let from = from.map_addr(|a| a & !3);
-                    cp_async_4(SharedPtr::<u8>::from_addr(to + 4 * lane), from);
-                    to += 32 * 4;
-                }
-                codes >>= 8;
-                plane += 8;
-            }
-        }
-    }
-}
-
-const _: () = assert!(OP_BYTES % 16 == 0 && SLOT_BYTES % 128 == 0);
-const _: () = assert!(WARPS * TURN_BYTES <= 48 * 1024, "one turn fits anywhere");
+const _: () = assert!(TILE == 32, "a lane takes a group of a tile");

@@ -39,11 +39,12 @@ pub trait Sixteen: Weights {
 unsafe fn copy_padded<const BYTES: usize>(
     source: *const u8,
     m: &Matrix,
+    r: usize,
     block: usize,
     valid: usize,
 ) {
     unsafe {
-        let target = m.planes[0].cast_mut().add(block * GROUP * BYTES);
+        let target = m.start(r).cast_mut().add(block * GROUP * BYTES);
         for i in 0..GROUP * BYTES {
             target
                 .add(i)
@@ -91,11 +92,13 @@ macro_rules! float_weights {
             const LAYOUT: Layout = layout($ty, $bytes);
 
             #[inline(always)]
-            unsafe fn unpack(m: &Matrix, g: usize) -> [f32; 32] {
+            unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
                 const N: usize = <$name as Sixteen>::WEIGHTS;
                 // Half as many with f16; the rest is never loaded.
                 let e = unrolled!(8, |k| if k < 32 / N {
-                    Self::unpack_sixteen(unsafe { read::words4(m, 0, 32 / N * g + k) })
+                    Self::unpack_sixteen(unsafe {
+                        ldg_v4_u32_here(m.start(r).add(16 * (32 / N * g + k)))
+                    })
                 } else {
                     [0.0; 8]
                 });
@@ -103,9 +106,9 @@ macro_rules! float_weights {
             }
 
             #[inline(always)]
-            unsafe fn unpack_f16(m: &Matrix, g: usize) -> [u32; 16] {
+            unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
                 // A weight past f16's range saturates rather than turn into infinity.
-                let v = unsafe { Self::unpack(m, g) };
+                let v = unsafe { Self::unpack(m, r, g) };
                 unrolled!(16, |i| pack_f16x2(
                     v[2 * i].clamp(-65504.0, 65504.0),
                     v[2 * i + 1].clamp(-65504.0, 65504.0)
@@ -113,8 +116,8 @@ macro_rules! float_weights {
             }
 
             #[inline(always)]
-            unsafe fn repack(source: *const u8, m: &Matrix, block: usize, valid: usize) {
-                unsafe { copy_padded::<$bytes>(source, m, block, valid) }
+            unsafe fn repack(source: *const u8, m: &Matrix, r: usize, block: usize, valid: usize) {
+                unsafe { copy_padded::<$bytes>(source, m, r, block, valid) }
             }
         }
     };

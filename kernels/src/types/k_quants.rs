@@ -23,7 +23,7 @@ unsafe fn scale_min(packed: *const u8, j: usize) -> (u32, u32) {
 /// A block's header as Q4_K and Q5_K keep it on the device, 16 bytes: `d` and `dmin`; then for each
 /// group a byte with the low four bits of scale and minimum; then a nibble with their high two.
 #[inline(always)]
-unsafe fn write_header(s: *const u8, m: &Matrix, plane: usize, b: usize) {
+unsafe fn write_header<T: Weights>(s: *const u8, m: &MatrixRow<T>, plane: usize, b: usize) {
     unsafe {
         let (mut low, mut high) = ([0u32; 2], 0u32);
         for j in 0..GROUPS {

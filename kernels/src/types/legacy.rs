@@ -52,18 +52,21 @@ macro_rules! quantised_weights {
             };
 
             #[inline(always)]
-            unsafe fn unpack(m: &Matrix, g: usize) -> [f32; 32] {
-                unsafe { unpack_quantised::<Self>(m, g) }
+            unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
+                unsafe { unpack_quantised::<Self>(m, r, g) }
             }
 
             #[inline(always)]
-            unsafe fn unpack_f16(m: &Matrix, g: usize) -> [u32; 16] {
-                unsafe { unpack_f16_quantised::<Self>(m, g) }
+            unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
+                unsafe { unpack_f16_quantised::<Self>(m, r, g) }
             }
 
             #[inline(always)]
-            unsafe fn repack($s: *const u8, $rm: &Matrix, $rb: usize, _valid: usize) {
-                unsafe { $repack }
+            unsafe fn repack($s: *const u8, m: &Matrix, r: usize, $rb: usize, _valid: usize) {
+                unsafe {
+                    let $rm = &m.row::<Self>(r);
+                    $repack
+                }
             }
         }
     };

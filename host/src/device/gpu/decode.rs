@@ -11,8 +11,8 @@
 use super::{Address, Allocation, Buffer, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch};
 use crate::error::{Error, Result};
-use kernels::decode::{self, DecodeArgs, MAX_SPLITS, MAX_TURNS, NUMBERS, Op, kind};
-use kernels::types::{GROUP, LAYOUTS, Matrix};
+use kernels::decode::{self, DecodeArgs, MAX_SPLITS, NUMBERS, Op, kind};
+use kernels::types::GROUP;
 use std::collections::HashMap;
 
 /// Tokens that are worth a split of their own: four for each warp of the block that takes it.
@@ -55,7 +55,7 @@ struct Writes {
 struct Program {
     ops: Allocation,
     count: u32,
-    row: u32,
+    room: Room,
     writes: Vec<Writes>,
     /// Numbers that it takes.
     numbers: u64,
@@ -123,14 +123,8 @@ fn alike(a: u64, b: u64) -> bool {
 
 /// `op` with the fields that follow from others.
 pub(super) fn complete(op: Op) -> Op {
-    let turn = |m: &Matrix| {
-        let layout = LAYOUTS.iter().find(|l| l.ty == m.ty);
-        layout.map_or(0, decode::turn_groups)
-    };
-    let matrices = op.matrices.iter().filter(|m| m.rows > 0);
     Op {
         tasks: op.count_tasks(),
-        turn: matrices.map(turn).min().unwrap_or(0),
         ..op
     }
 }
@@ -177,35 +171,48 @@ impl Decode {
     }
 }
 
-/// Bytes of the longest row that a launch of `ops` keeps in shared memory.
-pub(super) fn row_bytes(ops: &[Op]) -> u32 {
-    let rows = ops
-        .iter()
-        .filter(|op| !matches!(op.kind, kind::EMBED | kind::ATTEND))
-        .map(|op| {
-            let cols = op.input.len.next_multiple_of(GROUP as u32);
-            decode::row_bytes(cols, op.input.keep_f32 != 0)
-        });
-    rows.max().unwrap_or(0)
+/// What a launch has room for in shared memory.
+#[derive(Clone, Copy)]
+pub(super) struct Room {
+    pub(super) turns: u32,
+    pub(super) tile_bytes: u32,
+    pub(super) row_bytes: u32,
+    pub(super) shared: usize,
 }
 
-/// The most turns of a ring that leave room for rows of `row` bytes, and what [`decode::shared_bytes`] says of
-/// them.
+/// The most turns of a ring that leave room for the rows of `ops`.
 ///
 /// # Errors
 /// Where not even one fits.
-pub(super) fn fit<D: Driver>(driver: &D, row: u32) -> Result<(u32, u32, u32)> {
+pub(super) fn room<D: Driver>(driver: &D, ops: &[Op]) -> Result<Room> {
+    let products = || {
+        ops.iter()
+            .filter(|op| !matches!(op.kind, kind::EMBED | kind::ATTEND))
+    };
+    let rows = products().map(|op| {
+        let cols = op.input.len.next_multiple_of(GROUP as u32);
+        decode::row_bytes(cols, op.input.keep_f32 != 0)
+    });
+    let row = rows.max().unwrap_or(0);
+    let tiles = products().flat_map(|op| op.matrices.iter().map(|m| m.tile_bytes));
+    let tile_bytes = tiles.max().unwrap_or(0);
     let limit = driver.shared_limit();
-    for turns in (1..=MAX_TURNS).rev() {
-        let (shared, row) = decode::shared_bytes(row, turns);
-        if shared as usize <= limit {
-            return Ok((turns, shared, row));
+    for turns in decode::TURNS {
+        let (shared, row_bytes) = decode::shared_bytes(row, tile_bytes, turns);
+        let shared = shared as usize;
+        if shared <= limit {
+            return Ok(Room {
+                turns,
+                tile_bytes,
+                row_bytes,
+                shared,
+            });
         }
     }
     Err(Error::Device {
         device: driver.info().name.clone(),
         what: format!(
-            "a row of {row} bytes and a ring do not fit its {limit} bytes of shared memory"
+            "rows of {row} bytes and rings of tiles of {tile_bytes} do not fit its {limit} bytes of shared memory"
         ),
     })
 }
@@ -354,7 +361,7 @@ impl<D: Driver> Gpu<D> {
         Ok(Program {
             ops: memory,
             count: ops.len() as u32,
-            row: row_bytes(&ops),
+            room: room(&self.driver, &ops)?,
             writes: recording.writes,
             numbers: recording.numbers,
         })
@@ -380,20 +387,19 @@ impl<D: Driver> Gpu<D> {
         }
         decode.numbers = base + program.numbers;
         let base = (base % u64::from(NUMBERS)) as u32;
-        let (ops, count, row) = (program.ops.address, program.count, program.row);
-        self.run_program(ops, count, row, base, token, position)
+        let (ops, count, room) = (program.ops.address, program.count, program.room);
+        self.run_program(ops, count, room, base, token, position)
     }
 
     fn run_program(
         &mut self,
         ops: Address,
         count: u32,
-        row: u32,
+        room: Room,
         base: u32,
         token: u32,
         position: u32,
     ) -> Result<()> {
-        let (turns, shared, row_bytes) = fit(&self.driver, row)?;
         let decode = &mut self.decode;
         // Zero is what fresh memory holds.
         decode.sequence = decode.sequence.wrapping_add(1).max(1);
@@ -404,8 +410,9 @@ impl<D: Driver> Gpu<D> {
             token,
             position,
             sequence: decode.sequence,
-            turns,
-            row_bytes,
+            turns: room.turns,
+            tile_bytes: room.tile_bytes,
+            row_bytes: room.row_bytes,
             table: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
             ranks: decode.ranks as *mut u64,
             chosen: decode.chosen.address as *mut u64,
@@ -414,7 +421,7 @@ impl<D: Driver> Gpu<D> {
             "decode",
             self.driver.multiprocessors(),
             decode::THREADS,
-            shared as usize,
+            room.shared,
             &args,
         )
     }
@@ -424,7 +431,8 @@ impl<D: Driver> Gpu<D> {
         let ops = [complete(op)];
         let address = self.decode.single.address;
         self.driver.write(address, bytes(&ops))?;
-        self.run_program(address, 1, row_bytes(&ops), 0, 0, 0)?;
+        let room = room(&self.driver, &ops)?;
+        self.run_program(address, 1, room, 0, 0, 0)?;
         self.decode.chooser = (op.choose != 0).then_some(self.decode.sequence);
         Ok(())
     }

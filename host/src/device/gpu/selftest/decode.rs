@@ -1,6 +1,6 @@
 //! The kernel `decode`: each kind of operation, alone and after one another.
 
-use super::super::decode::{complete, fit, row_bytes};
+use super::super::decode::{complete, room};
 use super::Driver;
 use super::bench::{Bench, Guarded, TestMatrix, layout, nmse, nmse_at_least};
 use super::products::{F32_LIMIT, name};
@@ -104,7 +104,7 @@ fn launch<D: Driver>(
     let ops_on = b.upload(&bytes)?;
     let ranks = b.upload(&[0u64; 2 * BLOCKS as usize])?;
     let chosen = b.upload(&[0u64])?;
-    let (turns, shared, row_bytes) = fit(&b.driver, row_bytes(&ops))?;
+    let room = room(&b.driver, &ops)?;
     const SEQUENCE: u32 = 77;
     let args = DecodeArgs {
         ops: ops_on.ptr(),
@@ -113,14 +113,15 @@ fn launch<D: Driver>(
         token,
         position: position as u32,
         sequence: SEQUENCE,
-        turns,
-        row_bytes,
+        turns: room.turns,
+        tile_bytes: room.tile_bytes,
+        row_bytes: room.row_bytes,
         table,
         ranks: ranks.ptr(),
         chosen: chosen.ptr(),
     };
     b.driver
-        .launch_cooperative("decode", BLOCKS, decode::THREADS, shared as usize, &args)?;
+        .launch_cooperative("decode", BLOCKS, decode::THREADS, room.shared, &args)?;
     b.take::<u8>("decode", ops_on)?;
     b.take::<u64>("decode", ranks)?;
     let chosen = b.take::<u64>("decode", chosen)?;
