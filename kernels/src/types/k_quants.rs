@@ -2,6 +2,7 @@
 
 use super::legacy::quantised_weights;
 use super::*;
+use cuda_std::int::{funnel_shift_right, prmt};
 
 /// Groups per block.
 const GROUPS: usize = 8;
@@ -21,15 +22,16 @@ unsafe fn scale_min(packed: *const u8, j: usize) -> (u32, u32) {
 }
 
 /// A block's header as Q4_K and Q5_K keep it on the device, 16 bytes: `d` and `dmin`; then for each
-/// group a byte with the low four bits of scale and minimum; then a nibble with their high two.
+/// group a byte, the scale and above it the two low bits of the minimum; then a nibble, the minimum's other
+/// four. A lane's group is the same in every block it sees, so that all shifts are known beforehand.
 #[inline(always)]
 unsafe fn write_header<T: Weights>(s: *const u8, m: &MatrixRow<T>, plane: usize, b: usize) {
     unsafe {
         let (mut low, mut high) = ([0u32; 2], 0u32);
         for j in 0..GROUPS {
             let (scale, min) = scale_min(s.add(4), j);
-            low[j / 4] |= ((scale & 15) | ((min & 15) << 4)) << (8 * (j % 4));
-            high |= ((scale >> 4) | ((min >> 4) << 2)) << (4 * j);
+            low[j / 4] |= (scale | ((min & 3) << 6)) << (8 * (j % 4));
+            high |= (min >> 2) << (4 * j);
         }
         let d = u32::from(u16_at(s, 0)) | (u32::from(u16_at(s, 2)) << 16);
         write::word(m, plane, b * 4, d);
@@ -42,13 +44,13 @@ unsafe fn write_header<T: Weights>(s: *const u8, m: &MatrixRow<T>, plane: usize,
 /// What [`write_header`] wrote, for group `g`: `d * scale * q - dmin * min`.
 #[inline(always)]
 fn read_header(h: [u32; 4], g: usize) -> Affine {
-    let j = g % GROUPS;
-    let low = (if j < 4 { h[1] } else { h[2] }) >> (8 * (j % 4));
-    let high = h[3] >> (4 * j);
-    let scale = (low & 15) | ((high & 3) << 4);
-    let min = ((low >> 4) & 15) | (((high >> 2) & 3) << 4);
+    let j = (g % GROUPS) as u32;
+    let low = prmt(h[1], h[2], j);
+    // The nibble comes to bits 8 to 11, above the two bits of the byte: the minimum times 64.
+    let high = funnel_shift_right(h[3], h[3], 4 * j + 24);
+    let (scale, min) = (low & 63, (low & 0xc0) | (high & 0xf00));
     let d = read::f16(h[0] as u16) * scale as f32;
-    let m = -(read::f16((h[0] >> 16) as u16) * min as f32);
+    let m = read::f16((h[0] >> 16) as u16) * (min as f32 * (-1.0 / 64.0));
     Affine {
         d: [d, d],
         m: [m, m],
