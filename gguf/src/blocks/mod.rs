@@ -84,6 +84,18 @@ registry! {
     q4_k::Q4K,
     q5_k::Q5K,
     q6_k::Q6K,
+    iq1_s::Iq1S,
+    iq1_m::Iq1M,
+    iq2_xxs::Iq2Xxs,
+    iq2_xs::Iq2Xs,
+    iq2_s::Iq2S,
+    iq3_xxs::Iq3Xxs,
+    iq3_s::Iq3S,
+    iq4_nl::Iq4Nl,
+    iq4_xs::Iq4Xs,
+    tq1_0::Tq1_0,
+    tq2_0::Tq2_0,
+    mxfp4::Mxfp4,
 }
 
 /// Writes `bytes`, blocks of type `ty`, as f32. `out` must have room for exactly the elements.
@@ -156,4 +168,16 @@ pub fn scale_min_k4(j: usize, scales: &[u8; 12]) -> (u8, u8) {
             (scales[j + 4] >> 4) | ((scales[j] >> 6) << 4),
         )
     }
+}
+
+/// `value`, negated where bit `i` of `signs` is set.
+#[inline(always)]
+fn signed(value: f32, signs: u8, i: usize) -> f32 {
+    if (signs >> i) & 1 == 0 { value } else { -value }
+}
+
+/// Number `j` of 4 bits, two a byte, the first in the low half.
+#[inline(always)]
+fn nibble_scale(scales: &[u8], j: usize) -> f32 {
+    f32::from((scales[j / 2] >> (j % 2 * 4)) & 15)
 }
