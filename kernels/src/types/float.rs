@@ -1,16 +1,10 @@
-//! F32, F16, BF16: rows padded with zeros to a multiple of 32, otherwise as the file has them.
+//! What F32, F16 and BF16 share: rows padded with zeros to a multiple of 32, otherwise as the file has them.
 
 use super::*;
-use cuda_std::half::{F16 as Half, pack_f16x2};
+use cuda_std::half::F16 as Half;
+pub use cuda_std::half::pack_f16x2;
 
-/// f32.
-pub struct F32;
-/// IEEE half precision.
-pub struct F16;
-/// The upper half of an f32.
-pub struct Bf16;
-
-const fn layout(ty: u32, bytes: usize) -> Layout {
+pub const fn layout(ty: u32, bytes: usize) -> Layout {
     Layout {
         ty,
         block: 1,
@@ -28,7 +22,7 @@ pub trait Eight: Weights {
 
 /// Copies `valid` values of `BYTES` bytes, and zeros up to 32.
 #[inline(always)]
-unsafe fn copy_padded<const BYTES: usize>(
+pub unsafe fn copy_padded<const BYTES: usize>(
     source: *const u8,
     m: &Matrix,
     block: usize,
@@ -41,38 +35,6 @@ unsafe fn copy_padded<const BYTES: usize>(
                 .add(i)
                 .write(if i < valid * BYTES { *source.add(i) } else { 0 });
         }
-    }
-}
-
-impl Eight for F32 {
-    #[inline(always)]
-    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8] {
-        unsafe {
-            let (a, b) = (read::words4(m, 0, 2 * e), read::words4(m, 0, 2 * e + 1));
-            unrolled!(8, |i| f32::from_bits(if i < 4 { a[i] } else { b[i - 4] }))
-        }
-    }
-}
-
-impl Eight for F16 {
-    #[inline(always)]
-    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8] {
-        let v = unsafe { read::words4(m, 0, e) };
-        unrolled!(8, |i| read::f16((v[i / 2] >> (16 * (i % 2))) as u16))
-    }
-}
-
-impl Eight for Bf16 {
-    #[inline(always)]
-    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8] {
-        let v = unsafe { read::words4(m, 0, e) };
-        unrolled!(8, |i| {
-            f32::from_bits(if i % 2 == 0 {
-                v[i / 2] << 16
-            } else {
-                v[i / 2] & 0xffff_0000
-            })
-        })
     }
 }
 
@@ -111,9 +73,7 @@ macro_rules! float_weights {
         }
     };
 }
-float_weights!(F32, 0, 4);
-float_weights!(F16, 1, 2);
-float_weights!(Bf16, 30, 2);
+pub(super) use float_weights;
 
 /// Rounds to f16; values past its range saturate.
 #[inline(always)]

@@ -7,18 +7,17 @@
 //! one `(d, m)` for the first 16 weights of a group and one for the last 16. Dot products, unpacking and
 //! the tensor-core tiles follow from these two for every type.
 //!
-//! A new type is one file here and one line in [`for_each_type!`].
+//! A new type is one file here and one line in [`type_list!`].
 
 use crate::unrolled;
 use cuda_std::memory::ldg_v4_u32;
 
 mod float;
-mod k_quants;
-mod legacy;
+mod grid;
+mod read;
+mod write;
 
-pub use float::{Bf16, Eight, F16, F32, to_f16};
-pub use k_quants::{Q2K, Q3K, Q4K, Q5K, Q6K};
-pub use legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+pub use float::{Eight, to_f16};
 
 /// An array of 1 to 32 elements (a power of two), each written out with its index: what goes through a closure and a
 /// loop, as with `core::array::from_fn`, may end up in local memory instead of registers.
@@ -125,6 +124,26 @@ pub struct Affine {
     pub m: [f32; 2],
 }
 
+impl Affine {
+    /// The same scale and offset for both halves.
+    #[inline(always)]
+    fn uniform(d: f32, m: f32) -> Affine {
+        Affine {
+            d: [d, d],
+            m: [m, m],
+        }
+    }
+
+    /// `d * (level - offset)`.
+    #[inline(always)]
+    fn centred(d: [f32; 2], offset: f32) -> Affine {
+        Affine {
+            d,
+            m: [-offset * d[0], -offset * d[1]],
+        }
+    }
+}
+
 /// A type of weights.
 pub trait Weights {
     const LAYOUT: Layout;
@@ -161,34 +180,135 @@ pub trait Quantised: Weights {
     const UNIFORM: bool;
 }
 
-/// Calls `$then!` with every type: `GGML number => Rust type, kind`.
-#[macro_export]
-macro_rules! for_each_type {
-    ($then:ident $(, $arg:tt)*) => {
-        $then! {
-            $(($arg))*
-            0 => F32, float;
-            1 => F16, float;
-            2 => Q4_0, quantised;
-            3 => Q4_1, quantised;
-            6 => Q5_0, quantised;
-            7 => Q5_1, quantised;
-            8 => Q8_0, quantised;
-            10 => Q2K, quantised;
-            11 => Q3K, quantised;
-            12 => Q4K, quantised;
-            13 => Q5K, quantised;
-            14 => Q6K, quantised;
-            30 => Bf16, float;
+macro_rules! quantised_weights {
+    ($(#[$doc:meta])* $name:ident, $ty:literal, block $block:literal of $bytes:literal, planes $planes:expr,
+     uniform $uniform:literal,
+     load |$lm:ident, $lg:ident| -> $raw:ty { $load:expr }
+     levels |$lr:pat_param| $levels:expr,
+     affine |$ar:pat_param, $ag:pat_param| $affine:expr,
+     repack |$s:ident, $rm:ident, $rb:ident| $repack:expr) => {
+        $(#[$doc])*
+        pub struct $name;
+
+        impl Quantised for $name {
+            const UNIFORM: bool = $uniform;
+
+            type Raw = $raw;
+
+            #[inline(always)]
+            unsafe fn load($lm: &Matrix, $lg: usize) -> $raw {
+                unsafe { $load }
+            }
+
+            #[inline(always)]
+            fn levels($lr: $raw) -> [u32; 8] {
+                $levels
+            }
+
+            #[inline(always)]
+            fn affine($ar: $raw, $ag: usize) -> Affine {
+                $affine
+            }
+        }
+
+        impl Weights for $name {
+            const LAYOUT: Layout = Layout {
+                ty: $ty,
+                block: $block,
+                block_bytes: $bytes,
+                planes: $planes,
+                quantised: true,
+            };
+
+            #[inline(always)]
+            unsafe fn unpack(m: &Matrix, g: usize) -> [f32; 32] {
+                unsafe { unpack_quantised::<Self>(m, g) }
+            }
+
+            #[inline(always)]
+            unsafe fn unpack_f16(m: &Matrix, g: usize) -> [u32; 16] {
+                unsafe { unpack_f16_quantised::<Self>(m, g) }
+            }
+
+            #[inline(always)]
+            unsafe fn repack($s: *const u8, $rm: &Matrix, $rb: usize, _valid: usize) {
+                unsafe { $repack }
+            }
         }
     };
 }
+
+/// Calls `$then!` with every type: `GGML number => file and Rust type, kind`.
+macro_rules! type_list {
+    ($then:ident $(, $arg:ident)*) => {
+        $then! {
+            $(($arg))*
+            0 => float32::F32, float;
+            1 => float16::F16, float;
+            2 => q4_0::Q4_0, quantised;
+            3 => q4_1::Q4_1, quantised;
+            6 => q5_0::Q5_0, quantised;
+            7 => q5_1::Q5_1, quantised;
+            8 => q8_0::Q8_0, quantised;
+            10 => q2_k::Q2K, quantised;
+            11 => q3_k::Q3K, quantised;
+            12 => q4_k::Q4K, quantised;
+            13 => q5_k::Q5K, quantised;
+            14 => q6_k::Q6K, quantised;
+            16 => iq2_xxs::Iq2Xxs, quantised;
+            17 => iq2_xs::Iq2Xs, quantised;
+            18 => iq3_xxs::Iq3Xxs, quantised;
+            19 => iq1_s::Iq1S, quantised;
+            20 => iq4_nl::Iq4Nl, quantised;
+            21 => iq3_s::Iq3S, quantised;
+            22 => iq2_s::Iq2S, quantised;
+            23 => iq4_xs::Iq4Xs, quantised;
+            29 => iq1_m::Iq1M, quantised;
+            30 => bfloat16::Bf16, float;
+            34 => tq1_0::Tq1_0, quantised;
+            35 => tq2_0::Tq2_0, quantised;
+            39 => mxfp4::Mxfp4, quantised;
+        }
+    };
+}
+pub(crate) use type_list;
+
+/// Passes a list of types on without their files.
+macro_rules! without_files {
+    (($then:ident) $($ty:literal => $module:ident::$name:ident, $kind:ident;)*) => {
+        $then! { $($ty => $name, $kind;)* }
+    };
+}
+pub(crate) use without_files;
+
+/// Calls `$then!` with every type: `GGML number => Rust type, kind`.
+#[macro_export]
+macro_rules! for_each_type {
+    ($then:ident) => {
+        $crate::types::type_list!(without_files, $then);
+    };
+}
+
+// rustfmt does not look into a macro's modules: format these files by name.
+macro_rules! files {
+    ($($ty:literal => $module:ident::$name:ident, $kind:ident;)*) => {$(
+        mod $module;
+        pub use $module::$name;
+    )*};
+}
+type_list!(files);
 
 macro_rules! layouts {
     ($($ty:literal => $name:ident, $kind:ident;)*) => {
         /// Every type that kernels can read.
         pub const LAYOUTS: &[Layout] = &[$($name::LAYOUT),*];
         $(const _: () = assert!($name::LAYOUT.ty == $ty);)*
+
+        /// Whether a type is of plain floats.
+        #[inline(always)]
+        const fn is_float(ty: u32) -> bool {
+            false $(|| (ty == $ty && !$name::LAYOUT.quantised))*
+        }
     };
 }
 for_each_type!(layouts);
@@ -255,7 +375,7 @@ pub unsafe fn repack_kernel(a: RepackArgs) {
     }
     let block = a.first + i;
     unsafe {
-        if matches!(a.matrix.ty, 0 | 1 | 30) {
+        if is_float(a.matrix.ty) {
             // Blocks of a float type are groups; a row's last may be short.
             let groups = a.matrix.groups() as u64;
             let (row, group) = (block / groups, block % groups);
@@ -277,118 +397,8 @@ pub unsafe fn repack_kernel(a: RepackArgs) {
     }
 }
 
-/// Reads that the types share.
-mod read {
-    use super::*;
-    use cuda_std::memory::{ldg_u16_here, ldg_u32_here, ldg_v2_u32_here, ldg_v4_u32_here};
-
-    #[inline(always)]
-    pub unsafe fn words4(m: &Matrix, plane: usize, index: usize) -> [u32; 4] {
-        unsafe { ldg_v4_u32_here(m.planes[plane].add(index * 16)) }
-    }
-
-    #[inline(always)]
-    pub unsafe fn words2(m: &Matrix, plane: usize, index: usize) -> [u32; 2] {
-        unsafe { ldg_v2_u32_here(m.planes[plane].add(index * 8)) }
-    }
-
-    #[inline(always)]
-    pub unsafe fn word(m: &Matrix, plane: usize, index: usize) -> u32 {
-        unsafe { ldg_u32_here(m.planes[plane].add(index * 4).cast()) }
-    }
-
-    #[inline(always)]
-    pub unsafe fn half_word(m: &Matrix, plane: usize, index: usize) -> u16 {
-        unsafe { ldg_u16_here(m.planes[plane].add(index * 2).cast()) }
-    }
-
-    #[inline(always)]
-    pub fn f16(bits: u16) -> f32 {
-        cuda_std::half::F16::from_bits(bits).to_f32()
-    }
-
-    /// Nibbles of 16 bytes: low nibbles are weights 0..16, high ones 16..32.
-    #[inline(always)]
-    pub fn nibbles(v: [u32; 4]) -> [u32; 8] {
-        unrolled!(8, |w| (v[w % 4] >> (4 * (w / 4))) & 0x0f0f_0f0f)
-    }
-
-    /// Bit `8b + w` is one bit of weight `4w + b`.
-    #[inline(always)]
-    pub fn bits(v: u32) -> [u32; 8] {
-        unrolled!(8, |w| (v >> w) & 0x0101_0101)
-    }
-
-    /// Two bits of each weight: weight `4w + b` has bits `8b + 2(w % 4)` of word `w / 4`.
-    #[inline(always)]
-    pub fn pairs(v: [u32; 2]) -> [u32; 8] {
-        unrolled!(8, |w| (v[w / 4] >> (2 * (w % 4))) & 0x0303_0303)
-    }
-
-    #[inline(always)]
-    pub fn byte(words: &[u32; 8], i: usize) -> u32 {
-        (words[i / 4] >> (8 * (i % 4))) & 0xff
-    }
-}
-
-/// Writes of [`Weights::repack`]: each takes `level(i)`, a weight's unsigned level.
-mod write {
-    use super::*;
-
-    #[inline(always)]
-    unsafe fn at<T>(m: &Matrix, plane: usize, index: usize) -> *mut T {
-        unsafe { m.planes[plane].cast_mut().cast::<T>().add(index) }
-    }
-
-    #[inline(always)]
-    pub unsafe fn word(m: &Matrix, plane: usize, index: usize, value: u32) {
-        unsafe { at::<u32>(m, plane, index).write(value) }
-    }
-
-    #[inline(always)]
-    pub unsafe fn half_word(m: &Matrix, plane: usize, index: usize, value: u16) {
-        unsafe { at::<u16>(m, plane, index).write(value) }
-    }
-
-    /// What [`read::nibbles`] reads.
-    #[inline(always)]
-    pub unsafe fn nibbles(m: &Matrix, g: usize, level: impl Fn(usize) -> u32) {
-        for w in 0..4 {
-            let mut v = 0;
-            for b in 0..4 {
-                let i = 4 * w + b;
-                v |= ((level(i) & 15) | ((level(i + 16) & 15) << 4)) << (8 * b);
-            }
-            unsafe { word(m, 0, g * 4 + w, v) }
-        }
-    }
-
-    /// What [`read::bits`] reads; `level` gives 0 or 1.
-    #[inline(always)]
-    pub unsafe fn bits(m: &Matrix, plane: usize, index: usize, level: impl Fn(usize) -> u32) {
-        let mut v = 0;
-        for w in 0..8 {
-            for b in 0..4 {
-                v |= (level(4 * w + b) & 1) << (8 * b + w);
-            }
-        }
-        unsafe { word(m, plane, index, v) }
-    }
-
-    /// What [`read::pairs`] reads; `level` gives 0 to 3.
-    #[inline(always)]
-    pub unsafe fn pairs(m: &Matrix, plane: usize, index: usize, level: impl Fn(usize) -> u32) {
-        for half in 0..2 {
-            let mut v = 0;
-            for w in 0..4 {
-                for b in 0..4 {
-                    v |= (level(16 * half + 4 * w + b) & 3) << (8 * b + 2 * w);
-                }
-            }
-            unsafe { word(m, plane, index * 2 + half, v) }
-        }
-    }
-}
+/// Groups of a block of 256 weights.
+const BLOCK_GROUPS: usize = 256 / GROUP;
 
 /// [`Weights::unpack`] of a quantised type.
 #[inline(always)]
@@ -437,4 +447,10 @@ pub unsafe fn ldg_v4_f32(p: *const f32) -> [f32; 4] {
 #[inline(always)]
 unsafe fn u16_at(source: *const u8, offset: usize) -> u16 {
     unsafe { u16::from_le_bytes([*source.add(offset), *source.add(offset + 1)]) }
+}
+
+/// An unaligned little-endian u32.
+#[inline(always)]
+unsafe fn u32_at(source: *const u8, offset: usize) -> u32 {
+    unsafe { u32::from(u16_at(source, offset)) | (u32::from(u16_at(source, offset + 2)) << 16) }
 }

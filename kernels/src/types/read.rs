@@ -1,0 +1,85 @@
+//! Reads that the types share.
+
+use super::*;
+use cuda_std::memory::{ldg_u8_here, ldg_u16_here, ldg_u32_here, ldg_v2_u32_here, ldg_v4_u32_here};
+
+#[inline(always)]
+pub unsafe fn words4(m: &Matrix, plane: usize, index: usize) -> [u32; 4] {
+    unsafe { ldg_v4_u32_here(m.planes[plane].add(index * 16)) }
+}
+
+#[inline(always)]
+pub unsafe fn words2(m: &Matrix, plane: usize, index: usize) -> [u32; 2] {
+    unsafe { ldg_v2_u32_here(m.planes[plane].add(index * 8)) }
+}
+
+#[inline(always)]
+pub unsafe fn word(m: &Matrix, plane: usize, index: usize) -> u32 {
+    unsafe { ldg_u32_here(m.planes[plane].add(index * 4).cast()) }
+}
+
+#[inline(always)]
+pub unsafe fn half_word(m: &Matrix, plane: usize, index: usize) -> u16 {
+    unsafe { ldg_u16_here(m.planes[plane].add(index * 2).cast()) }
+}
+
+#[inline(always)]
+pub unsafe fn single(m: &Matrix, plane: usize, index: usize) -> u8 {
+    unsafe { ldg_u8_here(m.planes[plane].add(index)) }
+}
+
+#[inline(always)]
+pub fn f16(bits: u16) -> f32 {
+    cuda_std::half::F16::from_bits(bits).to_f32()
+}
+
+/// Nibbles of 16 bytes: low nibbles are weights 0..16, high ones 16..32.
+#[inline(always)]
+pub fn nibbles(v: [u32; 4]) -> [u32; 8] {
+    unrolled!(8, |w| (v[w % 4] >> (4 * (w / 4))) & 0x0f0f_0f0f)
+}
+
+/// Bit `8b + w` is one bit of weight `4w + b`.
+#[inline(always)]
+pub fn bits(v: u32) -> [u32; 8] {
+    unrolled!(8, |w| (v >> w) & 0x0101_0101)
+}
+
+/// Two bits of each weight: weight `4w + b` has bits `8b + 2(w % 4)` of word `w / 4`.
+#[inline(always)]
+pub fn pairs(v: [u32; 2]) -> [u32; 8] {
+    unrolled!(8, |w| (v[w / 4] >> (2 * (w % 4))) & 0x0303_0303)
+}
+
+#[inline(always)]
+pub fn byte(words: &[u32; 8], i: usize) -> u32 {
+    (words[i / 4] >> (8 * (i % 4))) & 0xff
+}
+
+/// Five bits of each weight, the low four and the fifth.
+#[inline(always)]
+pub fn five_bits(low: [u32; 8], high: [u32; 8]) -> [u32; 8] {
+    unrolled!(8, |w| low[w] | (high[w] << 4))
+}
+
+/// A pair of signed bytes.
+#[inline(always)]
+pub fn signed_pair(v: u16) -> [f32; 2] {
+    [f32::from(v as i8), f32::from((v >> 8) as i8)]
+}
+
+/// What [`super::write::header_k4`] wrote, for group `g`: `d * scale * q - dmin * min`.
+#[inline(always)]
+pub fn header_k4(h: [u32; 4], g: usize) -> Affine {
+    let j = g % BLOCK_GROUPS;
+    let low = (if j < 4 { h[1] } else { h[2] }) >> (8 * (j % 4));
+    let high = h[3] >> (4 * j);
+    let scale = (low & 15) | ((high & 3) << 4);
+    let min = ((low >> 4) & 15) | (((high >> 2) & 3) << 4);
+    let d = f16(h[0] as u16) * scale as f32;
+    let m = -(f16((h[0] >> 16) as u16) * min as f32);
+    Affine {
+        d: [d, d],
+        m: [m, m],
+    }
+}
