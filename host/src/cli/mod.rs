@@ -2,6 +2,7 @@
 //!
 //! Results go to stdout, everything else to stderr. With `--json` stdout gets exactly one JSON object.
 
+mod accuracy;
 mod bench;
 mod chat;
 mod generate;
@@ -100,6 +101,8 @@ enum Command {
     /// Models known by name
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Hold the models of a folder against their reference logits, on every device that is here
+    Accuracy(accuracy::AccuracyArgs),
     /// Measure loading, prefill and decode
     Bench(bench::BenchArgs),
     /// The kernels in this binary
@@ -206,6 +209,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         }
         Command::Models(ModelsCommand::List) => models::list(common.json)?,
         Command::Models(ModelsCommand::Fetch { name }) => models::fetch(name, common.json)?,
+        Command::Accuracy(args) => {
+            if !accuracy::run(common, args, out)? {
+                out.flush().map_err(stdout_error)?;
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         Command::Bench(args) => bench::run(common, args, out)?,
         Command::Ptx(PtxCommand::List) => ptx::list(common.json, out)?,
         Command::Ptx(PtxCommand::Show { name }) => ptx::show(name, common.json, out)?,

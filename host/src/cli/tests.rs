@@ -50,6 +50,7 @@ fn every_command_line_of_the_documentation_is_understood() {
         "ptx show rms_norm",
         "ptx stats",
         "selftest --device cuda",
+        "accuracy tests/golden/tiny --only llama --device cpu",
     ] {
         if let Err(error) = parse(line) {
             panic!("{line}: {error}");
