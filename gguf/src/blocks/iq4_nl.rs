@@ -3,6 +3,7 @@ use gguf_codebooks::IQ4_VALUES;
 
 use super::{Block, F16};
 use crate::GgmlType;
+use crate::quantize::{Table, half, inverse, scale};
 
 /// 32 elements of 4 bits with one scale, unevenly spaced: `d * value[q]`.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -23,5 +24,15 @@ impl Block for Iq4Nl {
         super::fill_nibbles(out, &self.qs, |_, q| {
             d * f32::from(IQ4_VALUES[usize::from(q)])
         });
+    }
+
+    fn quantize(values: &[f32]) -> Option<Iq4Nl> {
+        let table = Table(&IQ4_VALUES);
+        let d = half(scale(values, &table));
+        let inverse = inverse(d.to_f32());
+        Some(Iq4Nl {
+            d,
+            qs: super::pack_nibbles(|i| table.place(values[i] * inverse) as u8),
+        })
     }
 }

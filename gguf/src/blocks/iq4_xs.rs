@@ -3,6 +3,7 @@ use gguf_codebooks::IQ4_VALUES;
 
 use super::{Block, F16};
 use crate::GgmlType;
+use crate::quantize::{Table, inverse, scaled};
 
 /// 256 elements of 4 bits in 8 sub-blocks of 32, each with a scale of 6 bits, unevenly spaced:
 /// `(d * (scale - 32)) * value[q]`.
@@ -42,5 +43,25 @@ impl Block for Iq4Xs {
                 d * f32::from(IQ4_VALUES[usize::from(q)])
             });
         }
+    }
+
+    fn quantize(values: &[f32]) -> Option<Iq4Xs> {
+        let table = Table(&IQ4_VALUES);
+        let s = scaled::<8>(values, &table, [-32, 31]);
+        let mut block = Iq4Xs {
+            d: s.d,
+            ..Zeroable::zeroed()
+        };
+        let mut high = 0u16;
+        for (j, &scale) in s.scales.iter().enumerate() {
+            let stored = (scale + 32) as u8;
+            block.scales_l[j / 2] |= (stored & 15) << (j % 2 * 4);
+            high |= u16::from(stored >> 4) << (2 * j);
+            let inverse = inverse(s.d.to_f32() * scale as f32);
+            let place = |i: usize| table.place(values[32 * j + i] * inverse) as u8;
+            block.qs[j] = super::pack_nibbles(place);
+        }
+        block.scales_h = high.to_le_bytes();
+        Some(block)
     }
 }

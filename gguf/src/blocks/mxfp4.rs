@@ -3,6 +3,7 @@ use gguf_codebooks::{MXFP4_VALUES, mxfp4_scale};
 
 use super::Block;
 use crate::GgmlType;
+use crate::quantize::least;
 
 /// 32 elements of 4 bits, floats of two bits exponent and one bit mantissa, with one power of two as their
 /// scale: `2^(e - 127) * value[q]`. Source: OCP Microscaling Formats 1.0.
@@ -25,4 +26,29 @@ impl Block for Mxfp4 {
             d * f32::from(MXFP4_VALUES[usize::from(q)])
         });
     }
+
+    fn quantize(values: &[f32]) -> Option<Mxfp4> {
+        let peak = values.iter().fold(0.0f32, |p, v| p.max(v.abs()));
+        // The exponents that bring the greatest value near the greatest level, 12.
+        let near = (peak.to_bits() >> 23) as i32 - 1;
+        let candidates = (near - 1..=near + 1).map(|e| e.clamp(0, 254) as u8);
+        let pack = |e: u8| Mxfp4 {
+            e,
+            qs: super::pack_nibbles(|i| nearest(values[i] / mxfp4_scale(e))),
+        };
+        least(candidates.map(pack), |block| {
+            let mut back = [0.0; 32];
+            block.dequantize(&mut back);
+            let pairs = values.iter().zip(back);
+            pairs.map(|(&x, y)| f64::from(x - y).powi(2)).sum()
+        })
+    }
+}
+
+/// The code of the value nearest to `x`.
+fn nearest(x: f32) -> u8 {
+    let value = |code: u8| f32::from(MXFP4_VALUES[usize::from(code)]);
+    let magnitude = (0..7).take_while(|&c| x.abs() > (value(c) + value(c + 1)) / 2.0);
+    let code = magnitude.count() as u8;
+    if x < 0.0 { code | 8 } else { code }
 }

@@ -2,6 +2,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Block, F16};
 use crate::GgmlType;
+use crate::quantize::{Even, half, inverse, round, scale};
 
 /// 256 elements of -1, 0 or 1 with one scale, five a byte: `d * (q - 1)`.
 ///
@@ -53,5 +54,22 @@ impl Block for Tq1_0 {
             };
             d * f32::from(Self::digit(byte, n) as i8 - 1)
         });
+    }
+
+    fn quantize(values: &[f32]) -> Option<Tq1_0> {
+        let d = half(scale(values, &Even(-1, 1)));
+        let inverse = inverse(d.to_f32());
+        let mut numbers = [0u16; 52];
+        for (i, &x) in values.iter().enumerate() {
+            let (at, n) = Self::place(i);
+            let q = (round(x * inverse, -1, 1) + 1) as u16;
+            numbers[at] += q * [81, 27, 9, 3, 1][n];
+        }
+        let bytes = numbers.map(|number| (256 * number).div_ceil(243) as u8);
+        Some(Tq1_0 {
+            qs: std::array::from_fn(|i| bytes[i]),
+            qh: std::array::from_fn(|i| bytes[48 + i]),
+            d,
+        })
     }
 }
