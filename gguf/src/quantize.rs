@@ -116,24 +116,37 @@ impl Levels for Even {
     }
 }
 
-/// Those of a table in ascending order.
-pub(crate) struct Table(pub &'static [i8]);
+/// Sixteen of a table, in ascending order.
+pub(crate) struct Table {
+    values: [i8; 16],
+    /// Between each and the next.
+    middles: [f32; 15],
+}
 
 impl Table {
+    pub fn new(values: [i8; 16]) -> Table {
+        let middle = |i: usize| (f32::from(values[i]) + f32::from(values[i + 1])) / 2.0;
+        Table {
+            values,
+            middles: std::array::from_fn(middle),
+        }
+    }
+
     /// The place of the nearest to `x`.
     pub fn place(&self, x: f32) -> usize {
-        let middle = |w: &&[i8]| (f32::from(w[0]) + f32::from(w[1])) / 2.0;
-        self.0.windows(2).take_while(|w| x > middle(w)).count()
+        // A count without branches is faster than a search.
+        let below: i32 = self.middles.iter().map(|&m| i32::from(x > m)).sum();
+        below as usize
     }
 }
 
 impl Levels for Table {
     fn nearest(&self, x: f32) -> i32 {
-        self.0[self.place(x)].into()
+        self.values[self.place(x)].into()
     }
 
     fn ends(&self) -> [i32; 2] {
-        [self.0[0].into(), self.0[self.0.len() - 1].into()]
+        [self.values[0].into(), self.values[15].into()]
     }
 }
 

@@ -27,7 +27,7 @@ impl Block for Iq4Nl {
     }
 
     fn quantize(values: &[f32]) -> Option<Iq4Nl> {
-        let table = Table(&IQ4_VALUES);
+        let table = Table::new(IQ4_VALUES);
         let d = half(scale(values, &table));
         let inverse = inverse(d.to_f32());
         Some(Iq4Nl {

@@ -46,7 +46,7 @@ impl Block for Iq4Xs {
     }
 
     fn quantize(values: &[f32]) -> Option<Iq4Xs> {
-        let table = Table(&IQ4_VALUES);
+        let table = Table::new(IQ4_VALUES);
         let s = scaled::<8>(values, &table, [-32, 31]);
         let mut block = Iq4Xs {
             d: s.d,

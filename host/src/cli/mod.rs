@@ -11,6 +11,7 @@ mod load;
 mod logits;
 pub mod models;
 pub mod ptx;
+mod quantize;
 mod serve;
 mod synthetic;
 mod text;
@@ -98,6 +99,8 @@ enum Command {
         #[arg(long, value_name = "N")]
         count: Option<u64>,
     },
+    /// Turn a file of F32, F16 or BF16 weights into one of quantised blocks
+    Quantize(quantize::QuantizeArgs),
     /// Models known by name
     #[command(subcommand)]
     Models(ModelsCommand),
@@ -207,6 +210,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let file = load::open_named(file)?;
             inspect::tensor(&file, name, *offset, *count, common.json, out)?;
         }
+        Command::Quantize(args) => quantize::run(common, args, out)?,
         Command::Models(ModelsCommand::List) => models::list(common.json)?,
         Command::Models(ModelsCommand::Fetch { name }) => models::fetch(name, common.json)?,
         Command::Accuracy(args) => {
