@@ -5,10 +5,11 @@ use super::*;
 pub struct Bf16;
 float_weights!(Bf16, 30, 2);
 
-impl Eight for Bf16 {
+impl Sixteen for Bf16 {
+    const WEIGHTS: usize = 8;
+
     #[inline(always)]
-    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8] {
-        let v = unsafe { read::words4(m, 0, e) };
+    fn unpack_sixteen(v: [u32; 4]) -> [f32; 8] {
         unrolled!(8, |i| {
             f32::from_bits(if i % 2 == 0 {
                 v[i / 2] << 16

@@ -5,12 +5,11 @@ use super::*;
 pub struct F32;
 float_weights!(F32, 0, 4);
 
-impl Eight for F32 {
+impl Sixteen for F32 {
+    const WEIGHTS: usize = 4;
+
     #[inline(always)]
-    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8] {
-        unsafe {
-            let (a, b) = (read::words4(m, 0, 2 * e), read::words4(m, 0, 2 * e + 1));
-            unrolled!(8, |i| f32::from_bits(if i < 4 { a[i] } else { b[i - 4] }))
-        }
+    fn unpack_sixteen(v: [u32; 4]) -> [f32; 8] {
+        unrolled!(8, |i| if i < 4 { f32::from_bits(v[i]) } else { 0.0 })
     }
 }

@@ -129,7 +129,7 @@ pub fn look_up(qs: [u32; 4], table: [u32; 4]) -> [u32; 8] {
 
 /// What [`look_up`] takes.
 #[inline(always)]
-pub unsafe fn write_nibbles(m: &Matrix, g: usize, level: impl Fn(usize) -> u32) {
+pub unsafe fn write_nibbles<T: Weights>(m: &MatrixRow<T>, g: usize, level: impl Fn(usize) -> u32) {
     for w in 0..4 {
         let mut v = 0;
         for i in 0..8 {

@@ -5,7 +5,7 @@ quantised_weights! {
     /// As [`Iq1S`], scales for each 16 and shifts for each 8. A group is the low bits of four indices; then
     /// for each a nibble with its high bits and the shift's sign. A block's scales are as in the file: four a
     /// word, the scale of the scales in the words' top bits.
-    Iq1M, 29, block 256 of 56, planes [32, 16, 8, 0],
+    Iq1M, 29, block 256 of 56, planes [group 4, group 2, block 8],
     uniform false,
     load |m, g| -> (u32, u16, [u32; 2]) {
         (read::word(m, 0, g), read::half_word(m, 1, g), read::words2(m, 2, g / BLOCK_GROUPS))

@@ -14,7 +14,7 @@ pub const LOWER: u32 = 0x4444_4444;
 quantised_weights! {
     /// `d * (2 scale + 1) * (v ± 1/8)`, here `d * (2 scale + 1) / 8 * (q - 16)`. A group is the low bits of
     /// four indices; then their high bits, the scale and the shift's sign.
-    Iq1S, 19, block 256 of 50, planes [32, 16, 2, 0],
+    Iq1S, 19, block 256 of 50, planes [group 4, group 2, block 2],
     uniform true,
     load |m, g| -> (u32, u16, u16) {
         (read::word(m, 0, g), read::half_word(m, 1, g), read::half_word(m, 2, g / BLOCK_GROUPS))

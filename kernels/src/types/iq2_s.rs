@@ -7,7 +7,7 @@ static GRID: [u32; 1024] = nibble_grid(&IQ2_S);
 quantised_weights! {
     /// `d * (0.5 + scale) / 4 * ±magnitude`, scales for each 16. A group is the low bits of four indices and
     /// its signs; then the high bits and the scales.
-    Iq2S, 22, block 256 of 82, planes [64, 16, 2, 0],
+    Iq2S, 22, block 256 of 82, planes [group 8, group 2, block 2],
     uniform false,
     load |m, g| -> ([u32; 2], u16, u16) {
         (read::words2(m, 0, g), read::half_word(m, 1, g), read::half_word(m, 2, g / BLOCK_GROUPS))

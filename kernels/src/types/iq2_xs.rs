@@ -7,7 +7,7 @@ static GRID: [u32; 512] = nibble_grid(&IQ2_XS);
 quantised_weights! {
     /// `d * (0.5 + scale) / 4 * ±magnitude`, scales for each 16. A group is the low bits of four indices, then
     /// its signs with the ninth bits of the indices in their four bits to spare.
-    Iq2Xs, 17, block 256 of 74, planes [64, 8, 2, 0],
+    Iq2Xs, 17, block 256 of 74, planes [group 8, group 1, block 2],
     uniform false,
     load |m, g| -> ([u32; 2], u8, u16) {
         (read::words2(m, 0, g), read::single(m, 1, g), read::half_word(m, 2, g / BLOCK_GROUPS))

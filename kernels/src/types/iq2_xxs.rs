@@ -10,7 +10,7 @@ pub const NEGATIVE: u32 = u32::from_le_bytes([64 - 8, 64 - 25, 64 - 43, 64]);
 quantised_weights! {
     /// `d * (0.5 + scale) / 4 * ±magnitude`. A group is four indices, then its signs with the scale in their
     /// four bits to spare.
-    Iq2Xxs, 16, block 256 of 66, planes [64, 2, 0, 0],
+    Iq2Xxs, 16, block 256 of 66, planes [group 8, block 2],
     uniform true,
     load |m, g| -> ([u32; 2], u16) {
         (read::words2(m, 0, g), read::half_word(m, 1, g / BLOCK_GROUPS))

@@ -7,7 +7,7 @@ static GRID: [u32; 512] = grid::raised(&bytes_of_nibbles(&IQ3_S, IQ3_S_MAGNITUDE
 quantised_weights! {
     /// `d * (1 + 2 scale) * ±magnitude`. A group is the low bits of eight indices; its signs; the ninth bits
     /// with the scale, and four bits to spare.
-    Iq3S, 21, block 256 of 110, planes [64, 32, 16, 2],
+    Iq3S, 21, block 256 of 110, planes [group 8, group 4, group 2, block 2],
     uniform true,
     load |m, g| -> ([u32; 2], u32, u16, u16) {
         (

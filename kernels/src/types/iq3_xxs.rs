@@ -7,7 +7,7 @@ static GRID: [u32; 256] = grid::raised(&bytes_of_nibbles(&IQ3_XXS, IQ3_XXS_MAGNI
 quantised_weights! {
     /// `d * (0.5 + scale) / 2 * ±magnitude`. A group is eight indices; then its signs with the scale in their
     /// four bits to spare.
-    Iq3Xxs, 18, block 256 of 98, planes [64, 32, 2, 0],
+    Iq3Xxs, 18, block 256 of 98, planes [group 8, group 4, block 2],
     uniform true,
     load |m, g| -> ([u32; 2], u32, u16) {
         (read::words2(m, 0, g), read::word(m, 1, g), read::half_word(m, 2, g / BLOCK_GROUPS))

@@ -6,7 +6,7 @@ pub const TABLE: [u32; 4] = grid::table(IQ4_VALUES, 128);
 
 quantised_weights! {
     /// `d * value[q]`.
-    Iq4Nl, 20, block 32 of 18, planes [16, 2, 0, 0],
+    Iq4Nl, 20, block 32 of 18, planes [group 16, group 2],
     uniform true,
     load |m, g| -> ([u32; 4], u16) { (read::words4(m, 0, g), read::half_word(m, 1, g)) }
     levels |(qs, _)| grid::look_up(qs, TABLE),

@@ -3,7 +3,7 @@ use super::*;
 
 quantised_weights! {
     /// `d * (scale - 32) * value[q]`. A block's header is `d`, the scales' high bits, their low bits.
-    Iq4Xs, 23, block 256 of 136, planes [128, 8, 0, 0],
+    Iq4Xs, 23, block 256 of 136, planes [group 16, block 8],
     uniform true,
     load |m, g| -> ([u32; 4], [u32; 2]) {
         (read::words4(m, 0, g), read::words2(m, 1, g / BLOCK_GROUPS))

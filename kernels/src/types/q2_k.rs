@@ -2,7 +2,7 @@ use super::*;
 
 quantised_weights! {
     /// `d * scale * q - dmin * min`, 2 bits, scales for each 16.
-    Q2K, 10, block 256 of 84, planes [64, 16, 4, 0],
+    Q2K, 10, block 256 of 84, planes [group 8, group 2, block 4],
     uniform false,
     load |m, g| -> ([u32; 2], u16, u32) {
         (read::words2(m, 0, g), read::half_word(m, 1, g), read::word(m, 2, g / BLOCK_GROUPS))

@@ -2,7 +2,7 @@ use super::*;
 
 quantised_weights! {
     /// `d * (scale - 32) * (q - 4)`, 3 bits, scales for each 16.
-    Q3K, 11, block 256 of 110, planes [64, 32, 16, 2],
+    Q3K, 11, block 256 of 110, planes [group 8, group 4, group 2, block 2],
     uniform false,
     load |m, g| -> ([u32; 2], u32, u16, u16) {
         (

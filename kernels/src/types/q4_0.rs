@@ -2,7 +2,7 @@ use super::*;
 
 quantised_weights! {
     /// `d * (q - 8)`.
-    Q4_0, 2, block 32 of 18, planes [16, 2, 0, 0],
+    Q4_0, 2, block 32 of 18, planes [group 16, group 2],
     uniform true,
     load |m, g| -> ([u32; 4], u16) { (read::words4(m, 0, g), read::half_word(m, 1, g)) }
     levels |(qs, _)| read::nibbles(qs),

@@ -2,7 +2,7 @@ use super::*;
 
 quantised_weights! {
     /// `d * q + m`.
-    Q4_1, 3, block 32 of 20, planes [16, 4, 0, 0],
+    Q4_1, 3, block 32 of 20, planes [group 16, group 4],
     uniform true,
     load |m, g| -> ([u32; 4], u32) { (read::words4(m, 0, g), read::word(m, 1, g)) }
     levels |(qs, _)| read::nibbles(qs),

@@ -2,7 +2,7 @@ use super::*;
 
 quantised_weights! {
     /// `d * (q - 16)`.
-    Q5_0, 6, block 32 of 22, planes [16, 4, 2, 0],
+    Q5_0, 6, block 32 of 22, planes [group 16, group 4, group 2],
     uniform true,
     load |m, g| -> ([u32; 4], u32, u16) {
         (read::words4(m, 0, g), read::word(m, 1, g), read::half_word(m, 2, g))

@@ -2,7 +2,7 @@ use super::*;
 
 quantised_weights! {
     /// `d * q + m`.
-    Q5_1, 7, block 32 of 24, planes [16, 4, 4, 0],
+    Q5_1, 7, block 32 of 24, planes [group 16, group 4, group 4],
     uniform true,
     load |m, g| -> ([u32; 4], u32, u32) {
         (read::words4(m, 0, g), read::word(m, 1, g), read::word(m, 2, g))

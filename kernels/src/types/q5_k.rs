@@ -2,7 +2,7 @@ use super::*;
 
 quantised_weights! {
     /// `d * scale * q - dmin * min`, 5 bits.
-    Q5K, 13, block 256 of 176, planes [128, 32, 16, 0],
+    Q5K, 13, block 256 of 176, planes [group 16, group 4, block 16],
     uniform true,
     load |m, g| -> ([u32; 4], u32, [u32; 4]) {
         (read::words4(m, 0, g), read::word(m, 1, g), read::words4(m, 2, g / BLOCK_GROUPS))

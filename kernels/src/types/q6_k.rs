@@ -2,7 +2,7 @@ use super::*;
 
 quantised_weights! {
     /// `d * scale * (q - 32)`, 6 bits, signed scales for each 16.
-    Q6K, 14, block 256 of 210, planes [128, 64, 16, 2],
+    Q6K, 14, block 256 of 210, planes [group 16, group 8, group 2, block 2],
     uniform false,
     load |m, g| -> ([u32; 4], [u32; 2], u16, u16) {
         (

@@ -2,7 +2,7 @@ use super::*;
 
 quantised_weights! {
     /// `d * q`, q signed; stored as `q + 128`, so that levels are unsigned here too.
-    Q8_0, 8, block 32 of 34, planes [16, 16, 2, 0],
+    Q8_0, 8, block 32 of 34, planes [group 16, group 16, group 2],
     uniform true,
     load |m, g| -> ([u32; 4], [u32; 4], u16) {
         (read::words4(m, 0, g), read::words4(m, 1, g), read::half_word(m, 2, g))

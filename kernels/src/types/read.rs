@@ -1,31 +1,30 @@
 //! Reads that the types share.
 
 use super::*;
-use cuda_std::memory::{ldg_u8_here, ldg_u16_here, ldg_u32_here, ldg_v2_u32_here, ldg_v4_u32_here};
 
 #[inline(always)]
-pub unsafe fn words4(m: &Matrix, plane: usize, index: usize) -> [u32; 4] {
-    unsafe { ldg_v4_u32_here(m.planes[plane].add(index * 16)) }
+pub unsafe fn words4(m: &impl Planes, plane: usize, index: usize) -> [u32; 4] {
+    unsafe { m.words4(plane, index) }
 }
 
 #[inline(always)]
-pub unsafe fn words2(m: &Matrix, plane: usize, index: usize) -> [u32; 2] {
-    unsafe { ldg_v2_u32_here(m.planes[plane].add(index * 8)) }
+pub unsafe fn words2(m: &impl Planes, plane: usize, index: usize) -> [u32; 2] {
+    unsafe { m.words2(plane, index) }
 }
 
 #[inline(always)]
-pub unsafe fn word(m: &Matrix, plane: usize, index: usize) -> u32 {
-    unsafe { ldg_u32_here(m.planes[plane].add(index * 4).cast()) }
+pub unsafe fn word(m: &impl Planes, plane: usize, index: usize) -> u32 {
+    unsafe { m.word(plane, index) }
 }
 
 #[inline(always)]
-pub unsafe fn half_word(m: &Matrix, plane: usize, index: usize) -> u16 {
-    unsafe { ldg_u16_here(m.planes[plane].add(index * 2).cast()) }
+pub unsafe fn half_word(m: &impl Planes, plane: usize, index: usize) -> u16 {
+    unsafe { m.half_word(plane, index) }
 }
 
 #[inline(always)]
-pub unsafe fn single(m: &Matrix, plane: usize, index: usize) -> u8 {
-    unsafe { ldg_u8_here(m.planes[plane].add(index)) }
+pub unsafe fn single(m: &impl Planes, plane: usize, index: usize) -> u8 {
+    unsafe { m.single(plane, index) }
 }
 
 #[inline(always)]

@@ -40,13 +40,13 @@ unsafe fn digit(s: *const u8, i: usize) -> u32 {
 quantised_weights! {
     /// `d * (q - 1)`, digits to the base 3. Digit `n` of byte `b` of the word is weight `4 n + b`, of the half
     /// word weight `20 + 2 n + b`.
-    Tq1_0, 34, block 256 of 54, planes [32, 16, 4, 2],
+    Tq1_0, 34, block 256 of 54, planes [group 4, group 2, block 4, block 2],
     uniform true,
-    load |m, g| -> (u32, u16, u8, u16) {
+    load |m, g| -> (u32, u16, u32, u16) {
         (
             read::word(m, 0, g),
             read::half_word(m, 1, g),
-            read::single(m, 2, g / 2) >> (4 * (g % 2)) & 15,
+            read::word(m, 2, g / BLOCK_GROUPS) >> (4 * (g % BLOCK_GROUPS)) & 15,
             read::half_word(m, 3, g / BLOCK_GROUPS),
         )
     }
@@ -63,7 +63,6 @@ quantised_weights! {
         };
         levels[5] = pair() | (pair() << 16);
         levels[6] = pair() | (pair() << 16);
-        let last = u32::from(last);
         // A third of a number up to 8.
         let first = (last * 11) >> 5;
         levels[7] = pair() | (first << 16) | ((last - 3 * first) << 24);
@@ -82,11 +81,8 @@ quantised_weights! {
             let byte = |b: usize| byte_of(|n| at(20 + 2 * n + b));
             write::half_word(m, 1, g, u16::from_le_bytes([byte(0), byte(1)]));
         }
-        for pair in 0..BLOCK_GROUPS / 2 {
-            let last = |j: usize| 3 * digit(s, 32 * j + 30) + digit(s, 32 * j + 31);
-            let byte = last(2 * pair) | (last(2 * pair + 1) << 4);
-            write::single(m, 2, b * BLOCK_GROUPS / 2 + pair, byte as u8);
-        }
+        let last = |j: usize| 3 * digit(s, 32 * j + 30) + digit(s, 32 * j + 31);
+        write::word(m, 2, b, (0..BLOCK_GROUPS).fold(0, |v, j| v | (last(j) << (4 * j))));
         write::half_word(m, 3, b, u16_at(s, 52));
     }
 }

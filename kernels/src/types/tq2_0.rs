@@ -2,7 +2,7 @@ use super::*;
 
 quantised_weights! {
     /// `d * (q - 1)`, 2 bits.
-    Tq2_0, 35, block 256 of 66, planes [64, 2, 0, 0],
+    Tq2_0, 35, block 256 of 66, planes [group 8, block 2],
     uniform true,
     load |m, g| -> ([u32; 2], u16) {
         (read::words2(m, 0, g), read::half_word(m, 1, g / BLOCK_GROUPS))

@@ -3,28 +3,23 @@
 use super::*;
 
 #[inline(always)]
-unsafe fn at<T>(m: &Matrix, plane: usize, index: usize) -> *mut T {
-    unsafe { m.planes[plane].cast_mut().cast::<T>().add(index) }
+pub unsafe fn word<T: Weights>(m: &MatrixRow<T>, plane: usize, index: usize, value: u32) {
+    unsafe { m.part::<u32>(plane, index).write(value) }
 }
 
 #[inline(always)]
-pub unsafe fn word(m: &Matrix, plane: usize, index: usize, value: u32) {
-    unsafe { at::<u32>(m, plane, index).write(value) }
+pub unsafe fn half_word<T: Weights>(m: &MatrixRow<T>, plane: usize, index: usize, value: u16) {
+    unsafe { m.part::<u16>(plane, index).write(value) }
 }
 
 #[inline(always)]
-pub unsafe fn half_word(m: &Matrix, plane: usize, index: usize, value: u16) {
-    unsafe { at::<u16>(m, plane, index).write(value) }
-}
-
-#[inline(always)]
-pub unsafe fn single(m: &Matrix, plane: usize, index: usize, value: u8) {
-    unsafe { at::<u8>(m, plane, index).write(value) }
+pub unsafe fn single<T: Weights>(m: &MatrixRow<T>, plane: usize, index: usize, value: u8) {
+    unsafe { m.part::<u8>(plane, index).write(value) }
 }
 
 /// What [`read::nibbles`] reads.
 #[inline(always)]
-pub unsafe fn nibbles(m: &Matrix, g: usize, level: impl Fn(usize) -> u32) {
+pub unsafe fn nibbles<T: Weights>(m: &MatrixRow<T>, g: usize, level: impl Fn(usize) -> u32) {
     for w in 0..4 {
         let mut v = 0;
         for b in 0..4 {
@@ -37,7 +32,12 @@ pub unsafe fn nibbles(m: &Matrix, g: usize, level: impl Fn(usize) -> u32) {
 
 /// What [`read::bits`] reads; `level` gives 0 or 1.
 #[inline(always)]
-pub unsafe fn bits(m: &Matrix, plane: usize, index: usize, level: impl Fn(usize) -> u32) {
+pub unsafe fn bits<T: Weights>(
+    m: &MatrixRow<T>,
+    plane: usize,
+    index: usize,
+    level: impl Fn(usize) -> u32,
+) {
     let mut v = 0;
     for w in 0..8 {
         for b in 0..4 {
@@ -49,7 +49,12 @@ pub unsafe fn bits(m: &Matrix, plane: usize, index: usize, level: impl Fn(usize)
 
 /// What [`read::pairs`] reads; `level` gives 0 to 3.
 #[inline(always)]
-pub unsafe fn pairs(m: &Matrix, plane: usize, index: usize, level: impl Fn(usize) -> u32) {
+pub unsafe fn pairs<T: Weights>(
+    m: &MatrixRow<T>,
+    plane: usize,
+    index: usize,
+    level: impl Fn(usize) -> u32,
+) {
     for half in 0..2 {
         let mut v = 0;
         for w in 0..4 {
@@ -90,7 +95,7 @@ unsafe fn scale_min(packed: *const u8, j: usize) -> (u32, u32) {
 /// A block's header as Q4_K and Q5_K keep it on the device, 16 bytes: `d` and `dmin`; then for each
 /// group a byte with the low four bits of scale and minimum; then a nibble with their high two.
 #[inline(always)]
-pub unsafe fn header_k4(s: *const u8, m: &Matrix, plane: usize, b: usize) {
+pub unsafe fn header_k4<T: Weights>(s: *const u8, m: &MatrixRow<T>, plane: usize, b: usize) {
     unsafe {
         let (mut low, mut high) = ([0u32; 2], 0u32);
         for j in 0..BLOCK_GROUPS {
