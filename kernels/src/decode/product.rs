@@ -282,6 +282,44 @@ unsafe fn turn_quantised<T: Quantised>(row: &Row, turn: &Turn) -> (f32, f32) {
     }
 }
 
+/// The same, one product after the other through the same code: for types that take more registers than
+/// loads in flight are worth.
+#[inline(always)]
+unsafe fn turn_looked_up<T: Quantised>(row: &Row, turn: &Turn) -> (f32, f32) {
+    unsafe {
+        let lane = lane_id();
+        let (mut first, mut last) = (0.0, 0.0);
+        let mut i = 0;
+        while i < 2 {
+            let (tile, groups, at) = if i == 0 {
+                (turn.tiles[0], turn.groups[0], turn.at[0])
+            } else {
+                (turn.tiles[1], turn.groups[1], turn.at[1])
+            };
+            let w = T::load(&Tile::<T>::new(tile, groups), lane as usize);
+            let v = dot_group::<T>(w, lane, &row.group(at + lane));
+            first = last;
+            last = if lane < groups { v } else { 0.0 };
+            // Not unrolled.
+            i = keep(i + 1);
+        }
+        (first, last)
+    }
+}
+
+/// `i`, as the compiler does not know it.
+#[inline(always)]
+fn keep(i: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        let mut i = i;
+        core::arch::asm!("// {0}", inout(reg32) i, options(pure, nomem, nostack, preserves_flags));
+        i
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    i
+}
+
 /// The same with float weights and the f32 row.
 #[inline(always)]
 unsafe fn turn_float<T: Sixteen>(row: &Row, turn: &Turn) -> (f32, f32) {
@@ -323,6 +361,7 @@ macro_rules! turn_by_type {
         }
     };
     (@quantised $name:ident, $($arg:expr),*) => { turn_quantised::<$name>($($arg),*) };
+    (@looked_up $name:ident, $($arg:expr),*) => { turn_looked_up::<$name>($($arg),*) };
     (@float $name:ident, $($arg:expr),*) => { turn_float::<$name>($($arg),*) };
 }
 for_each_type!(turn_by_type);

@@ -1,8 +1,7 @@
 //! What F32, F16 and BF16 share: rows padded with zeros to a multiple of 32, otherwise as the file has them.
 
 use super::*;
-use cuda_std::half::F16 as Half;
-pub use cuda_std::half::pack_f16x2;
+use cuda_std::half::{F16 as Half, pack_f16x2};
 
 pub const fn layout(ty: u32, bytes: usize) -> Layout {
     Layout {
@@ -26,6 +25,30 @@ pub trait Sixteen: Weights {
 
     /// Them; zeros behind them.
     fn unpack_sixteen(words: [u32; 4]) -> [f32; 8];
+
+    /// The 32 weights of group `g` of row `r`.
+    #[inline(always)]
+    unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
+        let n = Self::WEIGHTS;
+        // Half as many with f16; the rest is never loaded.
+        let e = unrolled!(8, |k| if k < 32 / n {
+            Self::unpack_sixteen(unsafe { ldg_v4_u32_here(m.start(r).add(16 * (32 / n * g + k))) })
+        } else {
+            [0.0; 8]
+        });
+        unrolled!(32, |i| e[i / n][i % n])
+    }
+
+    /// The same in f16, two to a word, rounded.
+    #[inline(always)]
+    unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
+        // A weight past f16's range saturates rather than turn into infinity.
+        let v = unsafe { Self::unpack(m, r, g) };
+        unrolled!(16, |i| pack_f16x2(
+            v[2 * i].clamp(-65504.0, 65504.0),
+            v[2 * i + 1].clamp(-65504.0, 65504.0)
+        ))
+    }
 }
 
 /// Copies `valid` values of `BYTES` bytes, and zeros up to 32.
@@ -51,30 +74,6 @@ macro_rules! float_weights {
     ($name:ident, $ty:literal, $bytes:literal) => {
         impl Weights for $name {
             const LAYOUT: Layout = layout($ty, $bytes);
-
-            #[inline(always)]
-            unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
-                const N: usize = <$name as Sixteen>::WEIGHTS;
-                // Half as many with f16; the rest is never loaded.
-                let e = unrolled!(8, |k| if k < 32 / N {
-                    Self::unpack_sixteen(unsafe {
-                        ldg_v4_u32_here(m.start(r).add(16 * (32 / N * g + k)))
-                    })
-                } else {
-                    [0.0; 8]
-                });
-                unrolled!(32, |i| e[i / N][i % N])
-            }
-
-            #[inline(always)]
-            unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
-                // A weight past f16's range saturates rather than turn into infinity.
-                let v = unsafe { Self::unpack(m, r, g) };
-                unrolled!(16, |i| pack_f16x2(
-                    v[2 * i].clamp(-65504.0, 65504.0),
-                    v[2 * i + 1].clamp(-65504.0, 65504.0)
-                ))
-            }
 
             #[inline(always)]
             unsafe fn repack(source: *const u8, m: &Matrix, r: usize, block: usize, valid: usize) {

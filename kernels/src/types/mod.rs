@@ -268,12 +268,6 @@ impl Affine {
 pub trait Weights {
     const LAYOUT: Layout;
 
-    /// The 32 weights of group `g` of row `r`.
-    unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32];
-
-    /// The same in f16, two to a word, rounded.
-    unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16];
-
     /// Writes block `block` of row `r` in the file, read at `source`, into the planes.
     ///
     /// `source` need not be aligned; rows are whole blocks (float types: blocks of 32, and `valid` of them are
@@ -350,16 +344,6 @@ macro_rules! quantised_weights {
             };
 
             #[inline(always)]
-            unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
-                unsafe { unpack_quantised::<Self>(m, r, g) }
-            }
-
-            #[inline(always)]
-            unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
-                unsafe { unpack_f16_quantised::<Self>(m, r, g) }
-            }
-
-            #[inline(always)]
             unsafe fn repack($s: *const u8, m: &Matrix, r: usize, $rb: usize, _valid: usize) {
                 unsafe {
                     let $rm = &m.row::<Self>(r);
@@ -370,7 +354,8 @@ macro_rules! quantised_weights {
     };
 }
 
-/// Calls `$then!` with every type: `GGML number => file and Rust type, kind`.
+/// Calls `$then!` with every type: `GGML number => file and Rust type, kind`. Kinds are `float`, `quantised`, and
+/// `looked_up`: quantised too, but with so much to do for each group that loads in flight gain less than they take.
 macro_rules! type_list {
     ($then:ident $(, $arg:ident)*) => {
         $then! {
@@ -387,19 +372,19 @@ macro_rules! type_list {
             12 => q4_k::Q4K, quantised;
             13 => q5_k::Q5K, quantised;
             14 => q6_k::Q6K, quantised;
-            16 => iq2_xxs::Iq2Xxs, quantised;
-            17 => iq2_xs::Iq2Xs, quantised;
-            18 => iq3_xxs::Iq3Xxs, quantised;
-            19 => iq1_s::Iq1S, quantised;
-            20 => iq4_nl::Iq4Nl, quantised;
-            21 => iq3_s::Iq3S, quantised;
-            22 => iq2_s::Iq2S, quantised;
-            23 => iq4_xs::Iq4Xs, quantised;
-            29 => iq1_m::Iq1M, quantised;
+            16 => iq2_xxs::Iq2Xxs, looked_up;
+            17 => iq2_xs::Iq2Xs, looked_up;
+            18 => iq3_xxs::Iq3Xxs, looked_up;
+            19 => iq1_s::Iq1S, looked_up;
+            20 => iq4_nl::Iq4Nl, looked_up;
+            21 => iq3_s::Iq3S, looked_up;
+            22 => iq2_s::Iq2S, looked_up;
+            23 => iq4_xs::Iq4Xs, looked_up;
+            29 => iq1_m::Iq1M, looked_up;
             30 => bfloat16::Bf16, float;
-            34 => tq1_0::Tq1_0, quantised;
-            35 => tq2_0::Tq2_0, quantised;
-            39 => mxfp4::Mxfp4, quantised;
+            34 => tq1_0::Tq1_0, looked_up;
+            35 => tq2_0::Tq2_0, looked_up;
+            39 => mxfp4::Mxfp4, looked_up;
         }
     };
 }
@@ -435,31 +420,57 @@ macro_rules! layouts {
         /// Every type that kernels can read.
         pub const LAYOUTS: &[Layout] = &[$($name::LAYOUT),*];
         $(const _: () = assert!($name::LAYOUT.ty == $ty);)*
+
+        /// Whether a type is of plain floats.
+        #[inline(always)]
+        const fn is_float(ty: u32) -> bool {
+            false $(|| (ty == $ty && !$name::LAYOUT.quantised))*
+        }
     };
 }
 for_each_type!(layouts);
 
-macro_rules! unpack_f16_by_type {
+macro_rules! by_type {
     ($($ty:literal => $name:ident, $kind:ident;)*) => {
-        /// [`Weights::unpack_f16`] of whatever type `m` has.
+        /// Levels and scales of a group of a quantised type. Types come together here rather than at weights,
+        /// which would take four times the registers and, for each type, code of its own.
         #[inline(always)]
-        pub unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
+        unsafe fn levels(m: &Matrix, r: usize, g: usize) -> ([u32; 8], Affine) {
             unsafe {
                 match m.ty {
-                    $($ty => $name::unpack_f16(m, r, g),)*
-                    _ => [0; 16],
+                    $($ty => by_type!(@$kind levels $name, m, r, g),)*
+                    _ => ([0; 8], Affine::uniform(0.0, 0.0)),
                 }
             }
         }
 
-        /// [`Weights::unpack`] of whatever type `m` has.
+        /// The 32 weights of group `g` of row `r`.
         #[inline(always)]
         pub unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
             unsafe {
-                match m.ty {
-                    $($ty => $name::unpack(m, r, g),)*
-                    _ => [0.0; 32],
+                if is_float(m.ty) {
+                    return match m.ty {
+                        $($ty => by_type!(@$kind unpack $name, m, r, g, [0.0; 32]),)*
+                        _ => [0.0; 32],
+                    };
                 }
+                let (levels, affine) = levels(m, r, g);
+                weights(levels, affine)
+            }
+        }
+
+        /// The same in f16, two to a word, rounded.
+        #[inline(always)]
+        pub unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
+            unsafe {
+                if is_float(m.ty) {
+                    return match m.ty {
+                        $($ty => by_type!(@$kind unpack_f16 $name, m, r, g, [0; 16]),)*
+                        _ => [0; 16],
+                    };
+                }
+                let (levels, affine) = levels(m, r, g);
+                weights_f16(levels, affine)
             }
         }
 
@@ -474,8 +485,15 @@ macro_rules! unpack_f16_by_type {
             }
         }
     };
+    (@float levels $name:ident, $($arg:expr),*) => { ([0; 8], Affine::uniform(0.0, 0.0)) };
+    ($(@quantised)? $(@looked_up)? levels $name:ident, $m:expr, $r:expr, $g:expr) => {{
+        let raw = $name::load(&$m.row::<$name>($r), $g);
+        ($name::levels(raw), $name::affine(raw, $g))
+    }};
+    (@float $unpack:ident $name:ident, $m:expr, $r:expr, $g:expr, $none:expr) => { $name::$unpack($m, $r, $g) };
+    ($(@quantised)? $(@looked_up)? $unpack:ident $name:ident, $m:expr, $r:expr, $g:expr, $none:expr) => { $none };
 }
-for_each_type!(unpack_f16_by_type);
+for_each_type!(by_type);
 
 /// Arguments of [`repack_kernel`].
 #[repr(C)]
@@ -553,23 +571,19 @@ impl<T: Weights> Planes for MatrixRow<T> {
 /// Groups of a block of 256 weights.
 const BLOCK_GROUPS: usize = 256 / GROUP;
 
-/// [`Weights::unpack`] of a quantised type.
+/// `d * level + m` of a group.
 #[inline(always)]
-unsafe fn unpack_quantised<T: Quantised>(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
-    let raw = unsafe { T::load(&m.row::<T>(r), g) };
-    let (levels, a) = (T::levels(raw), T::affine(raw, g));
+fn weights(levels: [u32; 8], a: Affine) -> [f32; 32] {
     unrolled!(32, |i| a.d[i / 16] * read::byte(&levels, i) as f32
         + a.m[i / 16])
 }
 
-/// [`Weights::unpack_f16`] of a quantised type: a byte `q` set into the mantissa of 1024 is the f16
-/// `1024 + q`; subtracting 1024 is exact, and one fused multiply-add applies the scales.
+/// The same in f16: a byte `q` set into the mantissa of 1024 is the f16 `1024 + q`; subtracting 1024 is exact,
+/// and one fused multiply-add applies the scales.
 #[inline(always)]
-unsafe fn unpack_f16_quantised<T: Quantised>(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
+fn weights_f16(levels: [u32; 8], a: Affine) -> [u32; 16] {
     use cuda_std::half::{Half2, hfma2, hsub2};
     use cuda_std::int::prmt;
-    let raw = unsafe { T::load(&m.row::<T>(r), g) };
-    let (levels, a) = (T::levels(raw), T::affine(raw, g));
     let d = [
         Half2::from_f32(a.d[0], a.d[0]),
         Half2::from_f32(a.d[1], a.d[1]),
