@@ -14,7 +14,10 @@ fuzz_target!(|data: &[u8]| {
         }
     };
     for tensor in file.tensors() {
-        assert_eq!(tensor.data().len() as u64, tensor.row_bytes() * tensor.rows());
+        assert_eq!(
+            tensor.data().len() as u64,
+            tensor.row_bytes() * tensor.rows()
+        );
         let mut values = vec![0.0; tensor.elements().min(600) as usize];
         let last = tensor.elements() - values.len() as u64;
         for offset in [0, last] {
@@ -23,7 +26,8 @@ fuzz_target!(|data: &[u8]| {
         }
         assert!(file.require(tensor.name()).is_ok());
         let mut bytes = vec![0; tensor.data().len().min(100)];
-        file.read(&tensor, 0, &mut bytes).expect("inside the tensor");
+        file.read(&tensor, 0, &mut bytes)
+            .expect("inside the tensor");
         assert_eq!(bytes, tensor.data()[..bytes.len()]);
     }
     for json in [false, true] {

@@ -1,5 +1,5 @@
-//! Any text through any vocabulary: nothing panics, ids are inside the vocabulary, and byte-level BPE gives
-//! back the text it was given.
+//! Any text through any vocabulary: nothing panics, ids are inside the vocabulary, and byte-level BPE of
+//! plain tokens gives back the text it was given.
 //!
 //! An input is a byte of flags, then parts with 0xff between them: the text; tokens, a line each; merges, a
 //! line each; a byte for each token's type; and one for its score.
@@ -11,7 +11,14 @@ use kigo::tokenizer::Tokenizer;
 use libfuzzer_sys::fuzz_target;
 
 const PRE: [&str; 8] = [
-    "default", "llama-bpe", "qwen2", "gpt-2", "smollm", "gpt-4o", "refact", "deepseek-llm",
+    "default",
+    "llama-bpe",
+    "qwen2",
+    "gpt-2",
+    "smollm",
+    "gpt-4o",
+    "refact",
+    "deepseek-llm",
 ];
 
 /// GPT-2's byte alphabet: printable bytes stand for themselves, the others for what follows 255.
@@ -33,11 +40,20 @@ fuzz_target!(|data: &[u8]| {
     let text = String::from_utf8_lossy(part());
     let lines = |bytes: &[u8]| -> Vec<String> {
         let text = String::from_utf8_lossy(bytes);
-        text.split('\n').filter(|l| !l.is_empty()).map(str::to_owned).collect()
+        text.split('\n')
+            .filter(|l| !l.is_empty())
+            .map(str::to_owned)
+            .collect()
     };
     let (spm, add, parse) = (flags & 1 != 0, flags & 2 != 0, flags & 4 != 0);
     let mut tokens: Vec<String> = (0..=255u8)
-        .map(|b| if spm { format!("<0x{b:02X}>") } else { byte_char(b).to_string() })
+        .map(|b| {
+            if spm {
+                format!("<0x{b:02X}>")
+            } else {
+                byte_char(b).to_string()
+            }
+        })
         .collect();
     tokens.extend(lines(part()));
     let merges = lines(part());
@@ -50,11 +66,15 @@ fuzz_target!(|data: &[u8]| {
         _ => 1,
     });
     let types: Vec<i32> = types.collect();
+    let plain = types.iter().all(|&ty| ty == 1);
     let scores: Vec<f32> = (0..tokens.len())
         .map(|i| of(scores, i).map_or(0.0, |s| f32::from(s) - 128.0))
         .collect();
     let entries: [(&str, Value); 9] = [
-        ("tokenizer.ggml.model", (if spm { "llama" } else { "gpt2" }).into()),
+        (
+            "tokenizer.ggml.model",
+            (if spm { "llama" } else { "gpt2" }).into(),
+        ),
         ("tokenizer.ggml.pre", PRE[usize::from(flags >> 5)].into()),
         ("tokenizer.ggml.tokens", Value::Array(Array::String(tokens))),
         ("tokenizer.ggml.token_type", Value::Array(Array::I32(types))),
@@ -75,7 +95,8 @@ fuzz_target!(|data: &[u8]| {
     };
     assert!(ids.iter().all(|&id| (id as usize) < tokenizer.vocab_size()));
     let back = tokenizer.decode(&ids);
-    if !spm && !add {
+    // A token that merges make but that is no plain text stands for its own letters.
+    if plain && !add {
         assert_eq!(String::from_utf8_lossy(&back), text, "{ids:?}");
     }
     let mut detokenizer = tokenizer.detokenizer();

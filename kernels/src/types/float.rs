@@ -39,6 +39,17 @@ pub trait Sixteen: Weights {
         unrolled!(32, |i| e[i / n][i % n])
     }
 
+    /// Weights `4 w .. 4 w + 4` of group `g` of row `r`.
+    #[inline(always)]
+    unsafe fn unpack_four(m: &Matrix, r: usize, g: usize, w: usize) -> [f32; 4] {
+        let first = GROUP * g + 4 * w;
+        let v = Self::unpack_sixteen(unsafe {
+            ldg_v4_u32_here(m.start(r).add(16 * (first / Self::WEIGHTS)))
+        });
+        let high = first % Self::WEIGHTS != 0;
+        unrolled!(4, |i| if high { v[i + 4] } else { v[i] })
+    }
+
     /// The same in f16, two to a word, rounded.
     #[inline(always)]
     unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {

@@ -474,6 +474,27 @@ macro_rules! by_type {
             }
         }
 
+        /// Weights `4 w .. 4 w + 4` of group `g` of row `r`.
+        #[inline(always)]
+        pub unsafe fn unpack_four(m: &Matrix, r: usize, g: usize, w: usize) -> [f32; 4] {
+            unsafe {
+                if is_float(m.ty) {
+                    return match m.ty {
+                        $($ty => by_type!(@$kind unpack_four $name, m, r, g, w, [0.0; 4]),)*
+                        _ => [0.0; 4],
+                    };
+                }
+                let (levels, a) = levels(m, r, g);
+                // Not indexed, for which they would go to local memory.
+                let mut word = levels[0];
+                for i in 1..8 {
+                    word = if i == w { levels[i] } else { word };
+                }
+                let (d, m) = if w < 4 { (a.d[0], a.m[0]) } else { (a.d[1], a.m[1]) };
+                unrolled!(4, |i| d * ((word >> (8 * i)) & 0xff) as f32 + m)
+            }
+        }
+
         /// [`Weights::repack`] of whatever type `m` has.
         #[inline(always)]
         pub unsafe fn repack(source: *const u8, m: &Matrix, r: usize, block: usize, valid: usize) {
@@ -490,6 +511,12 @@ macro_rules! by_type {
         let raw = $name::load(&$m.row::<$name>($r), $g);
         ($name::levels(raw), $name::affine(raw, $g))
     }};
+    (@float unpack_four $name:ident, $m:expr, $r:expr, $g:expr, $w:expr, $none:expr) => {
+        $name::unpack_four($m, $r, $g, $w)
+    };
+    ($(@quantised)? $(@looked_up)? unpack_four $name:ident, $m:expr, $r:expr, $g:expr, $w:expr, $none:expr) => {
+        $none
+    };
     (@float $unpack:ident $name:ident, $m:expr, $r:expr, $g:expr, $none:expr) => { $name::$unpack($m, $r, $g) };
     ($(@quantised)? $(@looked_up)? $unpack:ident $name:ident, $m:expr, $r:expr, $g:expr, $none:expr) => { $none };
 }
