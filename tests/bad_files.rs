@@ -38,6 +38,8 @@ struct Ran {
 }
 
 /// Runs `kigo` and measures it.
+// `wait4` below waits for the child, and says what it used.
+#[allow(clippy::zombie_processes)]
 fn run(args: &[&str], file: &Path, stdin: &str) -> Ran {
     let bin = kigo_bin();
     let started = Instant::now();

@@ -36,15 +36,15 @@ fn models_stay_near_what_they_were() {
         .into_iter()
         .map(f64::from)
         .collect();
-    // A random model's logits move by several times what its weights do.
+    // Logits of random weights move by many times what the weights do; another model is at 2.
     for (ty, limit) in [
         ("BF16", 1e-4),
         ("Q8_0", 1e-3),
         ("Q6_K", 2e-2),
         ("Q5_1", 5e-2),
         ("Q4_K", 0.1),
-        ("IQ4_NL", 0.15),
-        ("MXFP4", 0.3),
+        ("IQ4_NL", 0.3),
+        ("MXFP4", 0.5),
     ] {
         let out = quantized(&tiny(), dir.path(), ty);
         let error = compare::nmse(&logits(&out, "cpu", true, &ids), &reference);

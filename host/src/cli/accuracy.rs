@@ -311,7 +311,7 @@ fn measure(common: &Common, column: Column, file: &Arc<Gguf>, golden: &Golden) -
             }
             let error = nmse(&direct.logits()?, &prompt.logits[0]);
             // A NaN is kept.
-            if !(error <= measured.nmse) {
+            if error.is_nan() || error > measured.nmse {
                 measured.nmse = error;
             }
         }

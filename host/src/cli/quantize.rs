@@ -323,6 +323,15 @@ fn quantize_piece(
     Ok((blocks, loss))
 }
 
+/// Tensors of one type in the new file.
+#[derive(Default)]
+struct Group<'a> {
+    tensors: usize,
+    loss: Loss,
+    /// The greatest loss and whose it is.
+    worst: Option<(f64, &'a str)>,
+}
+
 fn report(
     input: &Gguf,
     args: &QuantizeArgs,
@@ -353,23 +362,22 @@ fn report(
         DecimalBytes(bytes),
         DecimalBytes(input.file_bytes())
     );
-    // Changed first, each type with its tensors' number, loss and worst.
-    let mut groups: BTreeMap<(bool, GgmlType), (usize, Loss, Option<(f64, &str)>)> =
-        BTreeMap::new();
+    // Changed ones first.
+    let mut groups: BTreeMap<(bool, GgmlType), Group> = BTreeMap::new();
     for (plan, loss) in plans.iter().zip(losses) {
         let group = groups.entry((!plan.changes(), plan.to)).or_default();
-        group.0 += 1;
-        group.1.add(*loss);
-        if plan.changes() && group.2.is_none_or(|(worst, _)| loss.nmse() > worst) {
-            group.2 = Some((loss.nmse(), plan.tensor.name()));
+        group.tensors += 1;
+        group.loss.add(*loss);
+        if group.worst.is_none_or(|(worst, _)| loss.nmse() > worst) {
+            group.worst = Some((loss.nmse(), plan.tensor.name()));
         }
     }
-    for ((unchanged, ty), (count, loss, worst)) in groups {
-        text.push_str(&format!("{:8} {count:5} tensors", ty.name()));
-        match worst {
+    for ((unchanged, ty), group) in groups {
+        text.push_str(&format!("{:8} {:5} tensors", ty.name(), group.tensors));
+        match group.worst {
             Some((worst, name)) if !unchanged => text.push_str(&format!(
                 ", normalised mean square error {:.1e}, at most {worst:.1e} in {}",
-                loss.nmse(),
+                group.loss.nmse(),
                 name.escape_debug()
             )),
             _ => text.push_str(" as they were"),

@@ -19,7 +19,7 @@ fn next_digits(bytes: &mut u32) -> u32 {
 #[inline(always)]
 fn byte_of(digit: impl Fn(usize) -> u32) -> u8 {
     let number = (0..5).fold(0, |v, i| 3 * v + digit(i));
-    ((256 * number + 242) / 243) as u8
+    (256 * number).div_ceil(243) as u8
 }
 
 /// Digit `i` of a block of the file.
