@@ -358,8 +358,11 @@ fn table(lines: &[Line], columns: &[Column]) -> String {
         for (cell, column) in line.cells.iter().zip(columns) {
             text.push_str(&format!(" {} |", cell.text(*column)));
             if let Cell::Failed(why) = cell {
-                let why = format!("- {}, {}: {why}\n", line.name, column.name());
-                reasons.push(why);
+                let why = format!("- {}: {why}\n", line.name);
+                // Mostly the same on every device.
+                if !reasons.contains(&why) {
+                    reasons.push(why);
+                }
             }
         }
         text.push('\n');
