@@ -206,3 +206,17 @@ fn templates_of_requests_that_are_no_json() {
     fails(["chat-template", "--model", &tiny()], "not json");
     fails(["chat-template", "--model", &tiny()], "{\"messages\": 3}");
 }
+
+#[test]
+fn folders_that_hold_no_references() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().to_str().expect("a path in UTF-8");
+    fails_saying(["accuracy", "nowhere"], &["nowhere"]);
+    fails_saying(["accuracy", path], &[path, "golden.json"]);
+    let golden = dir.path().join("a.golden.json");
+    std::fs::write(&golden, "{\"prompts\": [{\"ids\": []}]}").expect("writes a file");
+    fails_saying(
+        ["accuracy", path, "--device", "cpu"],
+        &["a.golden.json", "logits"],
+    );
+}

@@ -399,12 +399,12 @@ macro_rules! without_files {
 pub(crate) use without_files;
 
 /// Calls `$then!` with every type: `GGML number => Rust type, kind`.
-#[macro_export]
 macro_rules! for_each_type {
     ($then:ident) => {
         $crate::types::type_list!(without_files, $then);
     };
 }
+pub(crate) use for_each_type;
 
 // rustfmt does not look into a macro's modules: format these files by name.
 macro_rules! files {
