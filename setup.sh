@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what a build of Kigo needs: a Rust toolchain (checked), the source of Rust's core library for
 # the kernels, a C linker, and pip, which fetches models. With `ptxas`: also NVIDIA's PTX assembler, in
-# .tools/, for `make ptx`.
+# .tools/, for `make ptx`. With `fuzz`: also cargo-fuzz, there too, and the C++ compiler that libFuzzer needs.
 #
 # Says nothing and touches no network when all is there. Installs Debian packages where there is
 # apt-get; toolchains it leaves to the user and to rustup's own settings.
@@ -79,6 +79,12 @@ fetch_ptxas() {
     mv "$tmp/unpacked/nvidia/cu13/bin/ptxas" .tools/ptxas
 }
 
+has_cpp() { has c++; }
+
+fetch_cargo_fuzz() {
+    cargo install --quiet --locked --root .tools cargo-fuzz@0.13.2 >&2 || die 'cargo could not install cargo-fuzz'
+}
+
 check_rust
 need has_linker 'no C linker (cc)' gcc libc6-dev
 need has_kernel_compiler \
@@ -96,5 +102,9 @@ case "${1:-}" in
             fetch_ptxas
         fi
         ;;
-    *) die "unknown argument $1; usage: $0 [ptxas]" ;;
+    fuzz)
+        need has_cpp 'no C++ compiler (c++), which libFuzzer is built with' g++
+        [ -x .tools/bin/cargo-fuzz ] || fetch_cargo_fuzz
+        ;;
+    *) die "unknown argument $1; usage: $0 [ptxas | fuzz]" ;;
 esac

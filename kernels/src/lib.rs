@@ -33,6 +33,8 @@ pub mod rows;
 pub mod sample;
 pub mod types;
 
+pub(crate) use types::for_each_type;
+
 #[cfg(target_arch = "nvptx64")]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {

@@ -2,6 +2,7 @@
 //!
 //! Results go to stdout, everything else to stderr. With `--json` stdout gets exactly one JSON object.
 
+mod accuracy;
 mod bench;
 mod chat;
 mod generate;
@@ -11,6 +12,7 @@ mod logits;
 pub mod models;
 pub mod profile;
 mod ptx;
+mod quantize;
 mod serve;
 mod synthetic;
 mod text;
@@ -98,9 +100,13 @@ enum Command {
         #[arg(long, value_name = "N")]
         count: Option<u64>,
     },
+    /// Turn a file of F32, F16 or BF16 weights into one of quantised blocks
+    Quantize(quantize::QuantizeArgs),
     /// Models known by name
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Hold the models of a folder against their reference logits, on every device that is here
+    Accuracy(accuracy::AccuracyArgs),
     /// Measure loading, prefill and decode
     Bench(bench::BenchArgs),
     /// The kernels in this binary
@@ -205,8 +211,15 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let file = load::open_named(file)?;
             inspect::tensor(&file, name, *offset, *count, common.json, out)?;
         }
+        Command::Quantize(args) => quantize::run(common, args, out)?,
         Command::Models(ModelsCommand::List) => models::list(common.json)?,
         Command::Models(ModelsCommand::Fetch { name }) => models::fetch(name, common.json)?,
+        Command::Accuracy(args) => {
+            if !accuracy::run(common, args, out)? {
+                out.flush().map_err(stdout_error)?;
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         Command::Bench(args) => bench::run(common, args, out)?,
         Command::Ptx(PtxCommand::List) => ptx::list(common.json, out)?,
         Command::Ptx(PtxCommand::Show { name }) => ptx::show(name, common.json, out)?,

@@ -19,6 +19,7 @@ pub mod cpu;
 pub mod gpu;
 pub mod host_memory;
 pub mod ptx;
+mod random_blocks;
 
 /// Tokens that one block of the KV cache holds.
 pub const BLOCK_TOKENS: usize = 32;

@@ -9,7 +9,7 @@ use crate::rows::{BLOCK_TOKENS, Rotation};
 use crate::sample::{block_max, max_u64, rank};
 use crate::types::*;
 use core::mem::offset_of;
-use cuda_std::int::dp4a_us;
+use cuda_std::int::{dp4a_us, opaque};
 use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
 };
@@ -273,6 +273,31 @@ unsafe fn turn_quantised<T: Quantised>(row: &Row, turn: &Turn) -> (f32, f32) {
     }
 }
 
+/// The same, one product after the other through the same code: for types that take more registers than
+/// loads in flight are worth.
+#[inline(always)]
+unsafe fn turn_looked_up<T: Quantised>(row: &Row, turn: &Turn) -> (f32, f32) {
+    unsafe {
+        let lane = lane_id();
+        let (mut first, mut last) = (0.0, 0.0);
+        let mut i = 0;
+        while i < 2 {
+            let (tile, groups, at) = if i == 0 {
+                (turn.tiles[0], turn.groups[0], turn.at[0])
+            } else {
+                (turn.tiles[1], turn.groups[1], turn.at[1])
+            };
+            let w = T::load(&Tile::<T>::new(tile, groups), lane as usize);
+            let v = dot_group::<T>(w, lane, &row.group(at + lane));
+            first = last;
+            last = if lane < groups { v } else { 0.0 };
+            // Not unrolled.
+            i += opaque(1);
+        }
+        (first, last)
+    }
+}
+
 /// The same with float weights and the f32 row.
 #[inline(always)]
 unsafe fn turn_float<T: Sixteen>(row: &Row, turn: &Turn) -> (f32, f32) {
@@ -314,6 +339,7 @@ macro_rules! turn_by_type {
         }
     };
     (@quantised $name:ident, $($arg:expr),*) => { turn_quantised::<$name>($($arg),*) };
+    (@looked_up $name:ident, $($arg:expr),*) => { turn_looked_up::<$name>($($arg),*) };
     (@float $name:ident, $($arg:expr),*) => { turn_float::<$name>($($arg),*) };
 }
 for_each_type!(turn_by_type);

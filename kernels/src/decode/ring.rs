@@ -63,6 +63,11 @@ impl<T: Quantised> Planes for Tile<T> {
     unsafe fn half_word(&self, plane: usize, index: usize) -> u16 {
         unsafe { self.at::<u16>(plane, index).load() }
     }
+
+    #[inline(always)]
+    unsafe fn single(&self, plane: usize, index: usize) -> u8 {
+        unsafe { self.at::<u8>(plane, index).load() }
+    }
 }
 
 /// What is still to be copied of a run.
