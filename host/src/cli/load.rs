@@ -64,6 +64,8 @@ impl Common {
             exact: self.exact,
             threads: self.threads,
             context: self.ctx_size.or(needed),
+            cache_type: self.cache_type,
+            adapters: self.lora.clone(),
         }
     }
 }

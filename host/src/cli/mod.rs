@@ -16,8 +16,9 @@ mod text;
 
 pub(crate) use load::load_with_progress;
 
+use crate::device::CacheType;
 use crate::error::{Error, Result};
-use crate::model::DeviceChoice;
+use crate::model::{DeviceChoice, LoraSource};
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -55,6 +56,12 @@ pub struct Common {
     /// Tokens of prompt and answer together [default: the model's own, at most 4096]
     #[arg(long, global = true, value_name = "N", value_parser = positive)]
     pub ctx_size: Option<usize>,
+    /// What the KV cache is made of: f16, q8_0 or f32 [default: f16; f32 with --exact]
+    #[arg(long, global = true, value_name = "TYPE")]
+    pub cache_type: Option<CacheType>,
+    /// A LoRA adapter, and by how much it counts; may be given more than once
+    #[arg(long, global = true, value_name = "FILE[:SCALE]")]
+    pub lora: Vec<LoraSource>,
     /// Print one JSON object on stdout and nothing else
     #[arg(long, global = true)]
     pub json: bool,

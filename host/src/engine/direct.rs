@@ -12,6 +12,8 @@ pub struct Direct {
     blocks: Vec<u32>,
     /// Tokens in the cache.
     past: usize,
+    /// Tokens that the sequence is to come to, as far as is known.
+    horizon: usize,
 }
 
 impl Direct {
@@ -21,6 +23,7 @@ impl Direct {
             runner,
             blocks,
             past: 0,
+            horizon: 0,
         }
     }
 
@@ -55,6 +58,7 @@ impl Direct {
             len: tokens.len(),
             past: self.past,
             blocks: self.blocks.clone(),
+            horizon: self.horizon,
         };
         self.runner.forward(&Batch {
             tokens: tokens.to_vec(),
@@ -71,6 +75,7 @@ impl Direct {
     /// As [`Runner::forward`].
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
         self.check(tokens)?;
+        self.horizon = self.past + tokens.len();
         let chunks = tokens.chunks(self.runner.step_rows());
         let last = chunks.len().saturating_sub(1);
         for (i, chunk) in chunks.enumerate() {
@@ -90,6 +95,7 @@ impl Direct {
     /// As [`Runner::forward`].
     pub fn feed_each(&mut self, tokens: &[u32], mut each: impl FnMut(Vec<f32>)) -> Result<()> {
         self.check(tokens)?;
+        self.horizon = self.past + tokens.len();
         for chunk in tokens.chunks(MAX_OUTPUTS) {
             self.step(chunk, (0..chunk.len()).collect())?;
             for output in 0..chunk.len() {

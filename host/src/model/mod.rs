@@ -1,11 +1,18 @@
 //! Models: configuration from metadata, weights, and the forward pass over device operations.
 
+mod architectures;
 mod config;
+mod keys;
+mod loading;
+mod lora;
+mod rope;
 mod transformer;
 
-pub use config::{ARCHITECTURES, Architecture, Config};
+pub use config::{Config, Shape};
+pub use loading::Plan;
+pub use lora::LoraSource;
 
-use crate::device::{self, Batch, DeviceInfo, SampleRow};
+use crate::device::{self, Batch, CacheType, DeviceInfo, SampleRow};
 use crate::error::{Error, Result};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -48,13 +55,17 @@ impl FromStr for DeviceChoice {
 #[derive(Clone, Debug, Default)]
 pub struct LoadOptions {
     pub device: DeviceChoice,
-    /// f32 activations and cache throughout.
+    /// f32 activations throughout, and an f32 cache unless another is asked for.
     pub exact: bool,
     /// CPU threads; `None` for all cores.
     pub threads: Option<usize>,
     /// Tokens the KV cache holds, all sequences together; `None` for the model's own context, at
     /// most [`DEFAULT_CONTEXT`].
     pub context: Option<usize>,
+    /// What the KV cache is made of; `None` for f16, or f32 with `exact`.
+    pub cache_type: Option<CacheType>,
+    /// LoRA adapters, added to each other.
+    pub adapters: Vec<LoraSource>,
 }
 
 /// Context when none is asked for: enough for a long chat, small beside any model.
@@ -139,22 +150,22 @@ pub fn load(
     match options.device {
         DeviceChoice::Cpu => {
             let device = device::cpu::Cpu::new(options.threads, options.exact)?;
-            transformer::load(device, file, config, options, progress)
+            loading::load(device, file, config, options, progress)
         }
         DeviceChoice::Emulated => {
             let device = device::gpu::Gpu::emulated(options.exact)?;
-            transformer::load(device, file, config, options, progress)
+            loading::load(device, file, config, options, progress)
         }
         DeviceChoice::Cuda(index) => {
             let device = device::gpu::Gpu::cuda(index, options.exact)?;
-            transformer::load(device, file, config, options, progress)
+            loading::load(device, file, config, options, progress)
         }
         DeviceChoice::Auto => match device::gpu::Gpu::cuda(0, options.exact) {
-            Ok(device) => transformer::load(device, file, config, options, progress),
+            Ok(device) => loading::load(device, file, config, options, progress),
             Err(Error::NoDevice(why)) => {
                 tracing::info!(%why, "no CUDA device; using the CPU");
                 let device = device::cpu::Cpu::new(options.threads, options.exact)?;
-                transformer::load(device, file, config, options, progress)
+                loading::load(device, file, config, options, progress)
             }
             Err(error) => Err(error),
         },

@@ -6,6 +6,7 @@
 pub mod cuda;
 mod decode;
 mod emulated;
+mod experts;
 mod ops;
 mod selftest;
 mod weights;
@@ -13,12 +14,13 @@ mod weights;
 pub use emulated::Emulated;
 pub use selftest::Outcome;
 
-use super::{BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo};
-use super::{Heads, Linear, Norm, Qkv, SampleRow};
+use super::{Attention, BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo, Experts};
+use super::{GateUp, Head, Linear, Qkv, Residual, SampleRow};
 use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
 use std::collections::HashMap;
 use std::io::Write;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// An address in device memory.
@@ -164,7 +166,6 @@ pub struct Cache {
     keys: Address,
     values: Address,
     shape: CacheShape,
-    element_bytes: usize,
 }
 
 /// Memory that operations of a step use between them, grown as they need it.
@@ -184,6 +185,16 @@ enum Scratch {
     Normed,
     /// Attention's splits.
     Partial,
+    /// Rows between the matrices of adapters, in f32 and in f16.
+    Low,
+    LowHalf,
+    /// Picked experts, their weights, and rows of theirs.
+    Routing,
+    Slots,
+    SlotsUp,
+    /// One layer of an 8-bit cache in f16, and which blocks of it.
+    Unpacked,
+    Blocks,
     /// Sampling.
     Logits,
     Ids,
@@ -203,6 +214,8 @@ struct Current {
     splits: u32,
     /// First row, rows, and tokens before, of each sequence.
     spans: Vec<[usize; 3]>,
+    /// Cache blocks of the sequences.
+    blocks: Vec<u32>,
     /// Tiles of attention on tensor cores; the first layer lays them out.
     tiles: Option<u32>,
     /// Host copy of the arrays, reused.
@@ -217,6 +230,8 @@ pub struct Gpu<D: Driver> {
     scratch: HashMap<Scratch, Allocation>,
     /// Query heads, set by the first attention; splits depend on it.
     heads: usize,
+    /// Whether steps of one row may be fused; see [`Device::set_plain`].
+    plain: bool,
     decode: decode::Decode,
 }
 
@@ -239,7 +254,7 @@ impl Gpu<cuda::Cuda> {
 
 impl<D: Driver> Gpu<D> {
     fn new(mut driver: D, exact: bool) -> Result<Self> {
-        let words = 3 * MAX_ROWS + MAX_OUTPUTS;
+        let words = 4 * MAX_ROWS + MAX_OUTPUTS;
         let memory = driver.alloc(4 * words)?;
         let decode = decode::Decode::new(&mut driver)?;
         Ok(Gpu {
@@ -254,11 +269,13 @@ impl<D: Driver> Gpu<D> {
                 outputs: 0,
                 splits: 1,
                 spans: Vec::new(),
+                blocks: Vec::new(),
                 tiles: None,
                 staging: vec![0; words],
             },
             scratch: HashMap::new(),
             heads: 1,
+            plain: true,
         })
     }
 
@@ -299,24 +316,27 @@ impl<D: Driver> Gpu<D> {
         let (mut longest, stride) = (0, current.table_stride);
         let rows = batch.tokens.len();
         // Array after array without gaps, so that a step of few rows copies little.
-        let s = &mut current.staging[..3 * rows + batch.outputs.len()];
+        let s = &mut current.staging[..4 * rows + batch.outputs.len()];
         let mut table = Vec::new();
         s[..rows].copy_from_slice(&batch.tokens);
         current.spans.clear();
+        current.blocks.clear();
         current.tiles = None;
         for (i, span) in batch.spans.iter().enumerate() {
             for row in 0..span.len {
                 s[rows + span.start + row] = (span.past + row) as u32;
                 s[2 * rows + span.start + row] = i as u32;
+                s[3 * rows + span.start + row] = span.horizon.max(span.past + span.len) as u32;
             }
             current.spans.push([span.start, span.len, span.past]);
             longest = longest.max(span.past + span.len);
             table.resize(i * stride, 0);
             let used = (span.past + span.len).div_ceil(BLOCK_TOKENS);
             table.extend_from_slice(&span.blocks[..used]);
+            current.blocks.extend_from_slice(&span.blocks[..used]);
         }
         for (i, &row) in batch.outputs.iter().enumerate() {
-            s[3 * rows + i] = row as u32;
+            s[4 * rows + i] = row as u32;
         }
         self.driver
             .write(current.memory.address, bytemuck::cast_slice(s))?;
@@ -343,7 +363,8 @@ impl<D: Driver> Gpu<D> {
             tables: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
             table_stride: self.current.table_stride as u32,
             rows: rows as u32,
-            outputs: at(3 * rows),
+            outputs: at(4 * rows),
+            horizons: at(3 * rows),
         }
     }
 }
@@ -367,8 +388,8 @@ impl<D: Driver> Device for Gpu<D> {
         (ops::SLICE_BYTES + 2 * 4 * Self::STEP_ROWS * widest) as u64
     }
 
-    fn cache_element_bytes(&self) -> usize {
-        if self.exact { 4 } else { 2 }
+    fn set_plain(&mut self, plain: bool) {
+        self.plain = plain;
     }
 
     fn begin_loading(&mut self, file: &Arc<gguf::Gguf>) -> Result<()> {
@@ -376,8 +397,13 @@ impl<D: Driver> Device for Gpu<D> {
         self.driver.reserve(bytes)
     }
 
-    fn load(&mut self, tensor: gguf::Tensor<'_>, file: &Arc<gguf::Gguf>) -> Result<Weight> {
-        weights::load(&mut self.driver, tensor, file)
+    fn load(
+        &mut self,
+        tensor: gguf::Tensor<'_>,
+        rows: Range<usize>,
+        file: &Arc<gguf::Gguf>,
+    ) -> Result<Weight> {
+        weights::load(&mut self.driver, tensor, rows, file)
     }
 
     fn finish_loading(&mut self) -> Result<()> {
@@ -410,16 +436,14 @@ impl<D: Driver> Device for Gpu<D> {
                 shape.head_dim
             )));
         }
-        let element_bytes = self.cache_element_bytes();
-        let keys = self.driver.alloc(shape.elements() * element_bytes)?;
-        let values = self.driver.alloc(shape.elements() * element_bytes)?;
+        let keys = self.driver.alloc(shape.bytes())?;
+        let values = self.driver.alloc(shape.bytes())?;
         self.current.table_stride = shape.blocks;
         self.current.tables = Some(self.driver.alloc(4 * MAX_SPANS * shape.blocks)?);
         Ok(Cache {
             keys: keys.address,
             values: values.address,
             shape,
-            element_bytes,
         })
     }
 
@@ -428,7 +452,7 @@ impl<D: Driver> Device for Gpu<D> {
         batch: &Batch,
         record: &mut dyn FnMut(&mut Self) -> Result<()>,
     ) -> Result<()> {
-        if batch.tokens.len() == 1 && !self.exact {
+        if batch.tokens.len() == 1 && !self.exact && self.plain {
             return self.decode_step(batch, record);
         }
         self.set_batch(batch)?;
@@ -455,40 +479,32 @@ impl<D: Driver> Device for Gpu<D> {
         q: &Buffer,
         cache: &Cache,
         layer: usize,
-        heads: Heads,
+        op: &Attention<'_, Self>,
         out: &mut Buffer,
     ) -> Result<()> {
-        self.op_attend(q, cache, layer, heads, out)
+        self.op_attend(q, cache, layer, op, out)
     }
 
     fn linear_add(
         &mut self,
         linear: Linear<'_, Self>,
         input: &Buffer,
+        residual: &Residual<'_, Self>,
         x: &mut Buffer,
     ) -> Result<()> {
-        self.op_linear_add(linear, input, x)
+        self.op_linear_add(linear, input, residual, x)
     }
 
-    fn norm_gate_up(
-        &mut self,
-        x: &Buffer,
-        norm: Norm<'_, Self>,
-        gate: Linear<'_, Self>,
-        up: Linear<'_, Self>,
-        out: &mut Buffer,
-    ) -> Result<()> {
-        self.op_norm_gate_up(x, norm, gate, up, out)
+    fn norm_gate_up(&mut self, x: &Buffer, op: &GateUp<'_, Self>, out: &mut Buffer) -> Result<()> {
+        self.op_norm_gate_up(x, op, out)
     }
 
-    fn norm_head(
-        &mut self,
-        x: &Buffer,
-        norm: Norm<'_, Self>,
-        head: Linear<'_, Self>,
-        logits: &mut Buffer,
-    ) -> Result<()> {
-        self.op_norm_head(x, norm, head, logits)
+    fn experts(&mut self, op: &Experts<'_, Self>, x: &mut Buffer) -> Result<()> {
+        self.op_experts(op, x)
+    }
+
+    fn norm_head(&mut self, x: &Buffer, op: &Head<'_, Self>, logits: &mut Buffer) -> Result<()> {
+        self.op_norm_head(x, op, logits)
     }
 
     fn sample(

@@ -5,7 +5,7 @@ use super::bench::{Bench, nmse};
 use super::rows::{Element, Paging};
 use crate::error::Result;
 use half::f16;
-use kernels::attention::{self, AttendArgs};
+use kernels::attention::{self, AttendArgs, Variant};
 use kernels::flash::{self, FlashArgs};
 
 pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
@@ -151,6 +151,7 @@ fn check_flash<D: Driver>(
         tiles: tiles_on.ptr(),
         group: (heads / kv_heads) as u32,
         scale,
+        variant: Variant::NONE,
         out: out.ptr(),
     };
     let (kernel, dims) = if head_dim <= 64 {
@@ -208,6 +209,7 @@ fn check<E: Element, D: Driver>(
         heads: heads as u32,
         splits,
         scale,
+        variant: Variant::NONE,
         out: out.ptr(),
         partial: partial.ptr(),
     };
