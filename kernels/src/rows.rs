@@ -219,7 +219,7 @@ pub struct NormArgs {
     pub parts: u32,
     /// Elements of a part.
     pub len: u32,
-    /// f32 `[rows][stride]`, which may be `x` itself; or f16. With one part there are zeros past `len`.
+    /// f32 `[rows][stride]`, which may be `x` itself; or f16, with zeros past `len` where that is a row.
     pub out: *mut u8,
     pub stride: u32,
     pub f16: u32,
@@ -240,8 +240,11 @@ pub unsafe fn norm(a: NormArgs) {
     let t = thread_idx_x() as usize;
     let threads = block_dim_x() as usize;
     let len = a.len as usize;
-    // Past a part only where it is the row.
-    let end = if parts == 1 { a.stride as usize } else { len };
+    let end = if a.f16 != 0 && parts == 1 {
+        a.stride as usize
+    } else {
+        len
+    };
     unsafe {
         let row = if a.rows.is_null() {
             out_row

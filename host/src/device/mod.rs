@@ -39,7 +39,7 @@ pub struct DeviceInfo {
 }
 
 /// Consecutive rows of a [`Batch`] that belong to one sequence.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Span {
     /// First row in the batch.
     pub start: usize,
@@ -50,10 +50,23 @@ pub struct Span {
     /// Block numbers of the sequence in the cache: token `t` lies in `blocks[t / BLOCK_TOKENS]`.
     /// They cover at least `past + len` tokens.
     pub blocks: Vec<u32>,
+    /// The same in the part of the cache that holds windows only: token `t` lies in
+    /// `ring[t / BLOCK_TOKENS % ring.len()]`. Empty where the cache has no such part.
+    pub ring: Vec<u32>,
     /// Tokens that the sequence is expected to come to, where that is known: more than `past + len`, or
     /// as good as that. Models with other rotations for long contexts choose them by it, so it should
     /// not change while a sequence grows.
     pub horizon: usize,
+}
+
+impl Span {
+    /// The number of the block with tokens `index * BLOCK_TOKENS ..`.
+    pub fn block(&self, index: usize, part: CachePart) -> u32 {
+        match part {
+            CachePart::Whole => self.blocks[index],
+            CachePart::Ring => self.ring[index % self.ring.len()],
+        }
+    }
 }
 
 /// One step's rows, for any number of sequences.
@@ -104,26 +117,61 @@ impl std::str::FromStr for CacheType {
     }
 }
 
+/// The two parts of a KV cache, with blocks of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CachePart {
+    /// Every token, of layers that see every token.
+    Whole,
+    /// The last tokens, of layers that see no more than a window.
+    Ring,
+}
+
+/// Where a layer's keys and values lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CachePlace {
+    pub part: CachePart,
+    /// The layer's number among those of the part.
+    pub layer: usize,
+}
+
 /// The shape of a KV cache.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CacheShape {
+    /// Layers in [`CachePart::Whole`].
     pub layers: usize,
+    /// Blocks of [`BLOCK_TOKENS`] tokens of each of them.
+    pub blocks: usize,
+    /// Layers in [`CachePart::Ring`].
+    pub ring_layers: usize,
+    /// Blocks of each of them.
+    pub ring_blocks: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    /// Blocks of [`BLOCK_TOKENS`] tokens.
-    pub blocks: usize,
     pub ty: CacheType,
 }
 
 impl CacheShape {
-    /// Bytes of the keys (as many are the values') of all layers.
-    pub fn bytes(&self) -> usize {
-        self.layers * self.layer_bytes()
+    /// Bytes of the keys (as many are the values') of a block of one layer, all heads.
+    fn block_bytes(&self) -> usize {
+        BLOCK_TOKENS * self.kv_heads * self.ty.row_bytes(self.head_dim)
     }
 
-    /// Bytes of the keys of one layer.
-    pub fn layer_bytes(&self) -> usize {
-        self.blocks * BLOCK_TOKENS * self.kv_heads * self.ty.row_bytes(self.head_dim)
+    /// Bytes of the keys of all layers.
+    pub fn bytes(&self) -> usize {
+        (self.layers * self.blocks + self.ring_layers * self.ring_blocks) * self.block_bytes()
+    }
+
+    /// Blocks before those of a layer.
+    pub fn first_block(&self, place: CachePlace) -> usize {
+        match place.part {
+            CachePart::Whole => place.layer * self.blocks,
+            CachePart::Ring => self.layers * self.blocks + place.layer * self.ring_blocks,
+        }
+    }
+
+    /// Where the keys of a layer begin, in bytes.
+    pub fn offset(&self, place: CachePlace) -> usize {
+        self.first_block(place) * self.block_bytes()
     }
 }
 
@@ -396,7 +444,7 @@ pub trait Device: Send + Sized + 'static {
         x: &Self::Buffer,
         op: &Qkv<'_, Self>,
         cache: &mut Self::Cache,
-        layer: usize,
+        place: CachePlace,
         q: &mut Self::Buffer,
     ) -> Result<()>;
 
@@ -406,7 +454,7 @@ pub trait Device: Send + Sized + 'static {
         &mut self,
         q: &Self::Buffer,
         cache: &Self::Cache,
-        layer: usize,
+        place: CachePlace,
         op: &Attention<'_, Self>,
         out: &mut Self::Buffer,
     ) -> Result<()>;

@@ -10,6 +10,7 @@ use crate::sampling::SamplingParams;
 pub struct Direct {
     runner: Box<dyn Runner>,
     blocks: Vec<u32>,
+    ring: Vec<u32>,
     /// Tokens in the cache.
     past: usize,
     /// Tokens that the sequence is to come to, as far as is known.
@@ -19,9 +20,11 @@ pub struct Direct {
 impl Direct {
     pub fn new(runner: Box<dyn Runner>) -> Self {
         let blocks = (0..runner.cache_blocks() as u32).collect();
+        let ring = runner.ring().map_or(0, |ring| ring.len);
         Self {
             runner,
             blocks,
+            ring: (0..ring as u32).collect(),
             past: 0,
             horizon: 0,
         }
@@ -58,6 +61,7 @@ impl Direct {
             len: tokens.len(),
             past: self.past,
             blocks: self.blocks.clone(),
+            ring: self.ring.clone(),
             horizon: self.horizon,
         };
         self.runner.forward(&Batch {

@@ -7,8 +7,10 @@ use super::rope::{Rotation, Scaling};
 use super::transformer::{
     FeedForward, Layer, NormWeights, Projection, RopeTables, Scratch, Transformer,
 };
-use super::{Config, DEFAULT_CONTEXT, LoadOptions, LoadProgress, MAX_OUTPUTS, ModelInfo, Runner};
-use crate::device::{Adapter, BLOCK_TOKENS, CacheShape, CacheType, Device};
+use super::{
+    Config, DEFAULT_CONTEXT, LoadOptions, LoadProgress, MAX_OUTPUTS, ModelInfo, Ring, Runner,
+};
+use crate::device::{Adapter, BLOCK_TOKENS, CachePart, CachePlace, CacheShape, CacheType, Device};
 use crate::error::{Error, Result};
 use gguf::Gguf;
 use std::collections::HashSet;
@@ -23,6 +25,7 @@ struct Loader<'a, D: Device> {
     device: &'a mut D,
     file: &'a Arc<Gguf>,
     config: &'a Config,
+    places: &'a [CachePlace],
     adapters: &'a [Lora],
     /// Names that were asked for.
     used: HashSet<String>,
@@ -289,6 +292,7 @@ impl<D: Device> Loader<'_, D> {
         };
         Ok(Layer {
             plan: blueprint.layers[i],
+            place: self.places[i],
             attention_norm,
             q,
             k,
@@ -384,19 +388,72 @@ pub(super) fn context(config: &Config, asked: Option<usize>) -> Result<usize> {
     }
 }
 
-/// The shape of the KV cache.
-pub(super) fn cache_shape(config: &Config, context: usize, options: &LoadOptions) -> CacheShape {
-    let default = if options.exact {
-        CacheType::F32
-    } else {
-        CacheType::F16
-    };
-    CacheShape {
-        layers: config.shape.layers,
-        kv_heads: config.shape.kv_heads,
-        head_dim: config.shape.head_dim,
-        blocks: context.div_ceil(BLOCK_TOKENS),
-        ty: options.cache_type.unwrap_or(default),
+/// How many sequences have room for whole windows beside each other. Shorter ones take less, and more find
+/// room.
+const RINGS: usize = 4;
+
+/// The KV cache of a model.
+pub(super) struct CachePlan {
+    pub shape: CacheShape,
+    /// Of each layer.
+    pub places: Vec<CachePlace>,
+    pub ring: Option<Ring>,
+}
+
+impl CachePlan {
+    /// `step_rows` is how many rows a step may add to a window before it is read.
+    pub fn new(
+        config: &Config,
+        context: usize,
+        options: &LoadOptions,
+        step_rows: usize,
+    ) -> CachePlan {
+        let default = if options.exact {
+            CacheType::F32
+        } else {
+            CacheType::F16
+        };
+        let blocks = context.div_ceil(BLOCK_TOKENS);
+        let layers = &config.blueprint.layers;
+        let widest = layers.iter().filter_map(|layer| layer.window).max();
+        let ring = widest
+            .map(|window| {
+                // A window that begins and ends inside a block touches one more.
+                let len = window.saturating_add(step_rows).div_ceil(BLOCK_TOKENS) + 1;
+                Ring {
+                    len,
+                    blocks: len.saturating_mul(RINGS).min(blocks),
+                }
+            })
+            .filter(|ring| ring.len < blocks);
+        let (mut whole, mut windows) = (0, 0);
+        let places = layers
+            .iter()
+            .map(|layer| {
+                let (part, count) = match layer.window {
+                    Some(_) if ring.is_some() => (CachePart::Ring, &mut windows),
+                    _ => (CachePart::Whole, &mut whole),
+                };
+                *count += 1;
+                CachePlace {
+                    part,
+                    layer: *count - 1,
+                }
+            })
+            .collect();
+        CachePlan {
+            places,
+            ring,
+            shape: CacheShape {
+                layers: whole,
+                blocks,
+                ring_layers: windows,
+                ring_blocks: ring.map_or(0, |ring| ring.blocks),
+                kv_heads: config.shape.kv_heads,
+                head_dim: config.shape.head_dim,
+                ty: options.cache_type.unwrap_or(default),
+            },
+        }
     }
 }
 
@@ -447,7 +504,11 @@ pub(super) fn load<D: Device>(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Box<dyn Runner>> {
     let context = context(&config, options.context)?;
-    let cache_shape = cache_shape(&config, context, options);
+    let CachePlan {
+        shape: cache_shape,
+        places,
+        ring,
+    } = CachePlan::new(&config, context, options, D::STEP_ROWS);
     let adapters = options
         .adapters
         .iter()
@@ -485,6 +546,7 @@ pub(super) fn load<D: Device>(
         device: &mut device,
         file,
         config: &config,
+        places: &places,
         adapters: &adapters,
         used: HashSet::new(),
         bytes: 0,
@@ -551,6 +613,7 @@ pub(super) fn load<D: Device>(
         device_info,
         config,
         cache_shape,
+        ring,
         embedding,
         layers,
         output_norm,

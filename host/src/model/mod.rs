@@ -102,6 +102,15 @@ pub struct ModelInfo {
     pub layers: usize,
 }
 
+/// The part of a KV cache that keeps no more than a window of each sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ring {
+    /// Blocks that a sequence needs at most, of which it takes one after the other and begins again.
+    pub len: usize,
+    /// Blocks that there are.
+    pub blocks: usize,
+}
+
 /// A loaded model on its device, whichever that is.
 pub trait Runner: Send {
     fn info(&self) -> &ModelInfo;
@@ -110,6 +119,11 @@ pub trait Runner: Send {
 
     /// Blocks of [`device::BLOCK_TOKENS`] tokens in the KV cache.
     fn cache_blocks(&self) -> usize;
+
+    /// The part of the cache for layers that see a window, if it has one.
+    fn ring(&self) -> Option<Ring> {
+        None
+    }
 
     /// Rows of one step at most.
     fn step_rows(&self) -> usize;

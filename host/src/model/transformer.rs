@@ -2,16 +2,17 @@
 //! [`Blueprint`](super::architectures::Blueprint) says which parts of them a model uses.
 
 use super::architectures::{Blueprint, HeadNorms, LayerPlan};
-use super::{Config, MAX_OUTPUTS, ModelInfo, Runner};
+use super::{Config, MAX_OUTPUTS, ModelInfo, Ring, Runner};
 use crate::device::{
-    Adapter, Attention, BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo, Experts, GateUp, Head,
-    HeadNorm, Heads, Linear, Norm, Qkv, Residual, Rope, SampleRow,
+    Adapter, Attention, BLOCK_TOKENS, Batch, CachePlace, CacheShape, Device, DeviceInfo, Experts,
+    GateUp, Head, HeadNorm, Heads, Linear, Norm, Qkv, Residual, Rope, SampleRow,
 };
 use crate::error::{Error, Result};
 
 /// A layer's weights.
 pub(super) struct Layer<D: Device> {
     pub plan: LayerPlan,
+    pub place: CachePlace,
     pub attention_norm: Option<NormWeights<D>>,
     pub q: Projection<D>,
     pub k: Projection<D>,
@@ -85,6 +86,7 @@ pub(super) struct Transformer<D: Device> {
     pub device_info: DeviceInfo,
     pub config: Config,
     pub cache_shape: CacheShape,
+    pub ring: Option<Ring>,
     pub embedding: D::Weight,
     pub layers: Vec<Layer<D>>,
     pub output_norm: NormWeights<D>,
@@ -143,6 +145,16 @@ impl<D: Device> Transformer<D> {
                     .any(|&b| b as usize >= self.cache_shape.blocks)
             {
                 return bad(format!("blocks {:?} do not hold {end} tokens", span.blocks));
+            }
+            if let Some(ring) = self.ring {
+                let needed = end.div_ceil(BLOCK_TOKENS).min(ring.len);
+                let outside = |&b: &u32| b as usize >= ring.blocks;
+                if span.ring.len() < needed || span.ring.iter().any(outside) {
+                    return bad(format!(
+                        "blocks {:?} do not hold the window of {end} tokens",
+                        span.ring
+                    ));
+                }
             }
         }
         if next != rows || batch.outputs.iter().any(|&row| row >= rows) {
@@ -258,6 +270,10 @@ impl<D: Device> Runner for Transformer<D> {
         self.cache_shape.blocks
     }
 
+    fn ring(&self) -> Option<Ring> {
+        self.ring
+    }
+
     fn step_rows(&self) -> usize {
         D::STEP_ROWS
     }
@@ -280,8 +296,9 @@ impl<D: Device> Runner for Transformer<D> {
         let blueprint = &config.blueprint;
         device.step(batch, &mut |device: &mut D| {
             device.embed(embedding, blueprint.embedding_scale, &mut s.x)?;
-            for (i, layer) in layers.iter().enumerate() {
-                device.norm_qkv(&s.x, &parts.qkv(layer), cache, i, &mut s.q)?;
+            for layer in &*layers {
+                let place = layer.place;
+                device.norm_qkv(&s.x, &parts.qkv(layer), cache, place, &mut s.q)?;
                 let gate_up = match &layer.feed_forward {
                     FeedForward::Dense { gate, up, .. } => Some(GateUp {
                         norm: parts.feed_forward_norm(layer),
@@ -297,7 +314,7 @@ impl<D: Device> Runner for Transformer<D> {
                 {
                     device.norm_gate_up(&s.x, op, &mut s.hidden)?;
                 }
-                device.attend(&s.q, cache, i, &parts.attention(layer), &mut s.attended)?;
+                device.attend(&s.q, cache, place, &parts.attention(layer), &mut s.attended)?;
                 let residual = parts.residual(&layer.post_attention_norm);
                 device.linear_add(layer.output.linear(), &s.attended, &residual, &mut s.x)?;
                 if !blueprint.parallel

@@ -5,7 +5,7 @@ use super::cache::{self, Blocks, Cache, Job, Partial, Store};
 use super::pool::Parts;
 use super::simd::Level;
 use super::{Buffer, Cpu, grain, norm_row};
-use crate::device::{Attention, BLOCK_TOKENS, HeadNorm, Heads, Qkv, Rope, RopeLayout};
+use crate::device::{Attention, BLOCK_TOKENS, CachePlace, HeadNorm, Heads, Qkv, Rope, RopeLayout};
 
 /// What attention needs between two steps, kept from one use to the next.
 #[derive(Default)]
@@ -58,7 +58,7 @@ impl Cpu {
         &mut self,
         op: &Qkv<'_, Self>,
         cache: &mut Cache,
-        layer: usize,
+        place: CachePlace,
         q: &mut Buffer,
         keys: &mut [f32],
         values: &[f32],
@@ -80,8 +80,8 @@ impl Cpu {
         let level = *level;
         let blocks: Vec<usize> = places
             .iter()
-            .map(|&(span, position)| batch.spans[span].blocks[position / BLOCK_TOKENS])
-            .map(|block| cache.block(layer, block, 0))
+            .map(|&(span, at)| batch.spans[span].block(at / BLOCK_TOKENS, place.part))
+            .map(|block| cache.block(place, block, 0))
             .collect();
         let writer = cache.writer();
         let q = Parts::new(&mut q.0);
@@ -126,7 +126,7 @@ impl Cpu {
         &mut self,
         q: &Buffer,
         cache: &Cache,
-        layer: usize,
+        place: CachePlace,
         op: &Attention<'_, Self>,
         out: &mut Buffer,
     ) {
@@ -135,9 +135,8 @@ impl Cpu {
         for (span, blocks) in self.batch.spans.iter().zip(blocks.iter_mut()) {
             blocks.clear();
             blocks.extend(
-                span.blocks
-                    .iter()
-                    .map(|&block| cache.block(layer, block, 0)),
+                (0..(span.past + span.len).div_ceil(BLOCK_TOKENS))
+                    .map(|index| cache.block(place, span.block(index, place.part), 0)),
             );
         }
         match &cache.store {

@@ -7,7 +7,7 @@
 
 use super::pool::Parts;
 use super::simd::{Simd, multiversion};
-use crate::device::{BLOCK_TOKENS, CacheShape, CacheType};
+use crate::device::{BLOCK_TOKENS, CachePlace, CacheShape, CacheType};
 use std::ops::Range;
 
 /// Value rows are padded to a multiple of this, the most lanes of any vector.
@@ -222,7 +222,8 @@ fn block_len(head_dim: usize) -> (usize, usize) {
 
 impl Cache {
     pub(super) fn new(shape: CacheShape) -> Cache {
-        let blocks = shape.layers * shape.blocks * shape.kv_heads;
+        let blocks = shape.layers * shape.blocks + shape.ring_layers * shape.ring_blocks;
+        let blocks = blocks * shape.kv_heads;
         let (keys, values) = block_len(shape.head_dim);
         let (keys, values) = (blocks * keys, blocks * values);
         // Zeroed memory is mapped when it is first written.
@@ -249,8 +250,8 @@ impl Cache {
     }
 
     /// The number of a block of a KV head, which is where it starts in units of blocks.
-    pub(super) fn block(&self, layer: usize, block: u32, kv_head: usize) -> usize {
-        (layer * self.shape.blocks + block as usize) * self.shape.kv_heads + kv_head
+    pub(super) fn block(&self, place: CachePlace, block: u32, kv_head: usize) -> usize {
+        (self.shape.first_block(place) + block as usize) * self.shape.kv_heads + kv_head
     }
 
     pub(super) fn writer(&mut self) -> Writer<'_> {
@@ -481,6 +482,59 @@ fn block_of<S: Simd, E: Element, const N: usize>(
             }
             for (h, sum) in sums.into_iter().enumerate() {
                 S::store(acc.add(h * stride), sum);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::CachePart;
+
+    /// 40 elements: a whole group and a part of one.
+    #[test]
+    fn eight_bits_keep_a_row_to_half_a_step() {
+        let shape = CacheShape {
+            layers: 1,
+            blocks: 2,
+            ring_layers: 1,
+            ring_blocks: 1,
+            kv_heads: 2,
+            head_dim: 40,
+            ty: CacheType::Q8_0,
+        };
+        let place = CachePlace {
+            part: CachePart::Ring,
+            layer: 0,
+        };
+        let mut cache = Cache::new(shape);
+        let row = |seed: usize| -> Vec<f32> {
+            (0..40)
+                .map(|i| ((i * 7 + seed * 13) % 31) as f32 - 15.0)
+                .collect()
+        };
+        let number = cache.block(place, 0, 1);
+        for token in 0..BLOCK_TOKENS {
+            // SAFETY: one thread.
+            unsafe {
+                cache
+                    .writer()
+                    .put(number, token, &row(token), &row(token + 99))
+            };
+        }
+        let Store::Quantised(rows) = &cache.store else {
+            panic!("not of 8 bits");
+        };
+        let mut scratch = Vec::new();
+        let (keys, values) = rows.block(number, 40, &mut scratch);
+        for token in 0..BLOCK_TOKENS {
+            let (key, value) = (row(token), row(token + 99));
+            for d in 0..40 {
+                // The greatest is at most 15, a step at most 15 / 127, its f16 a thousandth off.
+                let limit = 0.5 * 15.0 / 127.0 + 0.01;
+                assert!((keys[d * BLOCK_TOKENS + token] - key[d]).abs() <= limit);
+                assert!((values[token * 48 + d] - value[d]).abs() <= limit);
             }
         }
     }

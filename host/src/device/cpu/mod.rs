@@ -37,8 +37,8 @@ use self::gemm::ROWS;
 use self::linear::{Input, Scratch, View};
 use self::pool::{Parts, Pool};
 use super::{
-    Activation, Attention, Batch, CacheShape, Device, DeviceInfo, Experts, GateUp, Head, Linear,
-    Norm, NormKind, Qkv, Residual, SampleRow,
+    Activation, Attention, Batch, CachePlace, CacheShape, Device, DeviceInfo, Experts, GateUp,
+    Head, Linear, Norm, NormKind, Qkv, Residual, SampleRow,
 };
 use crate::error::{Error, Result};
 use gguf::Gguf;
@@ -281,7 +281,7 @@ impl Device for Cpu {
         x: &Buffer,
         op: &Qkv<'_, Self>,
         cache: &mut Cache,
-        layer: usize,
+        place: CachePlace,
         q: &mut Buffer,
     ) -> Result<()> {
         let n = self.rows();
@@ -295,7 +295,7 @@ impl Device for Cpu {
             Parts::new(&mut values),
         ];
         self.linears(&[op.q, op.k, op.v], Rows::Normed(x, &op.norm), &outs, false)?;
-        self.rotate_and_store(op, cache, layer, q, &mut keys, &values);
+        self.rotate_and_store(op, cache, place, q, &mut keys, &values);
         self.between = [keys, values];
         Ok(())
     }
@@ -304,11 +304,11 @@ impl Device for Cpu {
         &mut self,
         q: &Buffer,
         cache: &Cache,
-        layer: usize,
+        place: CachePlace,
         op: &Attention<'_, Self>,
         out: &mut Buffer,
     ) -> Result<()> {
-        self.attend_over(q, cache, layer, op, out);
+        self.attend_over(q, cache, place, op, out);
         Ok(())
     }
 

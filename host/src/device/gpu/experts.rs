@@ -2,7 +2,7 @@
 
 use super::ops::{Rows, activation_number};
 use super::{Buffer, Cache, Driver, Gpu, Scratch};
-use crate::device::{Experts, Linear};
+use crate::device::{CachePlace, Experts, Linear};
 use crate::error::Result;
 use kernels::experts::{self, CombineArgs, ExpertArgs, RouteArgs};
 use kernels::rows::{ActivateArgs, BLOCK_TOKENS, CacheLayer, UnpackArgs};
@@ -112,23 +112,22 @@ impl<D: Driver> Gpu<D> {
     }
 
     /// A layer of an 8-bit cache as one of f16, with the blocks of this step's sequences in it.
-    pub(super) fn unpacked_layer(&mut self, cache: &Cache, layer: usize) -> Result<CacheLayer> {
+    pub(super) fn unpacked_layer(
+        &mut self,
+        cache: &Cache,
+        place: CachePlace,
+    ) -> Result<CacheLayer> {
         let shape = cache.shape;
-        let offset = (shape.layer_bytes() * layer) as u64;
-        let packed = CacheLayer {
-            keys: (cache.keys + offset) as *mut u8,
-            values: (cache.values + offset) as *mut u8,
-            kv_heads: shape.kv_heads as u32,
-            head_dim: shape.head_dim as u32,
-        };
-        let bytes = shape.blocks * BLOCK_TOKENS * shape.kv_heads * shape.head_dim * 2;
+        let packed = self.cache_layer(cache, place);
+        let most = shape.blocks.max(shape.ring_blocks);
+        let bytes = most * BLOCK_TOKENS * shape.kv_heads * shape.head_dim * 2;
         let plain = self.scratch(Scratch::Unpacked, 2 * bytes)?;
         let out = CacheLayer {
             keys: plain as *mut u8,
             values: (plain + bytes as u64) as *mut u8,
             ..packed
         };
-        let list = self.current.blocks.clone();
+        let list = self.current.blocks[place.part as usize].clone();
         let blocks = self.scratch(Scratch::Blocks, list.len() * 4)?;
         self.driver.write(blocks, bytemuck::cast_slice(&list))?;
         let args = UnpackArgs {

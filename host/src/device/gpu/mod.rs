@@ -14,7 +14,9 @@ mod weights;
 pub use emulated::Emulated;
 pub use selftest::Outcome;
 
-use super::{Attention, BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo, Experts};
+use super::{
+    Attention, BLOCK_TOKENS, Batch, CachePart, CachePlace, CacheShape, Device, DeviceInfo, Experts,
+};
 use super::{GateUp, Head, Linear, Qkv, Residual, SampleRow};
 use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
@@ -214,8 +216,8 @@ struct Current {
     splits: u32,
     /// First row, rows, and tokens before, of each sequence.
     spans: Vec<[usize; 3]>,
-    /// Cache blocks of the sequences.
-    blocks: Vec<u32>,
+    /// Cache blocks of the sequences, of each part.
+    blocks: [Vec<u32>; 2],
     /// Tiles of attention on tensor cores; the first layer lays them out.
     tiles: Option<u32>,
     /// Host copy of the arrays, reused.
@@ -269,7 +271,7 @@ impl<D: Driver> Gpu<D> {
                 outputs: 0,
                 splits: 1,
                 spans: Vec::new(),
-                blocks: Vec::new(),
+                blocks: Default::default(),
                 tiles: None,
                 staging: vec![0; words],
             },
@@ -317,10 +319,11 @@ impl<D: Driver> Gpu<D> {
         let rows = batch.tokens.len();
         // Array after array without gaps, so that a step of few rows copies little.
         let s = &mut current.staging[..4 * rows + batch.outputs.len()];
-        let mut table = Vec::new();
+        // Of each part of the cache; that of rings as long as the other, so that kernels know of no rings.
+        let mut list = [Vec::new(), Vec::new()];
         s[..rows].copy_from_slice(&batch.tokens);
         current.spans.clear();
-        current.blocks.clear();
+        current.blocks.iter_mut().for_each(Vec::clear);
         current.tiles = None;
         for (i, span) in batch.spans.iter().enumerate() {
             for row in 0..span.len {
@@ -330,18 +333,35 @@ impl<D: Driver> Gpu<D> {
             }
             current.spans.push([span.start, span.len, span.past]);
             longest = longest.max(span.past + span.len);
-            table.resize(i * stride, 0);
             let used = (span.past + span.len).div_ceil(BLOCK_TOKENS);
-            table.extend_from_slice(&span.blocks[..used]);
-            current.blocks.extend_from_slice(&span.blocks[..used]);
+            for (part, table) in [CachePart::Whole, CachePart::Ring]
+                .into_iter()
+                .zip(&mut list)
+            {
+                if part == CachePart::Ring && span.ring.is_empty() {
+                    continue;
+                }
+                table.resize(i * stride, 0);
+                table.extend((0..used).map(|index| span.block(index, part)));
+                let ring = span.ring.len();
+                let distinct = if part == CachePart::Ring {
+                    used.min(ring)
+                } else {
+                    used
+                };
+                let last = table[i * stride + used - distinct..].iter();
+                current.blocks[part as usize].extend(last);
+            }
         }
         for (i, &row) in batch.outputs.iter().enumerate() {
             s[4 * rows + i] = row as u32;
         }
         self.driver
             .write(current.memory.address, bytemuck::cast_slice(s))?;
-        self.driver
-            .write(tables.address, bytemuck::cast_slice(&table))?;
+        for (part, table) in list.iter().enumerate().filter(|(_, t)| !t.is_empty()) {
+            let to = tables.address + (4 * part * MAX_SPANS * stride) as u64;
+            self.driver.write(to, bytemuck::cast_slice(table))?;
+        }
         current.rows = rows;
         current.outputs = batch.outputs.len();
         current.splits = ops::attention_splits(
@@ -352,15 +372,17 @@ impl<D: Driver> Gpu<D> {
         Ok(())
     }
 
-    /// The arrays of the current step.
-    fn step_args(&self) -> kernels::rows::Step {
+    /// The arrays of the current step, with the block tables of a part of the cache.
+    fn step_args(&self, part: CachePart) -> kernels::rows::Step {
+        let tables = self.current.tables.as_ref().map_or(0, |t| t.address);
+        let skipped = part as usize * MAX_SPANS * self.current.table_stride;
         let rows = self.current.rows;
         let at = |words: usize| (self.current.memory.address + 4 * words as u64) as *const u32;
         kernels::rows::Step {
             tokens: at(0),
             positions: at(rows),
             sequences: at(2 * rows),
-            tables: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
+            tables: (tables + 4 * skipped as u64) as *const u32,
             table_stride: self.current.table_stride as u32,
             rows: rows as u32,
             outputs: at(4 * rows),
@@ -439,7 +461,7 @@ impl<D: Driver> Device for Gpu<D> {
         let keys = self.driver.alloc(shape.bytes())?;
         let values = self.driver.alloc(shape.bytes())?;
         self.current.table_stride = shape.blocks;
-        self.current.tables = Some(self.driver.alloc(4 * MAX_SPANS * shape.blocks)?);
+        self.current.tables = Some(self.driver.alloc(4 * 2 * MAX_SPANS * shape.blocks)?);
         Ok(Cache {
             keys: keys.address,
             values: values.address,
@@ -468,21 +490,21 @@ impl<D: Driver> Device for Gpu<D> {
         x: &Buffer,
         op: &Qkv<'_, Self>,
         cache: &mut Cache,
-        layer: usize,
+        place: CachePlace,
         q: &mut Buffer,
     ) -> Result<()> {
-        self.op_norm_qkv(x, op, cache, layer, q)
+        self.op_norm_qkv(x, op, cache, place, q)
     }
 
     fn attend(
         &mut self,
         q: &Buffer,
         cache: &Cache,
-        layer: usize,
+        place: CachePlace,
         op: &Attention<'_, Self>,
         out: &mut Buffer,
     ) -> Result<()> {
-        self.op_attend(q, cache, layer, op, out)
+        self.op_attend(q, cache, place, op, out)
     }
 
     fn linear_add(

@@ -11,8 +11,8 @@
 
 use super::{Address, Buffer, Cache, Driver, Gpu, Scratch, Weight};
 use crate::device::{
-    Activation, Attention, CacheType, GateUp, Head, HeadNorm, Heads, Linear, Norm, NormKind, Qkv,
-    Residual, RopeLayout, SampleRow,
+    Activation, Attention, CachePart, CachePlace, CacheType, GateUp, Head, HeadNorm, Heads, Linear,
+    Norm, NormKind, Qkv, Residual, RopeLayout, SampleRow,
 };
 use crate::error::{Error, Result};
 use crate::sampling::{MIN_TEMPERATURE, fraction};
@@ -163,8 +163,8 @@ fn variant<D: Driver>(op: &Attention<'_, Gpu<D>>) -> Variant {
 }
 
 impl<D: Driver> Gpu<D> {
-    fn cache_layer(&self, cache: &Cache, layer: usize) -> CacheLayer {
-        let offset = cache.shape.layer_bytes() * layer;
+    pub(super) fn cache_layer(&self, cache: &Cache, place: CachePlace) -> CacheLayer {
+        let offset = cache.shape.offset(place);
         CacheLayer {
             keys: (cache.keys + offset as u64) as *mut u8,
             values: (cache.values + offset as u64) as *mut u8,
@@ -207,7 +207,7 @@ impl<D: Driver> Gpu<D> {
         }
         let args = EmbedArgs {
             table: table.matrix,
-            step: self.step_args(),
+            step: self.step_args(CachePart::Whole),
             scale,
             len: table.cols as u32,
             out: out.ptr(),
@@ -562,7 +562,7 @@ impl<D: Driver> Gpu<D> {
         x: &Buffer,
         op: &Qkv<'_, Self>,
         cache: &Cache,
-        layer: usize,
+        place: CachePlace,
         q: &Buffer,
     ) -> Result<()> {
         let h = op.heads;
@@ -574,9 +574,9 @@ impl<D: Driver> Gpu<D> {
             CacheType::F32 => cache_types::F32,
             CacheType::Q8_0 => cache_types::Q8_0,
         };
-        let cache = self.cache_layer(cache, layer);
+        let cache = self.cache_layer(cache, place);
         let linears = [op.q, op.k, op.v];
-        let step = self.step_args();
+        let step = self.step_args(place.part);
         let pairs = (h.heads + 2 * h.kv_heads) * h.head_dim / 2;
         if self.fused() {
             let float = linears.iter().any(|l| !l.weight.quantised);
@@ -699,7 +699,7 @@ impl<D: Driver> Gpu<D> {
         &mut self,
         q: &Buffer,
         cache: &Cache,
-        layer: usize,
+        place: CachePlace,
         op: &Attention<'_, Self>,
         out: &Buffer,
     ) -> Result<()> {
@@ -711,7 +711,7 @@ impl<D: Driver> Gpu<D> {
             self.push(Op {
                 kind: kind::ATTEND,
                 input: self.input(q.ptr(), None, heads.heads * heads.head_dim, false),
-                cache: self.cache_layer(cache, layer),
+                cache: self.cache_layer(cache, place),
                 heads: heads.heads as u32,
                 splits,
                 scale: heads.scale,
@@ -727,14 +727,14 @@ impl<D: Driver> Gpu<D> {
             let group = heads.heads / heads.kv_heads;
             let (tiles, n) = self.flash_tiles(flash::TILE_ROWS / group)?;
             let cache = match cache.shape.ty {
-                CacheType::Q8_0 => self.unpacked_layer(cache, layer)?,
-                _ => self.cache_layer(cache, layer),
+                CacheType::Q8_0 => self.unpacked_layer(cache, place)?,
+                _ => self.cache_layer(cache, place),
             };
             let variant = variant(op);
             let args = FlashArgs {
                 q: q.ptr().cast_const().cast(),
                 cache,
-                step: self.step_args(),
+                step: self.step_args(place.part),
                 tiles: tiles as *const u32,
                 group: group as u32,
                 scale: heads.scale,
@@ -771,8 +771,8 @@ impl<D: Driver> Gpu<D> {
         };
         let args = AttendArgs {
             q: q.ptr(),
-            cache: self.cache_layer(cache, layer),
-            step: self.step_args(),
+            cache: self.cache_layer(cache, place),
+            step: self.step_args(place.part),
             heads: heads.heads as u32,
             splits,
             scale: heads.scale,
@@ -953,7 +953,7 @@ impl<D: Driver> Gpu<D> {
             self.push(Op { choose: 1, ..op });
             return Ok(());
         }
-        let gather = self.step_args().outputs;
+        let gather = self.step_args(CachePart::Whole).outputs;
         let adapted = !head.adapters.is_empty();
         let f16 = !self.exact && (outputs > 1 || adapted);
         match self.norm_rows(x, Some(norm), len, outputs, gather, f16)? {
