@@ -137,7 +137,7 @@ pub unsafe fn expert_linear(a: ExpertArgs) {
         let mut sum = 0.0;
         let mut g = lane;
         while g < groups {
-            let w = unpack(&a.matrix, at * groups + g);
+            let w = unpack(&a.matrix, at, g);
             for i in 0..GROUP {
                 if g * GROUP + i < len {
                     sum += w[i] * ldg_f32(x.add(g * GROUP + i));

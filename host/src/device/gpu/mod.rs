@@ -39,6 +39,8 @@ pub struct Allocation {
 pub trait Driver: Send + Sized + 'static {
     fn info(&self) -> &DeviceInfo;
     fn multiprocessors(&self) -> u32;
+    /// Bytes of shared memory that a block may have.
+    fn shared_limit(&self) -> usize;
     fn free_bytes(&self) -> Result<u64>;
 
     /// Memory aligned to 256 bytes, its content whatever it was.
