@@ -41,8 +41,8 @@ pub struct Cli {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Common options")]
 pub struct Common {
-    /// A name from `kigo models list`, or a path to a GGUF file
-    #[arg(long, global = true, env = "KIGO_MODEL", value_name = "NAME|PATH")]
+    /// A name from `kigo models list`, a path to a GGUF file, or hf:OWNER/REPO[:FILE|:QUANT]
+    #[arg(long, global = true, env = "KIGO_MODEL", value_name = "NAME|PATH|HUB")]
     pub model: Option<String>,
     /// auto, cuda, cuda:N, cpu or emulated
     #[arg(long, global = true, env = "KIGO_DEVICE", default_value = "auto")]
@@ -122,7 +122,7 @@ enum ModelsCommand {
     List,
     /// Download one, with its sha256 checked
     Fetch {
-        /// A name from the list
+        /// A name from the list, or hf:OWNER/REPO[:FILE|:QUANT]
         name: String,
     },
 }
