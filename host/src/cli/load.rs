@@ -60,7 +60,7 @@ pub(super) fn load(common: &Common, file: &Arc<Gguf>, tokens: usize) -> Result<L
 }
 
 impl Common {
-    fn load_options(&self, tokens: usize) -> LoadOptions {
+    pub(super) fn load_options(&self, tokens: usize) -> LoadOptions {
         let needed = (tokens > DEFAULT_CONTEXT).then_some(tokens);
         LoadOptions {
             device: self.device,

@@ -200,7 +200,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Logits(args) => logits::logits(common, args, out)?,
         Command::Perplexity(args) => logits::perplexity(common, args, out)?,
         Command::Inspect { file } => {
-            inspect::inspect(&load::open_named(file)?, common.json, out).map_err(stdout_error)?;
+            let file = std::sync::Arc::new(load::open_named(file)?);
+            let verdicts = crate::model::verdicts(&file, &common.load_options(0));
+            inspect::inspect(&file, &verdicts, common.json, out).map_err(stdout_error)?;
         }
         Command::Tensor {
             file,

@@ -34,7 +34,52 @@ struct Loader<'a, D: Device> {
     progress: &'a mut dyn FnMut(LoadProgress),
 }
 
-impl<D: Device> Loader<'_, D> {
+/// What a file holds, on a device.
+struct Weights<D: Device> {
+    embedding: D::Weight,
+    layers: Vec<Layer<D>>,
+    output_norm: NormWeights<D>,
+    head: Option<Projection<D>>,
+}
+
+impl<'a, D: Device> Loader<'a, D> {
+    fn new(
+        device: &'a mut D,
+        file: &'a Arc<Gguf>,
+        config: &'a Config,
+        places: &'a [CachePlace],
+        adapters: &'a [Lora],
+        progress: &'a mut dyn FnMut(LoadProgress),
+    ) -> Self {
+        Loader {
+            device,
+            file,
+            config,
+            places,
+            adapters,
+            used: HashSet::new(),
+            bytes: 0,
+            total_bytes: file.tensors().map(|t| t.data().len() as u64).sum(),
+            progress,
+        }
+    }
+
+    fn weights(&mut self) -> Result<Weights<D>> {
+        let shape = &self.config.shape;
+        let (d, vocabulary) = (shape.embedding, shape.vocabulary);
+        Ok(Weights {
+            embedding: self.matrix("token_embd.weight", &[d, vocabulary], 0..vocabulary)?,
+            layers: (0..shape.layers)
+                .map(|i| self.layer(i))
+                .collect::<Result<Vec<_>>>()?,
+            output_norm: self.norm("output_norm", d)?,
+            head: match self.has("output.weight") {
+                true => Some(self.projection("output", d, vocabulary, false)?),
+                false => None,
+            },
+        })
+    }
+
     fn bad(&self, what: String) -> Error {
         Error::Model {
             file: self.file.path().to_owned(),
@@ -495,6 +540,37 @@ pub(super) fn plan(
     }
 }
 
+/// Does what [`load`] does on a device that keeps nothing: checks every tensor, and plans memory.
+///
+/// # Errors
+/// The first that [`load`] would give, but for what only the device itself can say.
+pub(super) fn rehearse<D: Device>(
+    mut device: D,
+    file: &Arc<Gguf>,
+    options: &LoadOptions,
+) -> Result<Plan> {
+    let config = Config::from_gguf(file)?;
+    let context = context(&config, options.context)?;
+    let cache = CachePlan::new(&config, context, options, D::STEP_ROWS);
+    let plan = plan(
+        file,
+        &config,
+        cache.shape,
+        context,
+        D::STEP_ROWS,
+        |widest| device.working_bytes(widest),
+    );
+    let mut quiet = |_| ();
+    let mut loader = Loader::new(&mut device, file, &config, &cache.places, &[], &mut quiet);
+    loader.weights()?;
+    for (i, rotation) in config.blueprint.rotations.iter().enumerate() {
+        loader.rope(rotation, i == 0, 1)?;
+    }
+    loader.check_all_used()?;
+    device.alloc_cache(cache.shape)?;
+    Ok(plan)
+}
+
 /// Plans memory, loads every weight, and makes the model ready for its first step.
 pub(super) fn load<D: Device>(
     mut device: D,
@@ -542,31 +618,16 @@ pub(super) fn load<D: Device>(
     let adapted = !adapters.is_empty();
     device.set_plain(config.blueprint.is_plain() && !adapted && cache_shape.ty == CacheType::F16);
 
-    let mut loader = Loader {
-        device: &mut device,
-        file,
-        config: &config,
-        places: &places,
-        adapters: &adapters,
-        used: HashSet::new(),
-        bytes: 0,
-        total_bytes: file.tensors().map(|t| t.data().len() as u64).sum(),
-        progress,
-    };
+    let mut loader = Loader::new(&mut device, file, &config, &places, &adapters, progress);
     // Tells when the device was open.
     loader.count(0);
     loader.device.begin_loading(file)?;
-    let shape = &config.shape;
-    let (d, vocabulary) = (shape.embedding, shape.vocabulary);
-    let embedding = loader.matrix("token_embd.weight", &[d, vocabulary], 0..vocabulary)?;
-    let layers = (0..shape.layers)
-        .map(|i| loader.layer(i))
-        .collect::<Result<Vec<_>>>()?;
-    let output_norm = loader.norm("output_norm", d)?;
-    let head = match loader.has("output.weight") {
-        true => Some(loader.projection("output", d, vocabulary, false)?),
-        false => None,
-    };
+    let Weights {
+        embedding,
+        layers,
+        output_norm,
+        head,
+    } = loader.weights()?;
     let ropes = config
         .blueprint
         .rotations
@@ -579,6 +640,8 @@ pub(super) fn load<D: Device>(
     loader.count(0);
 
     let cache = device.alloc_cache(cache_shape)?;
+    let shape = &config.shape;
+    let (d, vocabulary) = (shape.embedding, shape.vocabulary);
     let (q_dim, _) = dims(shape);
     let scratch = Scratch {
         x: device.alloc(D::STEP_ROWS * d)?,

@@ -7,10 +7,12 @@ mod loading;
 mod lora;
 mod rope;
 mod transformer;
+mod verdict;
 
 pub use config::{Config, Shape};
 pub use loading::Plan;
 pub use lora::LoraSource;
+pub use verdict::{Verdict, verdicts};
 
 use crate::device::{self, Batch, CacheType, DeviceInfo, SampleRow};
 use crate::error::{Error, Result};

@@ -25,6 +25,12 @@ pub struct Weight {
     kernels: Option<Kernels>,
 }
 
+/// Whether there are products with weights of this type.
+pub fn multiplies(ty: GgmlType) -> bool {
+    let plain = matches!(ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16);
+    plain || quant::kernels(ty).is_some()
+}
+
 impl Weight {
     /// # Errors
     /// A type that has no products here.
@@ -34,8 +40,7 @@ impl Weight {
         file: &Arc<Gguf>,
     ) -> Result<Weight> {
         let kernels = quant::kernels(tensor.ty());
-        let plain = matches!(tensor.ty(), GgmlType::F32 | GgmlType::F16 | GgmlType::BF16);
-        if kernels.is_none() && !plain {
+        if !multiplies(tensor.ty()) {
             let what = format!(
                 "tensor {} has type {}, which the CPU cannot multiply",
                 tensor.name(),

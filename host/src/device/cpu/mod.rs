@@ -30,7 +30,7 @@ mod testing;
 mod tests;
 
 pub use cache::Cache;
-pub use linear::Weight;
+pub use linear::{Weight, multiplies};
 pub use simd::Level;
 
 use self::gemm::ROWS;

@@ -408,8 +408,7 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn working_bytes(&self, widest: usize) -> u64 {
-        // Unpacked weights, and two f32 intermediates of a step's rows.
-        (ops::SLICE_BYTES + 2 * 4 * Self::STEP_ROWS * widest) as u64
+        working_bytes(widest)
     }
 
     fn set_plain(&mut self, plain: bool) {
@@ -454,12 +453,7 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache> {
-        if !shape.head_dim.is_multiple_of(8) || shape.head_dim > 256 {
-            return Err(Error::Request(format!(
-                "heads of {} elements; the GPU kernels take multiples of 8 up to 256",
-                shape.head_dim
-            )));
-        }
+        check_cache(shape)?;
         let keys = self.driver.alloc(shape.bytes())?;
         let values = self.driver.alloc(shape.bytes())?;
         self.current.table_stride = shape.blocks;
@@ -553,6 +547,29 @@ impl<D: Driver> Device for Gpu<D> {
             bytemuck::cast_slice_mut(out),
         )
     }
+}
+
+/// Whether the kernels read weights of this type.
+pub fn reads(ty: gguf::GgmlType) -> bool {
+    kernels::types::LAYOUTS.iter().any(|l| l.ty == ty as u32)
+}
+
+/// See [`Device::working_bytes`].
+pub fn working_bytes(widest: usize) -> u64 {
+    // Unpacked weights, and two f32 intermediates of a step's rows.
+    (ops::SLICE_BYTES + 2 * 4 * MAX_ROWS * widest) as u64
+}
+
+/// # Errors
+/// A cache that the kernels cannot work with.
+pub fn check_cache(shape: CacheShape) -> Result<()> {
+    if shape.head_dim.is_multiple_of(8) && shape.head_dim <= 256 {
+        return Ok(());
+    }
+    Err(Error::Request(format!(
+        "heads of {} elements; the GPU kernels take multiples of 8 up to 256",
+        shape.head_dim
+    )))
 }
 
 /// Runs every kernel on `device` against a plain reference, a line each.
