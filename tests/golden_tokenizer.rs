@@ -93,7 +93,6 @@ fn smollm_tokenizer() {
     assert_eq!(tokenizer(SMOLLM).end_of_generation(), [0, 2]);
 }
 
-/// Needs the fuller reference data: run with `KIGO_GOLDEN_DIR` set and the model fetched.
 #[test]
 fn gemma_tokenizer() {
     check_tokenizer(GEMMA, |text| text.replace('\u{2581}', " "));

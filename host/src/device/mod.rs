@@ -370,6 +370,20 @@ pub struct SampleRow<'a> {
 ///
 /// Operations work on the rows of the batch given to [`Device::step`], in order, and may be queued:
 /// an error of one may show at a later one, at [`Device::read`] or [`Device::sample`] at the latest.
+/// What one operation of a decode step took, by the device's own clock.
+#[derive(Clone, Copy, Debug)]
+pub struct OpTiming {
+    pub name: &'static str,
+    /// Bytes of weights that it reads.
+    pub bytes: u64,
+    /// Nanoseconds from its begin until its input was there.
+    pub wait_ns: u64,
+    /// From then until its output was written.
+    pub work_ns: u64,
+    /// From its begin to that of the next.
+    pub total_ns: u64,
+}
+
 pub trait Device: Send + Sized + 'static {
     /// A weight matrix, in whatever layout the device multiplies fastest, still quantised.
     type Weight: Send;
@@ -396,6 +410,12 @@ pub trait Device: Send + Sized + 'static {
     /// Whether single rows may take a device's shorter way, which knows nothing but RMS norms, plain
     /// residuals, rotation, causal attention and gated SiLU. Said once, before the first step.
     fn set_plain(&mut self, _plain: bool) {}
+
+    /// Times the operations of the coming decode steps; gives those of the last step that was timed so. Nothing
+    /// on a device without such a clock.
+    fn profile(&mut self) -> Result<Vec<OpTiming>> {
+        Ok(Vec::new())
+    }
 
     /// Makes room for all weights of a file, which are loaded next.
     fn begin_loading(&mut self, _file: &Arc<gguf::Gguf>) -> Result<()> {

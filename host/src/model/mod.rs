@@ -140,6 +140,11 @@ pub trait Runner: Send {
     /// Chooses a token from each of the first `rows.len()` logit rows of the last [`Runner::forward`].
     fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<u32>>;
 
+    /// As [`device::Device::profile`].
+    fn profile(&mut self) -> Result<Vec<device::OpTiming>> {
+        Ok(Vec::new())
+    }
+
     /// The logits of output `i` of the last [`Runner::forward`], `vocabulary` long.
     fn logits(&mut self, output: usize) -> Result<Vec<f32>>;
 }

@@ -5,7 +5,7 @@ use super::architectures::{Blueprint, HeadNorms, LayerPlan};
 use super::{Config, MAX_OUTPUTS, ModelInfo, Ring, Runner};
 use crate::device::{
     Adapter, Attention, BLOCK_TOKENS, Batch, CachePlace, CacheShape, Device, DeviceInfo, Experts,
-    GateUp, Head, HeadNorm, Heads, Linear, Norm, Qkv, Residual, Rope, SampleRow,
+    GateUp, Head, HeadNorm, Heads, Linear, Norm, OpTiming, Qkv, Residual, Rope, SampleRow,
 };
 use crate::error::{Error, Result};
 
@@ -276,6 +276,10 @@ impl<D: Device> Runner for Transformer<D> {
 
     fn step_rows(&self) -> usize {
         D::STEP_ROWS
+    }
+
+    fn profile(&mut self) -> Result<Vec<OpTiming>> {
+        self.device.profile()
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<()> {

@@ -237,6 +237,29 @@ pub unsafe fn cp_async_16_zfill<T, U>(to: SharedPtr<T>, from: *const U, from_byt
     }
 }
 
+/// As [`cp_async_16`] of `to + OFFSET` from `from + OFFSET` where `condition` holds; without a branch.
+///
+/// # Safety
+/// As [`cp_async_16`], where `condition` holds.
+#[inline(always)]
+pub unsafe fn cp_async_16_if<const OFFSET: u32, T, U>(
+    condition: bool,
+    to: SharedPtr<T>,
+    from: *const U,
+) {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("{{ .reg .pred p; setp.ne.u32 p, {2}, 0; @p cp.async.cg.shared.global [{0}+{3}], [{1}+{3}], 16; }}",
+            in(reg32) to.addr(), in(reg64) from as u64, in(reg32) u32::from(condition), const OFFSET,
+            options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    if condition {
+        let from = from.cast::<u8>().wrapping_add(OFFSET as usize);
+        emulator::copy_async(to.addr() + OFFSET, from, 16, 16);
+    }
+}
+
 macro_rules! cp_async_small {
     ($($(#[$doc:meta])* $name:ident of $bytes:literal;)*) => {$(
         $(#[$doc])*

@@ -31,7 +31,9 @@ use crate::types::{Matrix, NO_MATRIX};
 use cuda_std::kernel;
 use cuda_std::memory::{ldg_v4_u32, prefetch_l2};
 use cuda_std::shared::{self, Scalar, SharedPtr};
-use cuda_std::thread::{block_idx_x, clock64, grid_dim_x, lane_id, sync_threads, thread_idx_x};
+use cuda_std::thread::{
+    block_idx_x, clock64, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
+};
 use ring::Ring;
 
 pub use ring::TURNS;
@@ -161,8 +163,31 @@ pub struct DecodeArgs {
     pub table: *const u32,
     /// For every block two words: the halves of its greatest rank, each with `sequence` above it.
     pub ranks: *mut u64,
+    /// Null, or where to write when block 0 came how far: [`globaltimer`] for each operation and [`point`].
+    pub trace: *mut u64,
     /// Where the chosen id is written, `sequence` above it: memory that the host can read.
     pub chosen: *mut u64,
+}
+
+/// What is timed of an operation.
+pub mod point {
+    /// It begins.
+    pub const BEGIN: usize = 0;
+    /// Its input is there.
+    pub const INPUT: usize = 1;
+    /// Its output is written.
+    pub const OUTPUT: usize = 2;
+    /// How many points there are.
+    pub const COUNT: usize = 3;
+}
+
+/// Notes the time in the first thread of block 0, if it is asked for.
+#[inline(always)]
+unsafe fn note(a: &DecodeArgs, index: u32, point: usize) {
+    if !a.trace.is_null() && thread_idx_x() == 0 && block_idx_x() == 0 {
+        let at = index as usize * point::COUNT + point;
+        unsafe { a.trace.add(at).write(globaltimer()) }
+    }
 }
 
 /// Operations in shared memory: the current one and those that the ring has come to.
@@ -340,11 +365,13 @@ pub unsafe fn decode(a: DecodeArgs) {
         w.ring.fill(&a, AHEAD - 1);
         while w.index < a.count {
             let op = Current::at(w.index);
+            note(&a, w.index, point::BEGIN);
             match get!(op, kind) {
                 kind::EMBED => embed::embed(&a, op, &mut w),
                 kind::ATTEND => attend::attend(&a, op, &mut w),
                 _ => product::product(&a, op, &mut w),
             }
+            note(&a, w.index, point::OUTPUT);
             w.since = clock64();
             if w.index + 2 < a.count {
                 prefetch(Current::at(w.index + 2));

@@ -3,7 +3,7 @@
 use super::ring::{Rest, Tile};
 use super::row::{Group, Row};
 use super::seal::{Seal, pause};
-use super::{AHEAD, Coming, Current, DecodeArgs, PLAIN, WARPS, Warp, get, kind};
+use super::{AHEAD, Coming, Current, DecodeArgs, PLAIN, WARPS, Warp, get, kind, note, point};
 use crate::for_each_type;
 use crate::rows::{BLOCK_TOKENS, Rotation, silu};
 use crate::sample::{block_max, max_u64, rank};
@@ -343,6 +343,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         }
         coming.store();
         sync_threads();
+        note(a, w.index, point::INPUT);
         let limit = w.index + AHEAD;
         let scale = row.scale(op);
         let mut best = 0;

@@ -8,7 +8,7 @@ use super::product::{self, Task};
 use super::{Current, DecodeArgs, ROWS_AT, get};
 use crate::types::{Planes, Quantised, TILE, Weights};
 use core::marker::PhantomData;
-use cuda_std::memory::{cp_async_16, cp_async_commit, cp_async_wait};
+use cuda_std::memory::{cp_async_16_if, cp_async_commit, cp_async_wait};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::{lane_id, thread_idx_x};
 use cuda_std::warp;
@@ -83,12 +83,20 @@ impl Rest {
         } else {
             self.tile
         };
-        let mut at = 16 * lane_id();
+        let at = 16 * lane_id();
+        let to = SharedPtr::<u8>::from_addr(slot + at);
         unsafe {
-            while at < bytes {
-                let to = SharedPtr::<u8>::from_addr(slot + at);
-                cp_async_16(to, self.from.add(at as usize));
-                at += 16 * 32;
+            let from = self.from.add(at as usize);
+            cp_async_16_if::<0, _, _>(at < bytes, to, from);
+            cp_async_16_if::<512, _, _>(at + 512 < bytes, to, from);
+            cp_async_16_if::<1024, _, _>(at + 1024 < bytes, to, from);
+            cp_async_16_if::<1536, _, _>(at + 1536 < bytes, to, from);
+            // Only f32.
+            let mut more = 2048;
+            while more < bytes {
+                let inside = at + more < bytes;
+                cp_async_16_if::<0, _, _>(inside, to.byte_add(more), from.add(more as usize));
+                more += 512;
             }
             self.from = self.from.add(bytes as usize);
         }

@@ -9,9 +9,9 @@
 //! or launch never looks like the one that is awaited.
 
 use super::{Address, Allocation, Buffer, Driver, Gpu, Mapped};
-use crate::device::{BLOCK_TOKENS, Batch};
+use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
-use kernels::decode::{self, DecodeArgs, MAX_SPLITS, NUMBERS, Op, kind};
+use kernels::decode::{self, DecodeArgs, MAX_SPLITS, NUMBERS, Op, kind, point};
 use kernels::types::GROUP;
 use std::collections::HashMap;
 
@@ -59,6 +59,9 @@ struct Program {
     writes: Vec<Writes>,
     /// Numbers that it takes.
     numbers: u64,
+    /// Of each operation.
+    names: Vec<&'static str>,
+    weight_bytes: Vec<u64>,
 }
 
 /// What the next product takes in parts.
@@ -74,6 +77,7 @@ pub(super) struct Parts {
 #[derive(Default)]
 struct Recording {
     ops: Vec<Op>,
+    names: Vec<&'static str>,
     writes: Vec<Writes>,
     numbers: u64,
     parts: Option<Parts>,
@@ -88,7 +92,7 @@ impl Recording {
     }
 
     /// Adds `op`, which writes the buffers `outputs`.
-    fn push(&mut self, op: Op, outputs: &[Role]) {
+    fn push(&mut self, name: &'static str, op: Op, outputs: &[Role]) {
         // No buffer's next number may look like its last.
         let mut number = self.numbers;
         while outputs.iter().any(|&role| {
@@ -108,6 +112,7 @@ impl Recording {
                 }),
             }
         }
+        self.names.push(name);
         self.ops.push(Op {
             number: (number % u64::from(NUMBERS)) as u32,
             sealed: u32::from(!outputs.is_empty()),
@@ -143,6 +148,9 @@ pub(super) struct Decode {
     ranks: Address,
     chosen: Mapped,
     sequence: u32,
+    /// Where steps write their times, if they do, and the shape of the last that did.
+    trace: Option<Allocation>,
+    traced: Option<Shape>,
     /// The launch whose choice belongs to the current logits.
     chooser: Option<u32>,
     /// The block table on the device; empty where that is another step's.
@@ -165,9 +173,24 @@ impl Decode {
             ranks: ranks_on.address,
             chosen: driver.alloc_mapped(8)?,
             sequence: 0,
+            trace: None,
+            traced: None,
             chooser: None,
             table: Vec::new(),
         })
+    }
+}
+
+/// Bytes of weights that `op` reads.
+fn weight_bytes(op: &Op) -> u64 {
+    let all = op.matrices.iter();
+    let bytes = all
+        .map(|m| u64::from(m.rows) * u64::from(m.row_bytes))
+        .sum();
+    // An embedding reads one row of its matrix.
+    match op.kind {
+        kind::EMBED => u64::from(op.matrices[0].row_bytes),
+        _ => bytes,
     }
 }
 
@@ -230,9 +253,9 @@ impl<D: Driver> Gpu<D> {
     }
 
     /// Adds an operation to the step that is being recorded; it writes the buffers `outputs`.
-    pub(super) fn push(&mut self, op: Op, outputs: &[Role]) {
+    pub(super) fn push(&mut self, name: &'static str, op: Op, outputs: &[Role]) {
         if let Some(recording) = &mut self.decode.recording {
-            recording.push(op, outputs);
+            recording.push(name, op, outputs);
         }
     }
 
@@ -362,8 +385,10 @@ impl<D: Driver> Gpu<D> {
             ops: memory,
             count: ops.len() as u32,
             room: room(&self.driver, &ops)?,
+            weight_bytes: ops.iter().map(weight_bytes).collect(),
             writes: recording.writes,
             numbers: recording.numbers,
+            names: recording.names,
         })
     }
 
@@ -388,6 +413,7 @@ impl<D: Driver> Gpu<D> {
         decode.numbers = base + program.numbers;
         let base = (base % u64::from(NUMBERS)) as u32;
         let (ops, count, room) = (program.ops.address, program.count, program.room);
+        decode.traced = decode.trace.as_ref().map(|_| shape);
         self.run_program(ops, count, room, base, token, position)
     }
 
@@ -415,6 +441,7 @@ impl<D: Driver> Gpu<D> {
             row_bytes: room.row_bytes,
             table: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
             ranks: decode.ranks as *mut u64,
+            trace: decode.trace.as_ref().map_or(0, |t| t.address) as *mut u64,
             chosen: decode.chosen.address as *mut u64,
         };
         self.driver.launch_cooperative(
@@ -424,6 +451,45 @@ impl<D: Driver> Gpu<D> {
             room.shared,
             &args,
         )
+    }
+
+    /// See [`Device::profile`](crate::device::Device::profile).
+    pub(super) fn timings(&mut self) -> Result<Vec<OpTiming>> {
+        let longest = |programs: &HashMap<Shape, Program>| programs.values().map(|p| p.count).max();
+        let point_bytes = 8 * point::COUNT;
+        let traced = self.decode.traced.take();
+        let Some(trace) = self.decode.trace.as_ref().map(|t| t.address) else {
+            let bytes = point_bytes * longest(&self.decode.programs).unwrap_or(0) as usize;
+            if bytes > 0 {
+                self.decode.trace = Some(self.driver.alloc(bytes)?);
+            }
+            return Ok(Vec::new());
+        };
+        let Some(program) = traced.and_then(|shape| self.decode.programs.get(&shape)) else {
+            return Ok(Vec::new());
+        };
+        let mut times = vec![0u64; program.count as usize * point::COUNT];
+        self.driver
+            .read(trace, bytemuck::cast_slice_mut(&mut times))?;
+        let at = |i: usize, point: usize| times[i * point::COUNT + point];
+        let last = program.names.len().saturating_sub(1);
+        let timing = |(i, name): (usize, &&'static str)| {
+            let (begin, output) = (at(i, point::BEGIN), at(i, point::OUTPUT));
+            let next = if i < last {
+                at(i + 1, point::BEGIN)
+            } else {
+                output
+            };
+            let input = at(i, point::INPUT).clamp(begin, output.max(begin));
+            OpTiming {
+                name,
+                bytes: program.weight_bytes[i],
+                wait_ns: input - begin,
+                work_ns: output.saturating_sub(input),
+                total_ns: next.saturating_sub(begin),
+            }
+        };
+        Ok(program.names.iter().enumerate().map(timing).collect())
     }
 
     /// Runs one product by itself, outside a recorded step.

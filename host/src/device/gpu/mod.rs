@@ -14,6 +14,7 @@ mod weights;
 pub use emulated::Emulated;
 pub use selftest::Outcome;
 
+use super::OpTiming;
 use super::{
     Attention, BLOCK_TOKENS, Batch, CachePart, CachePlace, CacheShape, Device, DeviceInfo, Experts,
 };
@@ -413,6 +414,10 @@ impl<D: Driver> Device for Gpu<D> {
 
     fn set_plain(&mut self, plain: bool) {
         self.plain = plain;
+    }
+
+    fn profile(&mut self) -> Result<Vec<OpTiming>> {
+        self.timings()
     }
 
     fn begin_loading(&mut self, file: &Arc<gguf::Gguf>) -> Result<()> {

@@ -221,7 +221,7 @@ impl<D: Driver> Gpu<D> {
                 out: self.numbered(role, table.cols)?,
                 ..NO_OP
             };
-            self.push(op, &[role]);
+            self.push("embed", op, &[role]);
             return Ok(());
         }
         let args = EmbedArgs {
@@ -613,7 +613,7 @@ impl<D: Driver> Gpu<D> {
                 out: self.numbered(role, h.heads * h.head_dim)?,
                 ..NO_OP
             };
-            self.push(op, &[role, Role::Fresh(new)]);
+            self.push("qkv", op, &[role, Role::Fresh(new)]);
             return Ok(());
         }
         let rows = self.current.rows;
@@ -742,7 +742,7 @@ impl<D: Driver> Gpu<D> {
                 out: self.numbered(role, values)?,
                 ..NO_OP
             };
-            self.push(op, &[role]);
+            self.push("attention", op, &[role]);
             self.set_parts(out, role, heads.head_dim);
             return Ok(());
         }
@@ -873,7 +873,12 @@ impl<D: Driver> Gpu<D> {
                 add_from,
                 ..self.product_op(linear, input.ptr(), None, to)?
             };
-            self.push(op, &[role]);
+            let name = if self.parts_of(input.ptr()).is_some() {
+                "attention out"
+            } else {
+                "down"
+            };
+            self.push(name, op, &[role]);
             return Ok(());
         }
         let rows = self.current.rows;
@@ -919,7 +924,7 @@ impl<D: Driver> Gpu<D> {
                 out: self.numbered(role, width)?,
                 ..NO_OP
             };
-            self.push(op, &[role]);
+            self.push("gate, up", op, &[role]);
             return Ok(());
         }
         let rows = self.current.rows;
@@ -984,7 +989,7 @@ impl<D: Driver> Gpu<D> {
         let outputs = self.current.outputs;
         if self.fused() {
             let op = self.product_op(*head, x.ptr(), Some(norm), logits.ptr())?;
-            self.push(Op { choose: 1, ..op }, &[]);
+            self.push("head", Op { choose: 1, ..op }, &[]);
             return Ok(());
         }
         let gather = self.step_args(CachePart::Whole).outputs;

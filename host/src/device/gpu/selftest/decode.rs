@@ -118,6 +118,7 @@ fn launch<D: Driver>(
         row_bytes: room.row_bytes,
         table,
         ranks: ranks.ptr(),
+        trace: ptr::null_mut(),
         chosen: chosen.ptr(),
     };
     b.driver
