@@ -223,6 +223,10 @@ unsafe fn flash<const K: usize, const N: usize, const VARIANT: bool>(a: &FlashAr
                 top[i] = float::max(top[i], warp::shuffle_xor(top[i], 2));
                 shrink[i] = float::exp2_approx((peak[i] - top[i]) * scale);
                 base[i] = -top[i] * scale;
+                // A row that sees no token of this tile, nor of one before: its weights are all 0.
+                if VARIANT && top[i] <= NONE {
+                    base[i] = f32::NEG_INFINITY;
+                }
                 mass[i] *= shrink[i];
             }
             peak = top;

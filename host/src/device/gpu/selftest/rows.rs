@@ -52,7 +52,7 @@ pub fn rotate(head: &mut [f64], table: &[f32], position: usize, dims: usize, hal
 /// A step's arrays and a paged cache, its blocks dealt to the sequences at random.
 pub struct Paging {
     pub step: Step,
-    tables: Vec<Vec<u32>>,
+    pub tables: Vec<Vec<u32>>,
     keys: Guarded,
     values: Guarded,
 }
