@@ -117,7 +117,7 @@ pub(super) fn run(common: &Common, args: &GenerateArgs, out: &mut dyn Write) -> 
         max_tokens: args.max_tokens.unwrap_or(left.clamp(1, DEFAULT_MAX_TOKENS)),
         sampling,
         stop: args.stop.clone(),
-        top_logits: 0,
+        ..Request::default()
     };
     generate(&engine, request, common.json, out)
 }

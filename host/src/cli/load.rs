@@ -2,7 +2,7 @@
 
 use super::Common;
 use crate::catalog::{self, Catalog};
-use crate::engine::{Engine, EngineHandle, ModelText};
+use crate::engine::{Engine, EngineConfig, EngineHandle, ModelText};
 use crate::error::{Error, Result};
 use crate::model::{self, DEFAULT_CONTEXT, LoadOptions, Runner};
 use crate::tokenizer;
@@ -125,7 +125,7 @@ pub(super) fn engine(common: &Common, file: &Arc<Gguf>, tokens: usize) -> Result
 
 /// Starts an engine.
 pub(super) fn start(runner: Box<dyn Runner>, text: Arc<ModelText>) -> Result<EngineHandle> {
-    Engine::start(runner, text).map_err(|source| Error::Io {
+    Engine::start(runner, text, EngineConfig::default()).map_err(|source| Error::Io {
         path: "the engine's thread".into(),
         source,
     })

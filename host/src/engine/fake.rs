@@ -162,8 +162,32 @@ impl Text for ByteText {
     }
 
     fn render(&self, messages: &Value) -> Result<String> {
+        self.render_with(messages, None, true)
+    }
+
+    fn render_with(&self, messages: &Value, _: Option<&Value>, _: bool) -> Result<String> {
         let texts = messages.as_array().into_iter().flatten();
         Ok(texts.filter_map(|m| m["content"].as_str()).collect())
+    }
+
+    fn template(&self) -> Option<&str> {
+        Some("{{ messages }}")
+    }
+
+    fn tokenize(&self, text: &str, _: bool, _: bool) -> Result<Vec<u32>> {
+        self.encode(text)
+    }
+
+    fn token_bytes(&self, id: u32) -> Vec<u8> {
+        if id == EOS {
+            b"<end>".to_vec()
+        } else {
+            vec![id as u8]
+        }
+    }
+
+    fn is_control(&self, id: u32) -> bool {
+        id == EOS
     }
 
     fn detokenizer(&self) -> Box<dyn Detokenize + '_> {

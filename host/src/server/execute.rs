@@ -104,6 +104,7 @@ pub(super) fn parse(
         sampling,
         stop,
         top_logits,
+        ..Request::default()
     })
 }
 

@@ -1,8 +1,8 @@
 //! The worker over real sockets, on a model that is a function.
 
 use super::{Config, Server};
-use crate::engine::Engine;
 use crate::engine::fake::{ByteText, FakeRunner};
+use crate::engine::{Engine, EngineConfig};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -24,7 +24,12 @@ struct Worker {
 async fn start(mut runner: FakeRunner, step_ms: u64, config: Config) -> Worker {
     runner.step_time = Duration::from_millis(step_ms);
     let steps = runner.steps.clone();
-    let engine = Engine::start(Box::new(runner), Arc::new(ByteText)).unwrap();
+    let engine = Engine::start(
+        Box::new(runner),
+        Arc::new(ByteText),
+        EngineConfig::default(),
+    )
+    .unwrap();
     let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
     let server = Server::bind(any_port, engine.clone(), config)
         .await
