@@ -37,6 +37,7 @@ fn main() -> ExitCode {
             exact: args.exact,
             threads: args.threads,
             context: None,
+            ..LoadOptions::default()
         },
         require_gpu: false,
         results: args.results,

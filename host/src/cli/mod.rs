@@ -11,6 +11,7 @@ mod logits;
 pub mod models;
 pub mod ptx;
 mod serve;
+mod serve_config;
 mod synthetic;
 mod text;
 
@@ -67,7 +68,7 @@ enum Command {
     /// Generate once
     Generate(generate::GenerateArgs),
     /// Serve requests over HTTP
-    Serve(serve::ServeArgs),
+    Serve(Box<serve_config::ServeArgs>),
     /// Turn the text on stdin into token ids
     Tokenize(text::TokenizeArgs),
     /// Turn token ids into text
@@ -152,7 +153,10 @@ fn process_age() -> Duration {
 pub fn main() -> ExitCode {
     LazyLock::force(&STARTED);
     let cli = Cli::parse();
-    log(matches!(cli.command, Command::Serve(_)));
+    // The worker's logs depend on its settings.
+    if !matches!(cli.command, Command::Serve(_)) {
+        log(false, false);
+    }
     match run(&cli) {
         Ok(code) => code,
         // `kigo ... | head` has read what it wanted.
@@ -169,15 +173,19 @@ pub fn main() -> ExitCode {
 }
 
 /// Logs go to stderr; `KIGO_LOG` chooses them (`debug`, `kigo::server=trace`, ...).
-fn log(serving: bool) {
+fn log(serving: bool, json: bool) {
     use tracing_subscriber::EnvFilter;
     let default = if serving { "info" } else { "warn" };
     let filter = EnvFilter::try_from_env("KIGO_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt()
+    let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
+        .with_writer(std::io::stderr);
+    if json {
+        logs.json().flatten_event(true).init();
+    } else {
+        logs.init();
+    }
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {

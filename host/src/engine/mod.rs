@@ -66,6 +66,8 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// When the request fails with [`Code::InferenceTimeout`], wherever it is by then.
     pub deadline: Option<Instant>,
+    /// What the engine's log lines about it lie in.
+    pub span: Option<tracing::Span>,
 }
 
 /// How an engine treats its requests.

@@ -261,7 +261,8 @@ impl<'t> Scheduler<'t> {
             self.running[i].device_time += STALL_POLL;
             return true;
         };
-        let _span = tracing::debug_span!("step", rows = len).entered();
+        let parent = self.running[i].tracing_span();
+        let _step = tracing::debug_span!(parent: parent, "step", rows = len).entered();
         let runner = &mut self.runner;
         let sequence = &mut self.running[i];
         let result = catch_unwind(AssertUnwindSafe(|| {

@@ -142,6 +142,10 @@ impl<'t> Sequence<'t> {
         self.submission.request.deadline
     }
 
+    pub(super) fn tracing_span(&self) -> Option<tracing::Id> {
+        self.submission.request.span.as_ref()?.id()
+    }
+
     pub(super) fn is_put_back(&self) -> bool {
         self.put_back
     }
@@ -382,6 +386,8 @@ impl<'t> Sequence<'t> {
         let ms = |from: Instant, to: Instant| (to - from).as_secs_f64() * 1e3;
         let now = Instant::now();
         let (first, latest) = self.token_times.unwrap_or((now, now));
+        let span = self.submission.request.span.clone();
+        let _span = span.as_ref().map(tracing::Span::enter);
         let job_id = &self.submission.request.job_id;
         let tokens_out = self.generated();
         let (outcome, event) = match outcome {
@@ -442,6 +448,8 @@ pub(super) fn end_unstarted(
     outcome: std::result::Result<(), Failure>,
     shared: &Shared,
 ) {
+    let span = submission.request.span.clone();
+    let _span = span.as_ref().map(tracing::Span::enter);
     let job_id = &submission.request.job_id;
     let (outcome, event) = match outcome {
         Ok(()) => {

@@ -52,9 +52,21 @@ pub struct LoadOptions {
     pub exact: bool,
     /// CPU threads; `None` for all cores.
     pub threads: Option<usize>,
-    /// Tokens the KV cache holds, all sequences together; `None` for the model's own context, at
-    /// most [`DEFAULT_CONTEXT`].
+    /// Tokens of one sequence; `None` for the model's own context, at most [`DEFAULT_CONTEXT`].
     pub context: Option<usize>,
+    pub cache: CacheSize,
+}
+
+/// How large the KV cache is, all sequences together. It always holds one of the whole context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheSize {
+    /// One sequence of the whole context.
+    #[default]
+    Context,
+    /// So many bytes.
+    Bytes(u64),
+    /// So many tokens, as far as a quarter of the memory left beside the model goes.
+    UpTo(usize),
 }
 
 /// Context when none is asked for: enough for a long chat, small beside any model.
@@ -86,7 +98,7 @@ pub struct ModelInfo {
     pub vocabulary: usize,
     /// Tokens the model was trained to attend over.
     pub trained_context: usize,
-    /// Tokens the KV cache holds.
+    /// Tokens that one sequence may have here.
     pub context: usize,
     pub layers: usize,
 }

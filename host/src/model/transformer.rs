@@ -1,6 +1,8 @@
 //! A decoder-only transformer, written once over the operations of [`Device`].
 
-use super::{Config, DEFAULT_CONTEXT, LoadOptions, LoadProgress, MAX_OUTPUTS, ModelInfo, Runner};
+use super::{
+    CacheSize, Config, DEFAULT_CONTEXT, LoadOptions, LoadProgress, MAX_OUTPUTS, ModelInfo, Runner,
+};
 use crate::device::{
     BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo, Heads, Linear, Norm, Qkv, Rope, SampleRow,
 };
@@ -157,7 +159,7 @@ pub(super) fn load<D: Device>(
             )));
         }
     };
-    let cache_shape = CacheShape {
+    let mut cache_shape = CacheShape {
         layers: config.layers,
         kv_heads: config.kv_heads,
         head_dim: config.head_dim,
@@ -172,16 +174,34 @@ pub(super) fn load<D: Device>(
     let scratch_bytes = 4 * (D::STEP_ROWS * widths + MAX_OUTPUTS * config.vocabulary) as u64
         + device.working_bytes(widest);
     let rope_bytes = 4 * (context * config.rope_dims) as u64;
-    let cache_bytes = (2 * cache_shape.elements() * device.cache_element_bytes()) as u64;
-    let required = total_bytes + scratch_bytes + rope_bytes + cache_bytes;
     let free = device.free_bytes()?;
+    let beside = total_bytes + scratch_bytes + rope_bytes;
+    let bytes_of = |shape: CacheShape| (2 * shape.elements() * device.cache_element_bytes()) as u64;
+    let block_bytes = bytes_of(CacheShape {
+        blocks: 1,
+        ..cache_shape
+    });
+    let wanted = match options.cache {
+        CacheSize::Context => 0,
+        CacheSize::Bytes(bytes) => bytes / block_bytes,
+        CacheSize::UpTo(tokens) => {
+            let quarter = free.saturating_sub(beside) / 4 / block_bytes;
+            (tokens.div_ceil(BLOCK_TOKENS) as u64).min(quarter)
+        }
+    };
+    // Block numbers are 32 bits wide.
+    let wanted = wanted.min(u64::from(u32::MAX)) as usize;
+    cache_shape.blocks = cache_shape.blocks.max(wanted);
+    let cache_bytes = bytes_of(cache_shape);
+    let required = beside + cache_bytes;
     if required > free {
         return Err(Error::OutOfMemory {
             device: device.info().name.clone(),
             what: format!(
-                "{} (weights {} MiB, KV cache for {context} tokens {} MiB, working memory {} MiB)",
+                "{} (weights {} MiB, KV cache for {} tokens {} MiB, working memory {} MiB)",
                 file.path().display(),
                 total_bytes >> 20,
+                cache_shape.blocks * BLOCK_TOKENS,
                 cache_bytes >> 20,
                 (scratch_bytes + rope_bytes) >> 20
             ),
