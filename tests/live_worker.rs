@@ -72,7 +72,9 @@ fn sequences_that_run_in_turns_give_the_tokens_they_give_alone() {
         json!({ "job_id": i.to_string(), "prompt": format!("Frog number {i} says"), "max_tokens": 150,
             "temperature": 0, "repetition_penalty": 1.5 })
     };
-    let alone: Vec<String> = (0..5).map(|i| text_of(&events(worker.execute(&body(i))))).collect();
+    let alone: Vec<String> = (0..5)
+        .map(|i| text_of(&events(worker.execute(&body(i)))))
+        .collect();
     let streams: Vec<_> = (0..5).map(|i| worker.execute(&body(i))).collect();
     for (alone, stream) in alone.iter().zip(streams) {
         assert_eq!(&text_of(&events(stream)), alone);
@@ -104,11 +106,16 @@ fn sigterm_ends_streams_with_an_event_and_the_process_with_0() {
 fn a_second_signal_ends_it_at_once() {
     let mut worker = start(&["--drain-timeout", "60", "--ctx-size", "2048"]);
     // So many that they take longer than the test.
-    let streams: Vec<_> = (0..40).map(|i| worker.execute(&long(&i.to_string()))).collect();
+    let streams: Vec<_> = (0..40)
+        .map(|i| worker.execute(&long(&i.to_string())))
+        .collect();
     worker.signal("TERM");
     std::thread::sleep(Duration::from_millis(200));
     let (status, ready) = worker.ask("GET /ready", "");
-    assert!(status == 503 && ready.contains("draining"), "{status} {ready}");
+    assert!(
+        status == 503 && ready.contains("draining"),
+        "{status} {ready}"
+    );
     worker.signal("TERM");
     assert_eq!(worker.wait(Duration::from_secs(2)).code(), Some(130));
     drop(streams);
@@ -117,7 +124,10 @@ fn a_second_signal_ends_it_at_once() {
 #[test]
 fn an_orchestrator_is_told_and_told_again() {
     let orchestrator = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let url = format!("http://{}/up", orchestrator.local_addr().expect("an address"));
+    let url = format!(
+        "http://{}/up",
+        orchestrator.local_addr().expect("an address")
+    );
     let said = std::thread::spawn(move || {
         let mut bodies = Vec::new();
         for answer in ["503 Service Unavailable", "200 OK"] {
@@ -138,8 +148,12 @@ fn an_orchestrator_is_told_and_told_again() {
             let mut body = vec![0; length];
             reader.read_exact(&mut body).expect("a body");
             bodies.push(serde_json::from_slice::<Value>(&body).expect("JSON"));
-            let head = format!("HTTP/1.1 {answer}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
-            reader.get_mut().write_all(head.as_bytes()).expect("an answer");
+            let head =
+                format!("HTTP/1.1 {answer}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            reader
+                .get_mut()
+                .write_all(head.as_bytes())
+                .expect("an answer");
         }
         bodies
     });
@@ -149,7 +163,10 @@ fn an_orchestrator_is_told_and_told_again() {
     let body = &bodies[0];
     assert_eq!(body["worker_id"], "w7");
     assert_eq!(body["url"], worker.url());
-    assert_eq!((&body["backend"], &body["memory_architecture"]), (&json!("cpu"), &json!("unified")));
+    assert_eq!(
+        (&body["backend"], &body["memory_architecture"]),
+        (&json!("cpu"), &json!("unified"))
+    );
     for key in ["model_ref", "device", "memory_bytes", "capabilities"] {
         assert!(!body[key].is_null(), "{key}");
     }
@@ -157,7 +174,10 @@ fn an_orchestrator_is_told_and_told_again() {
 
 #[test]
 fn an_orchestrator_that_is_gone_is_a_failure() {
-    let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
+    let port = TcpListener::bind("127.0.0.1:0")
+        .expect("a port")
+        .local_addr()
+        .expect("an address");
     let mut process = Command::new(kigo_bin())
         .args(["serve", "--device", "cpu", "--port", "0", "--callback-url"])
         .arg(format!("http://{port}/"))
@@ -170,14 +190,29 @@ fn an_orchestrator_that_is_gone_is_a_failure() {
         .expect("kigo starts");
     let status = process.wait().expect("it ends");
     let mut said = String::new();
-    process.stderr.take().expect("a pipe").read_to_string(&mut said).expect("text");
+    process
+        .stderr
+        .take()
+        .expect("a pipe")
+        .read_to_string(&mut said)
+        .expect("text");
     assert_eq!(status.code(), Some(1));
     assert!(said.contains("--callback-url"), "{said}");
 }
 
 #[test]
 fn what_cannot_be_loaded_is_said_with_a_code() {
-    let output = kigo_tests::run(["serve", "--json", "--port", "0", "--model", "/nonexistent.gguf"], b"");
+    let output = kigo_tests::run(
+        [
+            "serve",
+            "--json",
+            "--port",
+            "0",
+            "--model",
+            "/nonexistent.gguf",
+        ],
+        b"",
+    );
     assert_eq!(output.status.code(), Some(1));
     let said: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     assert_eq!(said["error"]["code"], "MODEL_LOAD_FAILED");
@@ -185,7 +220,14 @@ fn what_cannot_be_loaded_is_said_with_a_code() {
 
 #[test]
 fn the_configuration_can_be_seen() {
-    let args = ["serve", "--print-config", "--max-queue", "5", "--listen", "unix:/run/kigo.sock"];
+    let args = [
+        "serve",
+        "--print-config",
+        "--max-queue",
+        "5",
+        "--listen",
+        "unix:/run/kigo.sock",
+    ];
     let output = kigo_tests::run(args, b"");
     let text = String::from_utf8(output.stdout).expect("text");
     assert!(text.contains("max_queue = 5\n"), "{text}");

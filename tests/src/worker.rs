@@ -29,7 +29,9 @@ impl Worker {
     /// When it does not say where it listens.
     pub fn start_on(model: &Path, device: &str, extra: &[&str]) -> Worker {
         let mut process = Command::new(crate::kigo_bin())
-            .args(["serve", "--port", "0", "--json", "--device", device, "--model"])
+            .args([
+                "serve", "--port", "0", "--json", "--device", device, "--model",
+            ])
             .arg(model)
             .args(extra)
             .env("KIGO_LOG", "warn")
@@ -118,7 +120,9 @@ impl Worker {
         let text = std::fs::read_to_string(path).expect("/proc is there");
         let anonymous = text.lines().find_map(|l| l.strip_prefix("RssAnon:"));
         let kb = anonymous.and_then(|v| v.trim().strip_suffix("kB"));
-        1024 * kb.and_then(|v| v.trim().parse::<u64>().ok()).expect("RssAnon in kB")
+        1024 * kb
+            .and_then(|v| v.trim().parse::<u64>().ok())
+            .expect("RssAnon in kB")
     }
 
     /// Sends a signal: `TERM`, `KILL`.

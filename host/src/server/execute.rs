@@ -72,7 +72,7 @@ pub(super) fn body(engine: &EngineHandle, config: &Config) -> Body {
             "Send a `metrics` event this often; none when absent",
         ),
     ];
-    fields.extend(common_fields());
+    fields.extend(common_fields(engine.model().vocabulary));
     fields.extend(sampler_fields(engine.model().vocabulary));
     let present = |name: &str, other: &str| json!({ "required": [name], "properties": { name: { "not": { "type": "null" } }, other: { "type": "null" } } });
     let rules = json!({ "oneOf": [present("prompt", "messages"), present("messages", "prompt")] });

@@ -256,7 +256,14 @@ impl Fields {
     }
 
     pub fn f32(&self, field: &str) -> Option<f32> {
-        self.get(field).and_then(Value::as_f64).map(|f| f as f32)
+        let value = self.get(field).and_then(Value::as_f64)?;
+        let single = value as f32;
+        // Above 0 stays above 0.
+        Some(if value > 0.0 && single == 0.0 {
+            f32::MIN_POSITIVE
+        } else {
+            single
+        })
     }
 
     pub fn bool(&self, field: &str) -> bool {
@@ -301,9 +308,7 @@ impl Fields {
                 integer(&value).is_some_and(|n| (*min..=*max).contains(&n))
             }
             Kind::Number { min, max } => value.as_f64().is_some_and(|n| (*min..=*max).contains(&n)),
-            Kind::Above { min, max } => value
-                .as_f64()
-                .is_some_and(|n| n as f32 > *min as f32 && n <= *max),
+            Kind::Above { min, max } => value.as_f64().is_some_and(|n| n > *min && n <= *max),
             Kind::Bool => value.is_boolean(),
             Kind::Text { min, max, any } => value.as_str().is_some_and(|s| {
                 (*min..=*max).contains(&s.chars().count())

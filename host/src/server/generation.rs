@@ -130,7 +130,7 @@ pub(super) fn sampler_fields(vocabulary: usize) -> Vec<Field> {
 }
 
 /// Fields that the OpenAI API and the native one have in common.
-pub(super) fn common_fields() -> Vec<Field> {
+pub(super) fn common_fields(vocabulary: usize) -> Vec<Field> {
     vec![
         Field::new(
             "temperature",
@@ -181,12 +181,39 @@ pub(super) fn common_fields() -> Vec<Field> {
             "logit_bias",
             Kind::Own {
                 constraint: "an object of up to 1024 token ids with a number from -100 to 100 each",
-                schema: json!({ "type": "object", "maxProperties": 1024, "propertyNames": { "pattern": "^[0-9]{1,2}$" },
+                schema: json!({ "type": "object", "maxProperties": 1024, "propertyNames": { "pattern": below(vocabulary) },
                     "additionalProperties": { "type": "number", "minimum": -100, "maximum": 100 } }),
             },
             "Added to the logits of these token ids",
         ),
     ]
+}
+
+/// A pattern of the decimal numbers below `n`.
+fn below(n: usize) -> String {
+    let last = n.saturating_sub(1).to_string();
+    let rest = |digits: usize| match digits {
+        0 => String::new(),
+        1 => "[0-9]".to_owned(),
+        n => format!("[0-9]{{{n}}}"),
+    };
+    let mut ways = vec![last.clone()];
+    for (i, digit) in last.bytes().enumerate() {
+        let least = if i == 0 && last.len() > 1 { b'1' } else { b'0' };
+        if digit > least {
+            let (low, high) = (char::from(least), char::from(digit - 1));
+            ways.push(format!(
+                "{}[{low}-{high}]{}",
+                &last[..i],
+                rest(last.len() - i - 1)
+            ));
+        }
+    }
+    for digits in 1..last.len() {
+        let first = if digits == 1 { "[0-9]" } else { "[1-9]" };
+        ways.push(format!("{first}{}", rest(digits - 1)));
+    }
+    format!("^({})$", ways.join("|"))
 }
 
 /// What these fields ask of the engine.
@@ -332,7 +359,11 @@ fn logit_bias(fields: &mut Fields, vocabulary: usize) -> Vec<(u32, f32)> {
         return Vec::new();
     };
     let read = |(id, bias): (&String, &Value)| {
-        let id: u32 = id.parse().ok().filter(|&id| (id as usize) < vocabulary)?;
+        let text = id;
+        let id: u32 = text.parse().ok().filter(|&id| (id as usize) < vocabulary)?;
+        if id.to_string() != *text {
+            return None;
+        }
         let bias = bias.as_f64().filter(|b| (-100.0..=100.0).contains(b))?;
         Some((id, bias as f32))
     };
@@ -367,5 +398,23 @@ pub(super) fn max_tokens(
             most
         }
         None => most,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::below;
+
+    #[test]
+    fn the_pattern_of_numbers_below_is_exact() {
+        for n in [1, 2, 9, 10, 11, 257, 300, 1000, 49_152] {
+            let pattern = regex::Regex::new(&below(n)).unwrap();
+            for i in 0..(2 * n).max(120) {
+                assert_eq!(pattern.is_match(&i.to_string()), i < n, "{i} below {n}");
+            }
+            for text in ["", "00", "01", "-1", "+1", "1x"] {
+                assert!(!pattern.is_match(text), "{text} below {n}");
+            }
+        }
     }
 }

@@ -159,6 +159,17 @@ pub fn document(engine: &EngineHandle, config: &Config) -> Value {
     document
 }
 
+/// A server-sent event as an object of its fields.
+fn event(name: Option<&str>, data: Value) -> Value {
+    let data =
+        json!({ "type": "string", "contentMediaType": "application/json", "contentSchema": data });
+    match name {
+        Some(name) => json!({ "type": "object", "required": ["event", "id", "data"],
+            "properties": { "event": { "const": name }, "id": { "type": "string" }, "data": data } }),
+        None => json!({ "type": "object", "required": ["data"], "properties": { "data": data } }),
+    }
+}
+
 /// Text of another kind than JSON.
 fn plain(description: &str, kind: &str) -> Value {
     json!({ "description": description, "content": { kind: { "schema": { "type": "string" } } } })
@@ -209,12 +220,21 @@ fn operation(w: &mut Writer, path: &str, engine: &EngineHandle, config: &Config)
             let metrics = w.schemas.subschema_for::<stream::StreamMetrics>();
             let end = w.schemas.subschema_for::<stream::Ended>();
             let error = w.schemas.subschema_for::<NativeFailure>();
-            let mut ok = plain(
-                "Server-sent events, numbered from 0: `started`, `token` for each token, `metrics` where asked for, then one `end` or `error`",
-                "text/event-stream",
-            );
-            ok["content"]["text/event-stream"]["x-events"] = json!({
-                "started": started, "token": token, "metrics": metrics, "end": end, "error": error });
+            let events = [
+                ("started", started),
+                ("token", token),
+                ("metrics", metrics),
+                ("end", end),
+                ("error", error),
+            ];
+            let events: Vec<Value> = events
+                .into_iter()
+                .map(|(name, data)| event(Some(name), json!(data)))
+                .collect();
+            let ok = json!({
+                "description": "Server-sent events, numbered from 0: `started`, `token` for each token, `metrics` where asked for, then one `end` or `error`; each is described here as an object",
+                "content": { "text/event-stream": { "schema": { "oneOf": events } } },
+            });
             (
                 "Generate, and stream the tokens",
                 Some(execute::body(engine, config).schema()),
@@ -296,8 +316,7 @@ fn operation(w: &mut Writer, path: &str, engine: &EngineHandle, config: &Config)
             let mut ok = w.json::<openai::chat::Completion>(
                 "The answer; with `stream` as server-sent events, a chunk each, then `[DONE]`",
             );
-            ok["content"]["text/event-stream"] =
-                json!({ "schema": { "type": "string" }, "x-events": { "message": chunk } });
+            ok["content"]["text/event-stream"] = json!({ "schema": event(None, json!(chunk)) });
             (
                 "Answer a chat",
                 Some(openai::chat::body(engine, config).schema()),
@@ -309,7 +328,10 @@ fn operation(w: &mut Writer, path: &str, engine: &EngineHandle, config: &Config)
             let mut ok = w.json::<openai::completions::TextCompletion>(
                 "The answer; with `stream` as server-sent events, a chunk each, then `[DONE]`",
             );
-            ok["content"]["text/event-stream"] = json!({ "schema": { "type": "string" } });
+            let chunk = w
+                .schemas
+                .subschema_for::<openai::completions::TextCompletion>();
+            ok["content"]["text/event-stream"] = json!({ "schema": event(None, json!(chunk)) });
             (
                 "Go on from a text",
                 Some(openai::completions::body(engine, config).schema()),
@@ -334,9 +356,9 @@ fn operation(w: &mut Writer, path: &str, engine: &EngineHandle, config: &Config)
         operation["requestBody"] =
             json!({ "required": true, "content": { "application/json": { "schema": schema } } });
         let deadline =
-            "When the request must be done: an RFC 3339 time in UTC, or milliseconds since 1970";
+            "When the request must be done: an RFC 3339 time, or milliseconds since 1970";
         operation["parameters"] = json!([{ "name": "X-Deadline", "in": "header", "description": deadline,
-            "schema": { "type": "string", "pattern": "^[1-9][0-9]{13}$" } }]);
+            "schema": { "type": "string", "anyOf": [{ "pattern": "^[0-9]{12,15}$" }, { "format": "date-time" }] } }]);
     }
     if path == "/v1/models/{model}" {
         operation["parameters"] = json!([{ "name": "model", "in": "path", "required": true, "schema": { "type": "string" } }]);

@@ -190,12 +190,16 @@ fn deadline(headers: &HeaderMap) -> Result<Option<Instant>, Failure> {
     let Some(value) = headers.get("x-deadline") else {
         return Ok(None);
     };
-    let time = value.to_str().ok().and_then(|text| match text.parse() {
-        Ok(ms) => SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms)),
-        Err(_) => humantime::parse_rfc3339(text).ok(),
+    let ms = |text: &str| {
+        let digits = (12..=15).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit());
+        text.parse().ok().filter(|_| digits)
+    };
+    let time = value.to_str().ok().and_then(|text| match ms(text) {
+        Some(ms) => SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms)),
+        None => text.parse::<jiff::Timestamp>().ok().map(SystemTime::from),
     });
     let Some(time) = time else {
-        let what = "X-Deadline is neither an RFC 3339 time in UTC nor milliseconds since 1970";
+        let what = "X-Deadline is neither an RFC 3339 time nor milliseconds since 1970";
         return Err(Failure::new(Code::InvalidRequest, what));
     };
     let left = time.duration_since(SystemTime::now()).unwrap_or_default();

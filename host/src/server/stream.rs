@@ -36,7 +36,7 @@ pub(super) struct Token {
     /// Counts from 0.
     i: usize,
     /// With the first token, where `top_logits` asks for it: `[id, logit]`, greatest first.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     top: Vec<(u32, f32)>,
 }
 

@@ -53,7 +53,7 @@ pub(super) fn detokenize_body(vocabulary: usize) -> Body {
 pub(super) fn template_body() -> Body {
     Body {
         fields: vec![
-            Field::new("messages", super::execute::messages_kind(), "The chat").required(),
+            Field::new("messages", super::openai::messages::kind(), "The chat").required(),
             Field::new(
                 "tools",
                 super::openai::tools::kind(),

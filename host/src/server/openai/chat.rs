@@ -24,7 +24,7 @@ pub(in super::super) fn body(engine: &EngineHandle, config: &Config) -> Body {
             "json_schema": { "type": "object", "required": ["name", "schema"], "additionalProperties": false, "properties": {
                 "name": { "type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$" },
                 "description": { "type": "string" },
-                "schema": { "type": "object", "additionalProperties": false, "properties": { "type": { "enum": ["object", "string", "integer"] } } },
+                "schema": { "type": "object", "description": "A JSON schema" },
                 "strict": { "type": ["boolean", "null"] } } } } },
     ] });
     let mut fields = vec![
@@ -70,9 +70,11 @@ pub(in super::super) fn body(engine: &EngineHandle, config: &Config) -> Body {
         ),
     ];
     fields.extend(shared_fields(engine));
+    let mut rules = shared_rules();
+    rules.push(needs("top_logprobs", "logprobs"));
     Body {
         fields,
-        ..Body::default()
+        rules: all_of(rules),
     }
 }
 
@@ -245,7 +247,7 @@ struct Message {
     role: &'static str,
     content: Option<String>,
     refusal: Option<String>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<ToolCall>,
 }
 
@@ -310,7 +312,7 @@ struct Delta {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<String>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<DeltaCall>,
 }
 

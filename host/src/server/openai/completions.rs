@@ -50,7 +50,7 @@ pub(in super::super) fn body(engine: &EngineHandle, config: &Config) -> Body {
     fields.extend(shared_fields(engine));
     Body {
         fields,
-        ..Body::default()
+        rules: all_of(shared_rules()),
     }
 }
 

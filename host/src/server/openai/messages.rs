@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 
-pub(super) fn kind() -> Kind {
+pub(in super::super) fn kind() -> Kind {
     let text = json!({ "type": "string" });
     let part = json!({ "type": "object", "required": ["type", "text"], "additionalProperties": false,
         "properties": { "type": { "const": "text" }, "text": text } });
@@ -14,7 +14,7 @@ pub(super) fn kind() -> Kind {
         "properties": { "id": text, "type": { "const": "function" },
             "function": { "type": "object", "required": ["name", "arguments"], "additionalProperties": false,
                 "properties": { "name": text,
-                    "arguments": { "type": "string", "description": "A JSON object", "pattern": r"^\{\}$" } } } } });
+                    "arguments": { "type": "string", "description": "A JSON object", "contentMediaType": "application/json" } } } } });
     let message = |roles: &[&str], required: &[&str], extra: Value| {
         let mut properties = json!({ "role": { "enum": roles }, "content": content, "name": text });
         if let (Some(properties), Some(extra)) = (properties.as_object_mut(), extra.as_object()) {

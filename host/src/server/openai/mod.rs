@@ -115,9 +115,28 @@ fn shared_fields(engine: &EngineHandle) -> Vec<Field> {
             "The client's own name for its user; not used",
         ),
     ];
-    fields.extend(common_fields());
+    fields.extend(common_fields(engine.model().vocabulary));
     fields.extend(sampler_fields(engine.model().vocabulary));
     fields
+}
+
+/// A rule, in JSON Schema: the first field only where the second one is true.
+fn needs(field: &str, other: &str) -> Value {
+    json!({ "anyOf": [
+        { "properties": { field: { "type": "null" } } },
+        { "properties": { other: { "const": true } }, "required": [other] },
+    ] })
+}
+
+/// Rules that chat and completions share.
+fn shared_rules() -> Vec<Value> {
+    vec![needs("stream_options", "stream")]
+}
+
+fn all_of(rules: Vec<Value>) -> serde_json::Map<String, Value> {
+    [("allOf".to_owned(), Value::Array(rules))]
+        .into_iter()
+        .collect()
 }
 
 /// What the shared fields ask for.

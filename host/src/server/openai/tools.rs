@@ -29,9 +29,7 @@ pub(in super::super) fn kind() -> Kind {
                 "function": { "type": "object", "required": ["name"], "additionalProperties": false, "properties": {
                     "name": { "type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$" },
                     "description": { "type": "string" },
-                    "parameters": { "type": "object", "description": "A JSON schema of an object",
-                        "additionalProperties": false, "properties": {
-                            "type": { "const": "object" }, "properties": { "type": "object", "additionalProperties": { "type": "object", "maxProperties": 0 } } } },
+                    "parameters": { "type": "object", "description": "A JSON schema of an object" },
                     "strict": { "type": ["boolean", "null"] } } } } } }),
     }
 }
