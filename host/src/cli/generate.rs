@@ -133,7 +133,7 @@ fn generate(
     let mut answer = String::new();
     while let Some(event) = job.blocking_next() {
         match event {
-            Event::Started => {}
+            Event::Started | Event::Embedding(_) => {}
             Event::Token { id, text, .. } => {
                 ids.push(id);
                 if !as_json {

@@ -8,6 +8,7 @@ mod generate;
 pub mod inspect;
 mod load;
 mod logits;
+mod logs;
 pub mod models;
 pub mod ptx;
 mod serve;
@@ -21,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::model::DeviceChoice;
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
-use std::io::{ErrorKind, IsTerminal, Write};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::LazyLock;
@@ -155,7 +156,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     // The worker's logs depend on its settings.
     if !matches!(cli.command, Command::Serve(_)) {
-        log(false, false);
+        logs::init(false, false);
     }
     match run(&cli) {
         Ok(code) => code,
@@ -169,22 +170,6 @@ pub fn main() -> ExitCode {
             let _ = writeln!(std::io::stderr(), "error: {error}");
             ExitCode::FAILURE
         }
-    }
-}
-
-/// Logs go to stderr; `KIGO_LOG` chooses them (`debug`, `kigo::server=trace`, ...).
-fn log(serving: bool, json: bool) {
-    use tracing_subscriber::EnvFilter;
-    let default = if serving { "info" } else { "warn" };
-    let filter = EnvFilter::try_from_env("KIGO_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let logs = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
-    if json {
-        logs.json().flatten_event(true).init();
-    } else {
-        logs.init();
     }
 }
 

@@ -1,7 +1,7 @@
 //! `kigo serve`.
 
 use super::serve_config::{LogFormat, ServeArgs, Settings};
-use super::{Common, load, print_json, stdout_error};
+use super::{Common, load, logs, print_json, stdout_error};
 use crate::engine::{EngineHandle, Failure};
 use crate::error::{Error, Result};
 use crate::server::{EngineSlot, WorkerInfo};
@@ -20,7 +20,7 @@ pub(super) fn run(common: &Common, args: &ServeArgs, out: &mut dyn Write) -> Res
         return Ok(());
     }
     settings.check()?;
-    super::log(true, settings.log_format == LogFormat::Json);
+    logs::init(true, settings.log_format == LogFormat::Json);
     raise_file_limit();
     let runtime = tokio::runtime::Runtime::new().map_err(|source| Error::Io {
         path: "the async runtime".into(),
@@ -29,6 +29,7 @@ pub(super) fn run(common: &Common, args: &ServeArgs, out: &mut dyn Write) -> Res
     let served = runtime.block_on(serve(&common, &settings, out));
     // What still computes must not hold up the end.
     runtime.shutdown_timeout(Duration::from_secs(1));
+    logs::flush();
     if let (Err(error), true) = (&served, common.json) {
         let failure = Failure::from_load_error(error);
         print_json(out, &json!({ "error": failure }))?;

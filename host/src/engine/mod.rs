@@ -32,7 +32,7 @@ pub use metrics::{Metrics, Outcome, OutcomeLabel};
 pub use text::{Detokenize, ModelText, Text};
 
 use crate::device::{BLOCK_TOKENS, DeviceInfo};
-use crate::model::{ModelInfo, Runner};
+use crate::model::{ModelInfo, Pooling, Runner};
 use crate::sampling::{Chain, SamplingParams};
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -64,6 +64,8 @@ pub struct Request {
     pub top_logits: usize,
     /// Report each token's log-probability, and that of so many of the likeliest.
     pub logprobs: Option<usize>,
+    /// Pool the prompt's hidden states instead of generating.
+    pub embed: Option<Pooling>,
     /// When the request fails with [`Code::InferenceTimeout`], wherever it is by then.
     pub deadline: Option<Instant>,
     /// What the engine's log lines about it lie in.
@@ -155,6 +157,8 @@ pub enum Event {
         /// Where [`Request::logprobs`] asks for it.
         logprobs: Option<Box<LogProbs>>,
     },
+    /// Where [`Request::embed`] asks for it, in place of tokens: a vector of length 1.
+    Embedding(Vec<f32>),
     End(End),
     Error(Failure),
 }

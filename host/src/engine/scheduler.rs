@@ -223,7 +223,7 @@ impl<'t> Scheduler<'t> {
             if let Some(span) = self.running[i].span(0, len, &mut self.pool) {
                 let sequence = &self.running[i];
                 let tokens = sequence.pending()[..len].to_vec();
-                let outputs = if len == sequence.pending().len() {
+                let outputs = if len == sequence.pending().len() && !sequence.is_embedding() {
                     vec![len - 1]
                 } else {
                     Vec::new()
@@ -298,6 +298,7 @@ impl<'t> Scheduler<'t> {
         sequence.device_time += took;
         sequence.advance(len);
         let ended = match outcome {
+            None if sequence.is_embedding() => sequence.embedded().map(Ok),
             None => None,
             Some(Ok(token)) => sequence.take(token).map(Ok),
             Some(Err(failure)) => Some(Err(failure)),
@@ -335,6 +336,9 @@ fn execute(
     sequence: &mut Sequence<'_>,
 ) -> Result<Option<std::result::Result<super::sequence::Chosen, Failure>>> {
     runner.forward(batch)?;
+    if sequence.is_embedding() {
+        sequence.gather(runner, batch.tokens.len())?;
+    }
     if batch.outputs.is_empty() {
         return Ok(None);
     }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::device::{SampleRow, Span};
 use crate::error::{Error, Result};
-use crate::model::Runner;
+use crate::model::{Pooling, Runner};
 use crate::sampling::{
     ChainState, History, StopMatcher, sample, sample_chain, uniform, uniform_pair,
 };
@@ -39,6 +39,8 @@ pub(super) struct Sequence<'t> {
     chain_state: ChainState,
     detokenizer: Box<dyn Detokenize + 't>,
     stops: StopMatcher,
+    /// The sum of hidden states so far, or the last one.
+    pooled: Vec<f64>,
     started: Instant,
     /// When the first and the latest token came.
     token_times: Option<(Instant, Instant)>,
@@ -93,6 +95,7 @@ impl<'t> Sequence<'t> {
             chain_state: ChainState::default(),
             detokenizer: shared.text.detokenizer(),
             stops: StopMatcher::new(submission.request.stop.iter().cloned()),
+            pooled: Vec::new(),
             started: Instant::now(),
             token_times: None,
             stalled: None,
@@ -204,6 +207,48 @@ impl<'t> Sequence<'t> {
 
     fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_tokens
+    }
+
+    pub(super) fn is_embedding(&self) -> bool {
+        self.submission.request.embed.is_some()
+    }
+
+    /// Takes the hidden states of the step's `len` rows.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub(super) fn gather(&mut self, runner: &mut dyn Runner, len: usize) -> Result<()> {
+        if self.cached == 0 {
+            // Anew, where the sequence was put back.
+            self.pooled.clear();
+        }
+        let rows = match self.submission.request.embed {
+            Some(Pooling::Mean) => 0..len,
+            _ => len - 1..len,
+        };
+        for row in rows {
+            let hidden = runner.hidden(row)?;
+            if self.pooled.is_empty() || self.submission.request.embed == Some(Pooling::Last) {
+                self.pooled = hidden.into_iter().map(f64::from).collect();
+            } else {
+                let sums = self.pooled.iter_mut().zip(hidden);
+                sums.for_each(|(sum, x)| *sum += f64::from(x));
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the embedding once the whole prompt is in it.
+    pub(super) fn embedded(&mut self) -> Option<StopReason> {
+        if !self.pending().is_empty() {
+            return None;
+        }
+        // The mean's divisor is lost in the length of 1.
+        let length = self.pooled.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let scale = if length > 0.0 { 1.0 / length } else { 0.0 };
+        let vector = self.pooled.iter().map(|x| (x * scale) as f32).collect();
+        self.send(Event::Embedding(vector));
+        Some(StopReason::Eos)
     }
 
     /// Chooses the next token from the logits of the runner's last step. The inner error is this

@@ -597,3 +597,36 @@ fn log_probabilities_come_with_each_token() {
         }
     }
 }
+
+#[test]
+fn embeddings_are_pooled_over_the_whole_prompt() {
+    // 1,300 tokens go in three steps; the fake's hidden state is the token and its position.
+    let prompt: String = (0..1300)
+        .map(|i| char::from(b'a' + (i % 23) as u8))
+        .collect();
+    let engine = start(FakeRunner::hashing(2048));
+    let run = |pooling| {
+        let mut r = request(&prompt, 1);
+        r.embed = Some(pooling);
+        let events = drain(engine.submit(r).unwrap());
+        match &events[..] {
+            [Event::Started, Event::Embedding(vector), Event::End(end)] => {
+                assert_eq!((end.tokens_out, end.prompt_tokens), (0, 1300));
+                vector.clone()
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let tokens: f64 = prompt.bytes().map(f64::from).sum();
+    let positions = (1299 * 1300 / 2) as f64;
+    for (pooling, x, y) in [
+        (Pooling::Mean, tokens, positions),
+        (Pooling::Last, f64::from(prompt.as_bytes()[1299]), 1299.0),
+    ] {
+        let length = x.hypot(y);
+        let vector = run(pooling);
+        assert!((f64::from(vector[0]) - x / length).abs() < 1e-6);
+        assert!((f64::from(vector[1]) - y / length).abs() < 1e-6);
+    }
+    assert_idle(&engine);
+}

@@ -101,6 +101,17 @@ pub struct ModelInfo {
     /// Tokens that one sequence may have here.
     pub context: usize,
     pub layers: usize,
+    /// How the file says that hidden states become an embedding; `None` for a model that makes none.
+    pub pooling: Option<Pooling>,
+}
+
+/// How the hidden states of a text become one vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pooling {
+    Mean,
+    /// That of the last token.
+    Last,
 }
 
 /// A loaded model on its device, whichever that is.
@@ -124,6 +135,10 @@ pub trait Runner: Send {
 
     /// Chooses a token from each of the first `rows.len()` logit rows of the last [`Runner::forward`].
     fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<u32>>;
+
+    /// The hidden state of row `row` of the last [`Runner::forward`], after the output norm: what the output
+    /// matrix multiplies. As long as an embedding.
+    fn hidden(&mut self, row: usize) -> Result<Vec<f32>>;
 
     /// The logits of output `i` of the last [`Runner::forward`], `vocabulary` long.
     fn logits(&mut self, output: usize) -> Result<Vec<f32>>;

@@ -1,7 +1,8 @@
 //! A decoder-only transformer, written once over the operations of [`Device`].
 
 use super::{
-    CacheSize, Config, DEFAULT_CONTEXT, LoadOptions, LoadProgress, MAX_OUTPUTS, ModelInfo, Runner,
+    CacheSize, Config, DEFAULT_CONTEXT, LoadOptions, LoadProgress, MAX_OUTPUTS, ModelInfo, Pooling,
+    Runner,
 };
 use crate::device::{
     BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo, Heads, Linear, Norm, Qkv, Rope, SampleRow,
@@ -278,6 +279,7 @@ pub(super) fn load<D: Device>(
         trained_context: config.context,
         context,
         layers: config.layers,
+        pooling: pooling(file, config.architecture.name)?,
     };
     let device_info = device.info().clone();
     Ok(Box::new(Transformer {
@@ -294,6 +296,16 @@ pub(super) fn load<D: Device>(
         cache,
         scratch,
     }))
+}
+
+/// `ARCHITECTURE.pooling_type`, as files number them.
+fn pooling(file: &Gguf, architecture: &str) -> Result<Option<Pooling>> {
+    let key = format!("{architecture}.pooling_type");
+    Ok(match file.metadata().opt_u64(&key)? {
+        Some(1) => Some(Pooling::Mean),
+        Some(3) => Some(Pooling::Last),
+        _ => None,
+    })
 }
 
 impl<D: Device> Transformer<D> {
@@ -436,6 +448,20 @@ impl<D: Device> Runner for Transformer<D> {
     fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<u32>> {
         self.device
             .sample(&self.scratch.logits, self.config.vocabulary, rows)
+    }
+
+    fn hidden(&mut self, row: usize) -> Result<Vec<f32>> {
+        let n = self.config.embedding;
+        let (mut x, mut weight) = (vec![0.0; n], vec![0.0; n]);
+        self.device.read(&self.scratch.x, row * n, &mut x)?;
+        self.device.read(&self.output_norm, 0, &mut weight)?;
+        // Once for each row of a text, so the host does it.
+        let squares: f64 = x.iter().map(|&v| f64::from(v).powi(2)).sum();
+        let scale = 1.0 / (squares / n as f64 + f64::from(self.config.rms_eps)).sqrt();
+        let normed = x.iter().zip(&weight);
+        Ok(normed
+            .map(|(&v, &w)| (f64::from(v) * scale) as f32 * w)
+            .collect())
     }
 
     fn logits(&mut self, output: usize) -> Result<Vec<f32>> {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
 pub(super) const MAX_STOPS: usize = 4;
-/// Bytes of a stop string at most.
+/// Characters of a stop string at most.
 pub(super) const MAX_STOP: usize = 256;
 /// A day: past it, no deadline is meant.
 const MAX_TIMEOUT_MS: u64 = 86_400_000;
@@ -169,10 +169,10 @@ pub(super) fn common_fields(vocabulary: usize) -> Vec<Field> {
         Field::new(
             "stop",
             Kind::Own {
-                constraint: "up to 4 strings of 1 to 256 bytes",
+                constraint: "up to 4 strings of 1 to 256 characters",
                 schema: json!({ "anyOf": [
-                    { "type": "string", "minLength": 1, "maxLength": 64 },
-                    { "type": "array", "maxItems": MAX_STOPS, "items": { "type": "string", "minLength": 1, "maxLength": 64 } },
+                    { "type": "string", "minLength": 1, "maxLength": MAX_STOP },
+                    { "type": "array", "maxItems": MAX_STOPS, "items": { "type": "string", "minLength": 1, "maxLength": MAX_STOP } },
                 ] }),
             },
             "Text at which generation ends; it is not part of the answer",
@@ -337,10 +337,10 @@ fn stop(fields: &mut Fields) -> Vec<String> {
     };
     let fits = |v: &Value| {
         v.as_str()
-            .is_some_and(|s| (1..=MAX_STOP).contains(&s.len()))
+            .is_some_and(|s| (1..=MAX_STOP).contains(&s.chars().count()))
     };
     if list.len() > MAX_STOPS || !list.iter().all(fits) {
-        let constraint = format!("up to {MAX_STOPS} strings of 1 to {MAX_STOP} bytes");
+        let constraint = format!("up to {MAX_STOPS} strings of 1 to {MAX_STOP} characters");
         let found = format!(
             "there are {}, or one of them is not of that form",
             list.len()

@@ -166,7 +166,11 @@ fn event(name: Option<&str>, data: Value) -> Value {
     match name {
         Some(name) => json!({ "type": "object", "required": ["event", "id", "data"],
             "properties": { "event": { "const": name }, "id": { "type": "string" }, "data": data } }),
-        None => json!({ "type": "object", "required": ["data"], "properties": { "data": data } }),
+        None => {
+            let done = json!({ "const": "[DONE]" });
+            let of = |data: Value| json!({ "type": "object", "required": ["data"], "properties": { "data": data } });
+            json!({ "anyOf": [of(data), of(done)] })
+        }
     }
 }
 
@@ -316,7 +320,7 @@ fn operation(w: &mut Writer, path: &str, engine: &EngineHandle, config: &Config)
             let mut ok = w.json::<openai::chat::Completion>(
                 "The answer; with `stream` as server-sent events, a chunk each, then `[DONE]`",
             );
-            ok["content"]["text/event-stream"] = json!({ "schema": event(None, json!(chunk)) });
+            ok["content"]["text/event-stream"] = json!({ "schema": event(None, json!({ "anyOf": [chunk, w.schemas.subschema_for::<openai::ErrorBody>()] })) });
             (
                 "Answer a chat",
                 Some(openai::chat::body(engine, config).schema()),
@@ -331,7 +335,7 @@ fn operation(w: &mut Writer, path: &str, engine: &EngineHandle, config: &Config)
             let chunk = w
                 .schemas
                 .subschema_for::<openai::completions::TextCompletion>();
-            ok["content"]["text/event-stream"] = json!({ "schema": event(None, json!(chunk)) });
+            ok["content"]["text/event-stream"] = json!({ "schema": event(None, json!({ "anyOf": [chunk, w.schemas.subschema_for::<openai::ErrorBody>()] })) });
             (
                 "Go on from a text",
                 Some(openai::completions::body(engine, config).schema()),
@@ -341,8 +345,11 @@ fn operation(w: &mut Writer, path: &str, engine: &EngineHandle, config: &Config)
         }
         _ => (
             "Embed texts",
-            Some(openai::embeddings::body().schema()),
-            (200, w.value("The embeddings", json!({ "type": "object" }))),
+            Some(openai::embeddings::body(engine).schema()),
+            (
+                200,
+                w.json::<openai::embeddings::Embeddings>("The embeddings"),
+            ),
             &WORK,
         ),
     };

@@ -118,7 +118,7 @@ async fn dispatch<B: Buf>(
         "/apply-template" => blocking(state, move |state| text::apply_template(&body, state)).await,
         "/v1/chat/completions" => openai::chat::respond(body, deadline, state).await,
         "/v1/completions" => openai::completions::respond(body, deadline, state).await,
-        "/v1/embeddings" => openai::embeddings::respond(body, state).await,
+        "/v1/embeddings" => openai::embeddings::respond(body, deadline, state).await,
         _ => failed(&Failure::new(Code::NotFound, "there is no such path")),
     }
 }

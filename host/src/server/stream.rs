@@ -203,6 +203,10 @@ impl EventStream {
                 ("end", json!(data))
             }
             Some(Event::Error(failure)) => self.fail(failure),
+            Some(Event::Embedding(_)) => {
+                let what = "an embedding came where tokens were asked for";
+                self.fail(Failure::new(Code::Internal, what))
+            }
             None => {
                 let what = "the engine's thread ended before the answer did";
                 self.fail(Failure::new(Code::Internal, what))

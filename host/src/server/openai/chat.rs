@@ -365,7 +365,7 @@ impl Growing {
     fn take(&mut self, engine: &EngineHandle, event: Event) -> Result<Added, Failure> {
         let mut added = Added::default();
         let parts = match event {
-            Event::Started => return Ok(added),
+            Event::Started | Event::Embedding(_) => return Ok(added),
             Event::Token {
                 id, text, logprobs, ..
             } => {

@@ -280,7 +280,7 @@ impl TextStream {
             finish_reason: None,
         };
         match event {
-            Event::Started => return Ok(None),
+            Event::Started | Event::Embedding(_) => return Ok(None),
             Event::Token {
                 id, text, logprobs, ..
             } => {

@@ -107,6 +107,12 @@ fn tool(value: &Value) -> Option<Tool> {
             .as_object()?
             .keys()
             .all(|k| known.contains(&k.as_str()));
+    let is_text = |v: &Value| v.is_string() || v.is_null();
+    let is_flag = |v: &Value| v.is_boolean() || v.is_null();
+    let fits = fits
+        && value.as_object()?.len() == 2
+        && is_text(&function["description"])
+        && is_flag(&function["strict"]);
     let parameters = match &function["parameters"] {
         Value::Null => json!({ "type": "object", "properties": {}, "additionalProperties": false }),
         Value::Object(map) => {
