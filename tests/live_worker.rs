@@ -104,7 +104,7 @@ fn sigterm_ends_streams_with_an_event_and_the_process_with_0() {
 
 #[test]
 fn a_second_signal_ends_it_at_once() {
-    let mut worker = start(&["--drain-timeout", "60", "--ctx-size", "2048"]);
+    let mut worker = start(&["--drain-timeout", "60"]);
     // So many that they take longer than the test.
     let streams: Vec<_> = (0..40)
         .map(|i| worker.execute(&long(&i.to_string())))
@@ -216,6 +216,39 @@ fn what_cannot_be_loaded_is_said_with_a_code() {
     assert_eq!(output.status.code(), Some(1));
     let said: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     assert_eq!(said["error"]["code"], "MODEL_LOAD_FAILED");
+}
+
+#[test]
+fn logs_are_json_where_asked_for_and_hold_no_prompt() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("log");
+    let log = std::fs::File::create(&path).expect("a file");
+    let worker = Worker::start_logging(&tiny(), &["--log-format", "json"], log);
+    let body = json!({ "job_id": "j7", "prompt": "unspeakable pond", "max_tokens": 3, "stop": ["unspeakable stop"] });
+    let body = body.to_string();
+    let n = body.len();
+    let mut stream = TcpStream::connect(&worker.address).expect("the worker listens");
+    let head =
+        "POST /execute HTTP/1.1\r\nhost: kigo\r\nconnection: close\r\nx-correlation-id: c-42";
+    write!(stream, "{head}\r\ncontent-length: {n}\r\n\r\n{body}").expect("the worker reads");
+    events(BufReader::new(stream));
+    let (status, _) = worker.ask(
+        "POST /execute",
+        &body.replace("\"max_tokens\":3", "\"max_tokens\":0"),
+    );
+    assert_eq!(status, 400);
+    drop(worker);
+    let text = std::fs::read_to_string(&path).expect("the log");
+    assert!(!text.contains("unspeakable"), "{text}");
+    let lines: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON in every line"))
+        .collect();
+    let ended = lines
+        .iter()
+        .find(|l| l["job_id"] == "j7" && l["message"] == "ended");
+    let ended = ended.unwrap_or_else(|| panic!("{text}"));
+    assert_eq!(ended["span"]["correlation_id"], "c-42");
 }
 
 #[test]

@@ -18,6 +18,8 @@ struct Size {
     waves: usize,
     stalled: usize,
     leaving: usize,
+    /// Tokens of an answer that goes on for long, within the model's context.
+    long: usize,
 }
 
 fn small() -> Size {
@@ -27,6 +29,7 @@ fn small() -> Size {
         waves: 2,
         stalled: 60,
         leaving: 100,
+        long: 900,
     }
 }
 
@@ -37,6 +40,7 @@ fn full() -> Size {
         waves: 4,
         stalled: 500,
         leaving: 1000,
+        long: 1500,
     }
 }
 
@@ -184,7 +188,7 @@ fn stalled_clients(size: &Size) {
             .expect("half a head");
         held.push(slow);
         let mut stalled = connect(&worker.address);
-        send(&mut stalled, &body(&format!("stalled {i}"), i, 1500));
+        send(&mut stalled, &body(&format!("stalled {i}"), i, size.long));
         held.push(stalled);
     }
     for round in 0..5 {
@@ -277,7 +281,7 @@ fn wait_for_load(worker: &Worker) {
 
 fn terminated_under_load(size: &Size) {
     let mut worker = start(size, &["--drain-timeout", "2"]);
-    let streams = loaded(&worker, 40, 1500);
+    let streams = loaded(&worker, 40, size.long);
     wait_for_load(&worker);
     let began = Instant::now();
     worker.signal("TERM");
@@ -296,7 +300,7 @@ fn terminated_under_load(size: &Size) {
 fn killed_under_load(size: &Size) {
     let mut worker = start(size, &[]);
     let alone = text_of(&events(worker.execute(&body("alone", 2, 16))));
-    let streams = loaded(&worker, 20, 1500);
+    let streams = loaded(&worker, 20, size.long);
     wait_for_load(&worker);
     worker.signal("KILL");
     worker.wait(Duration::from_secs(5));

@@ -14,7 +14,7 @@ program = pathlib.Path(sys.executable).with_name("st")
 examples = max(1, cases // 30)
 command = [
     program, "--config-file", here / "schemathesis.toml", "run", f"{url}/openapi.json", "--checks", "all",
-    "--phases", "examples,coverage,fuzzing", "--max-examples", str(examples), "--seed", "1", "--continue-on-failure",
+    "--phases", "examples,coverage,fuzzing", "--max-examples", str(examples), "--seed", "1", "--continue-on-failure", "--request-timeout", "60",
     # It would end the worker under test; a test of its own does that.
     "--exclude-path", "/shutdown",
 ]

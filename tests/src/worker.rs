@@ -28,13 +28,28 @@ impl Worker {
     /// # Panics
     /// When it does not say where it listens.
     pub fn start_on(model: &Path, device: &str, extra: &[&str]) -> Worker {
-        let mut process = Command::new(crate::kigo_bin())
+        let mut command = Command::new(crate::kigo_bin());
+        command.env("KIGO_LOG", "warn");
+        Self::run(command, model, device, extra)
+    }
+
+    /// As [`Worker::start`], on the CPU, with its log in a file.
+    ///
+    /// # Panics
+    /// When it does not say where it listens.
+    pub fn start_logging(model: &Path, extra: &[&str], log: std::fs::File) -> Worker {
+        let mut command = Command::new(crate::kigo_bin());
+        command.env("KIGO_LOG", "debug").stderr(log);
+        Self::run(command, model, "cpu", extra)
+    }
+
+    fn run(mut command: Command, model: &Path, device: &str, extra: &[&str]) -> Worker {
+        let mut process = command
             .args([
                 "serve", "--port", "0", "--json", "--device", device, "--model",
             ])
             .arg(model)
             .args(extra)
-            .env("KIGO_LOG", "warn")
             .stdout(Stdio::piped())
             .spawn()
             .expect("kigo starts");

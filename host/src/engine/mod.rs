@@ -308,6 +308,8 @@ impl Engine {
             mean_ms: AtomicU64::new(0),
             grammars: OnceLock::new(),
         });
+        let memory = shared.device.memory_bytes;
+        shared.metrics.device_memory.set(memory as i64);
         let (submissions, receiver) = std_mpsc::channel();
         let for_thread = shared.clone();
         std::thread::Builder::new()

@@ -293,7 +293,7 @@ impl TextStream {
                 choice.text = text;
             }
             Event::End(end) => {
-                self.usage.add(&end, index % self.n == 0);
+                self.usage.add(&end, index.is_multiple_of(self.n));
                 self.left -= 1;
                 choice.finish_reason = Some(finish_reason(&end)?);
             }

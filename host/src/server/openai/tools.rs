@@ -28,8 +28,8 @@ pub(in super::super) fn kind() -> Kind {
                 "type": { "const": "function" },
                 "function": { "type": "object", "required": ["name"], "additionalProperties": false, "properties": {
                     "name": { "type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$" },
-                    "description": { "type": "string" },
-                    "parameters": { "type": "object", "description": "A JSON schema of an object" },
+                    "description": { "type": ["string", "null"] },
+                    "parameters": { "type": ["object", "null"], "description": "A JSON schema of an object" },
                     "strict": { "type": ["boolean", "null"] } } } } } }),
     }
 }
@@ -286,7 +286,8 @@ impl CallParser {
 
     /// White space between calls is none of the answer.
     fn content(&self, text: &str, parts: &mut Vec<Part>) {
-        if !text.is_empty() && !(self.calls > 0 && text.trim().is_empty()) {
+        let between = self.calls > 0 && text.trim().is_empty();
+        if !text.is_empty() && !between {
             parts.push(Part::Content(text.to_owned()));
         }
     }
