@@ -85,7 +85,7 @@ pub unsafe fn dequantise(a: DequantiseArgs) {
     unsafe {
         let g = warp_first + lane;
         if g < total {
-            let w = unpack_f16(m, part.first as usize * groups + g);
+            let w = unpack_f16(m, part.first as usize + g / groups, g % groups);
             for i in 0..4 {
                 let v = [w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]];
                 staging(lane * 4 + i).store_v4(v);

@@ -41,7 +41,7 @@ pub unsafe fn linear_exact(a: LinearArgs) {
     unsafe {
         let mut g = lane;
         while g < groups {
-            let w = unpack(&a.matrix, r * groups + g);
+            let w = unpack(&a.matrix, r, g);
             for t in 0..ROWS {
                 if first + t < rows {
                     let x = a.x.add((first + t) * len + g * GROUP);

@@ -76,7 +76,7 @@ unsafe fn unpack_w(m: &Matrix, first_row: usize, k: usize) -> [u32; 16] {
     let r = first_row + t / 2;
     let g = k / GROUP + t % 2;
     if r < m.rows as usize && g < m.groups() {
-        unsafe { unpack_f16(m, r * m.groups() + g) }
+        unsafe { unpack_f16(m, r, g) }
     } else {
         [0; 16]
     }

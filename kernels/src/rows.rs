@@ -176,7 +176,7 @@ pub unsafe fn embed(a: EmbedArgs) {
             return;
         }
         let token = ldg_u32(a.step.tokens.add(row)) as usize;
-        let v = unpack(&a.table, token * a.table.groups() + group);
+        let v = unpack(&a.table, token, group);
         let len = a.len as usize;
         for i in 0..GROUP {
             let e = group * GROUP + i;

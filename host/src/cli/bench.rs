@@ -1,6 +1,6 @@
 //! `kigo bench`: seconds to load, tokens per second of prefill and decode.
 
-use super::{Common, load, positive, print_json, stdout_error, synthetic};
+use super::{Common, load, positive, print_json, profile, stdout_error, synthetic};
 use crate::engine::Direct;
 use crate::error::Result;
 use crate::model;
@@ -33,6 +33,9 @@ pub(super) struct BenchArgs {
     /// Measure also how long after the start of the process the token after the prompt is there
     #[arg(long)]
     first_token: bool,
+    /// Time each operation of a decode step, by the device's clock (GPUs only)
+    #[arg(long)]
+    profile: bool,
 }
 
 pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Result<()> {
@@ -98,6 +101,12 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
         }
     }
 
+    let profile = if args.profile {
+        profile::measure(&mut direct, args.depth, ids(1)[0])?
+    } else {
+        Vec::new()
+    };
+
     let runner = direct.runner();
     let (model, device) = (runner.info(), runner.device());
     if common.json {
@@ -116,6 +125,7 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
             "depth": args.depth,
             "pp": { "n": args.prompt, "tokens_per_s": prefill },
             "tg": { "n": args.generate, "tokens_per_s": decode },
+            "profile": profile,
         });
         return print_json(out, &value);
     }
@@ -139,6 +149,9 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
                 "{name}{n:<6} {mean:.1} ± {deviation:.1} tokens/s\n"
             ));
         }
+    }
+    if args.profile {
+        report.push_str(&profile::table(&profile));
     }
     write!(out, "{report}").map_err(stdout_error)
 }

@@ -151,6 +151,20 @@ pub struct SampleRow<'a> {
 ///
 /// Operations work on the rows of the batch given to [`Device::step`], in order, and may be queued:
 /// an error of one may show at a later one, at [`Device::read`] or [`Device::sample`] at the latest.
+/// What one operation of a decode step took, by the device's own clock.
+#[derive(Clone, Copy, Debug)]
+pub struct OpTiming {
+    pub name: &'static str,
+    /// Bytes of weights that it reads.
+    pub bytes: u64,
+    /// Nanoseconds from its begin until its input was there.
+    pub wait_ns: u64,
+    /// From then until its output was written.
+    pub work_ns: u64,
+    /// From its begin to that of the next.
+    pub total_ns: u64,
+}
+
 pub trait Device: Send + Sized + 'static {
     /// A weight matrix, in whatever layout the device multiplies fastest, still quantised.
     type Weight: Send;
@@ -172,6 +186,12 @@ pub trait Device: Send + Sized + 'static {
     fn working_bytes(&self, widest: usize) -> u64 {
         let _ = widest;
         0
+    }
+
+    /// Times the operations of the coming decode steps; gives those of the last step that was timed so. Nothing
+    /// on a device without such a clock.
+    fn profile(&mut self) -> Result<Vec<OpTiming>> {
+        Ok(Vec::new())
     }
 
     /// Bytes per element of the KV cache: 2 (f16), or 4 with `exact`.

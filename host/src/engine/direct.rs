@@ -1,6 +1,6 @@
 //! One sequence on a runner, driven by hand: for commands and checks that look at logits.
 
-use crate::device::{Batch, SampleRow, Span};
+use crate::device::{Batch, OpTiming, SampleRow, Span};
 use crate::error::{Error, Result};
 use crate::model::{MAX_OUTPUTS, Runner};
 use crate::sampling::SamplingParams;
@@ -26,6 +26,14 @@ impl Direct {
 
     pub fn runner(&self) -> &dyn Runner {
         &*self.runner
+    }
+
+    /// As [`Runner::profile`].
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub fn profile(&mut self) -> Result<Vec<OpTiming>> {
+        self.runner.profile()
     }
 
     /// Tokens in the cache.

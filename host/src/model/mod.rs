@@ -140,6 +140,11 @@ pub trait Runner: Send {
     /// matrix multiplies. As long as an embedding.
     fn hidden(&mut self, row: usize) -> Result<Vec<f32>>;
 
+    /// As [`device::Device::profile`].
+    fn profile(&mut self) -> Result<Vec<device::OpTiming>> {
+        Ok(Vec::new())
+    }
+
     /// The logits of output `i` of the last [`Runner::forward`], `vocabulary` long.
     fn logits(&mut self, output: usize) -> Result<Vec<f32>>;
 }

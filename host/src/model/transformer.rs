@@ -5,7 +5,8 @@ use super::{
     Runner,
 };
 use crate::device::{
-    BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo, Heads, Linear, Norm, Qkv, Rope, SampleRow,
+    BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo, Heads, Linear, Norm, OpTiming, Qkv, Rope,
+    SampleRow,
 };
 use crate::error::{Error, Result};
 use gguf::Gguf;
@@ -380,6 +381,10 @@ impl<D: Device> Runner for Transformer<D> {
 
     fn step_rows(&self) -> usize {
         D::STEP_ROWS
+    }
+
+    fn profile(&mut self) -> Result<Vec<OpTiming>> {
+        self.device.profile()
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<()> {

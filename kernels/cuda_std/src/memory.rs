@@ -9,6 +9,8 @@ use crate::emulator;
 use crate::shared::SharedPtr;
 #[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
+#[cfg(not(target_arch = "nvptx64"))]
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// On the host, an access the hardware would refuse is refused too.
 #[cfg(not(target_arch = "nvptx64"))]
@@ -235,21 +237,55 @@ pub unsafe fn cp_async_16_zfill<T, U>(to: SharedPtr<T>, from: *const U, from_byt
     }
 }
 
-/// As [`cp_async_16`], of 4 bytes, through L1.
+/// As [`cp_async_16`] of `to + OFFSET` from `from + OFFSET` where `condition` holds; without a branch.
 ///
 /// # Safety
-/// As [`cp_async_16`], with 4 bytes and 4-byte alignment.
+/// As [`cp_async_16`], where `condition` holds.
 #[inline(always)]
-pub unsafe fn cp_async_4<T, U>(to: SharedPtr<T>, from: *const U) {
+pub unsafe fn cp_async_16_if<const OFFSET: u32, T, U>(
+    condition: bool,
+    to: SharedPtr<T>,
+    from: *const U,
+) {
     #[cfg(target_arch = "nvptx64")]
     unsafe {
-        asm!("cp.async.ca.shared.global [{0}], [{1}], 4;", in(reg32) to.addr(), in(reg64) from as u64,
+        asm!("{{ .reg .pred p; setp.ne.u32 p, {2}, 0; @p cp.async.cg.shared.global [{0}+{3}], [{1}+{3}], 16; }}",
+            in(reg32) to.addr(), in(reg64) from as u64, in(reg32) u32::from(condition), const OFFSET,
             options(nostack, preserves_flags));
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    {
-        emulator::copy_async(to.addr(), from.cast(), 4, 4);
+    if condition {
+        let from = from.cast::<u8>().wrapping_add(OFFSET as usize);
+        emulator::copy_async(to.addr() + OFFSET, from, 16, 16);
     }
+}
+
+macro_rules! cp_async_small {
+    ($($(#[$doc:meta])* $name:ident of $bytes:literal;)*) => {$(
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// As [`cp_async_16`], with its own size as alignment.
+        #[inline(always)]
+        pub unsafe fn $name<T, U>(to: SharedPtr<T>, from: *const U) {
+            #[cfg(target_arch = "nvptx64")]
+            unsafe {
+                asm!(concat!("cp.async.ca.shared.global [{0}], [{1}], ", $bytes, ";"), in(reg32) to.addr(),
+                    in(reg64) from as u64, options(nostack, preserves_flags));
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            {
+                emulator::copy_async(to.addr(), from.cast(), $bytes, $bytes);
+            }
+        }
+    )*};
+}
+
+cp_async_small! {
+    /// As [`cp_async_16`], of 4 bytes, through L1.
+    cp_async_4 of 4;
+    /// As [`cp_async_16`], of 8 bytes, through L1.
+    cp_async_8 of 8;
 }
 
 /// Makes one group of the thread's copies since the last commit.
@@ -307,6 +343,74 @@ pub unsafe fn prefetch_l2<T>(pointer: *const T) {
     }
 }
 
+/// Loads four words that other blocks may write meanwhile: each is whole, their order is free. In a loop
+/// that waits, call [`crate::thread::nanosleep`] or [`crate::thread::wait_until`].
+///
+/// # Safety
+/// `pointer` is valid for 16 bytes and 16-byte aligned.
+#[inline(always)]
+pub unsafe fn ld_relaxed_v4_u32<T>(pointer: *const T) -> [u32; 4] {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        let (a, b, c, d): (u32, u32, u32, u32);
+        asm!("ld.relaxed.gpu.global.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) pointer as u64,
+            options(nostack, preserves_flags));
+        [a, b, c, d]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    unsafe {
+        aligned::<T, 16>(pointer);
+        let words = pointer.cast::<AtomicU32>();
+        [0, 1, 2, 3].map(|i| (*words.add(i)).load(Ordering::Relaxed))
+    }
+}
+
+macro_rules! relaxed {
+    ($($load:ident, $store:ident: $type:ty as $cell:ident = $suffix:literal, $reg:ident;)*) => {$(
+        /// Loads what other blocks may write meanwhile; see [`ld_relaxed_v4_u32`].
+        ///
+        /// # Safety
+        /// `pointer` is valid and aligned.
+        #[inline(always)]
+        pub unsafe fn $load(pointer: *const $type) -> $type {
+            #[cfg(target_arch = "nvptx64")]
+            unsafe {
+                let value: $type;
+                asm!(concat!("ld.relaxed.gpu.global.", $suffix, " {0}, [{1}];"), out($reg) value,
+                    in(reg64) pointer as u64, options(nostack, preserves_flags));
+                value
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            unsafe {
+                (*pointer.cast::<$cell>()).load(Ordering::Relaxed)
+            }
+        }
+
+        /// Stores what other blocks may read meanwhile; orders nothing else.
+        ///
+        /// # Safety
+        /// `pointer` is valid and aligned.
+        #[inline(always)]
+        pub unsafe fn $store(pointer: *mut $type, value: $type) {
+            #[cfg(target_arch = "nvptx64")]
+            unsafe {
+                asm!(concat!("st.relaxed.gpu.global.", $suffix, " [{0}], {1};"), in(reg64) pointer as u64,
+                    in($reg) value, options(nostack, preserves_flags));
+            }
+            #[cfg(not(target_arch = "nvptx64"))]
+            unsafe {
+                (*pointer.cast::<$cell>()).store(value, Ordering::Relaxed);
+            }
+        }
+    )*};
+}
+
+relaxed! {
+    ld_relaxed_u32, st_relaxed_u32: u32 as AtomicU32 = "u32", reg32;
+    ld_relaxed_u64, st_relaxed_u64: u64 as AtomicU64 = "u64", reg64;
+}
+
 macro_rules! fence {
     ($($(#[$doc:meta])* $name:ident = $op:literal;)*) => {$(
         $(#[$doc])*
@@ -318,7 +422,7 @@ macro_rules! fence {
             }
             #[cfg(not(target_arch = "nvptx64"))]
             {
-                core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+                core::sync::atomic::fence(Ordering::SeqCst);
             }
         }
     )*};

@@ -43,7 +43,7 @@ pub fn at<T>(byte_offset: u32) -> SharedPtr<T> {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     {
-        SharedPtr::from_addr(byte_offset)
+        SharedPtr::from_addr(emulator::DYNAMIC_START + byte_offset)
     }
 }
 

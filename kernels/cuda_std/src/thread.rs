@@ -153,6 +153,19 @@ pub fn clock64() -> u64 {
     }
 }
 
+/// Spins until [`clock64`] has come to `clock`: finer than [`nanosleep`]. In the emulator it lets others run
+/// once, as that does.
+#[inline(always)]
+pub fn wait_until(clock: u64) {
+    #[cfg(target_arch = "nvptx64")]
+    while (clock64().wrapping_sub(clock) as i64) < 0 {}
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let _ = clock;
+        emulator::spin();
+    }
+}
+
 /// Nanoseconds of the GPU's global timer.
 #[inline(always)]
 pub fn globaltimer() -> u64 {

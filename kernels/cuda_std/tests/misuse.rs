@@ -79,7 +79,7 @@ fn each_misuse_is_named() {
         (
             5,
             Some(63),
-            "a load of 4 bytes at shared address 0x100 is out of range",
+            "a load of 4 bytes at shared address 0x500 is out of range",
         ),
         (6, Some(0), "must be aligned to 4"),
         (7, Some(33), "panicked: thread 33 is not wanted"),

@@ -15,15 +15,23 @@ const fn layout(ty: u32, bytes: usize) -> Layout {
         ty,
         block: 1,
         block_bytes: bytes,
-        planes: [bytes * GROUP, 0, 0, 0],
+        planes: [
+            Plane::group(bytes * GROUP),
+            Plane::NONE,
+            Plane::NONE,
+            Plane::NONE,
+        ],
         quantised: false,
     }
 }
 
-/// Eight consecutive weights, the unit of a thread in a product with float weights.
-pub trait Eight: Weights {
-    /// Weights `8 e .. 8 e + 8` of the matrix.
-    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8];
+/// What 16 bytes hold.
+pub trait Sixteen: Weights {
+    /// Weights in 16 bytes, 4 or 8.
+    const WEIGHTS: usize;
+
+    /// Them; zeros behind them.
+    fn unpack_sixteen(words: [u32; 4]) -> [f32; 8];
 }
 
 /// Copies `valid` values of `BYTES` bytes, and zeros up to 32.
@@ -31,11 +39,12 @@ pub trait Eight: Weights {
 unsafe fn copy_padded<const BYTES: usize>(
     source: *const u8,
     m: &Matrix,
+    r: usize,
     block: usize,
     valid: usize,
 ) {
     unsafe {
-        let target = m.planes[0].cast_mut().add(block * GROUP * BYTES);
+        let target = m.start(r).cast_mut().add(block * GROUP * BYTES);
         for i in 0..GROUP * BYTES {
             target
                 .add(i)
@@ -44,28 +53,29 @@ unsafe fn copy_padded<const BYTES: usize>(
     }
 }
 
-impl Eight for F32 {
+impl Sixteen for F32 {
+    const WEIGHTS: usize = 4;
+
     #[inline(always)]
-    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8] {
-        unsafe {
-            let (a, b) = (read::words4(m, 0, 2 * e), read::words4(m, 0, 2 * e + 1));
-            unrolled!(8, |i| f32::from_bits(if i < 4 { a[i] } else { b[i - 4] }))
-        }
+    fn unpack_sixteen(v: [u32; 4]) -> [f32; 8] {
+        unrolled!(8, |i| if i < 4 { f32::from_bits(v[i]) } else { 0.0 })
     }
 }
 
-impl Eight for F16 {
+impl Sixteen for F16 {
+    const WEIGHTS: usize = 8;
+
     #[inline(always)]
-    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8] {
-        let v = unsafe { read::words4(m, 0, e) };
+    fn unpack_sixteen(v: [u32; 4]) -> [f32; 8] {
         unrolled!(8, |i| read::f16((v[i / 2] >> (16 * (i % 2))) as u16))
     }
 }
 
-impl Eight for Bf16 {
+impl Sixteen for Bf16 {
+    const WEIGHTS: usize = 8;
+
     #[inline(always)]
-    unsafe fn eight(m: &Matrix, e: usize) -> [f32; 8] {
-        let v = unsafe { read::words4(m, 0, e) };
+    fn unpack_sixteen(v: [u32; 4]) -> [f32; 8] {
         unrolled!(8, |i| {
             f32::from_bits(if i % 2 == 0 {
                 v[i / 2] << 16
@@ -82,22 +92,23 @@ macro_rules! float_weights {
             const LAYOUT: Layout = layout($ty, $bytes);
 
             #[inline(always)]
-            unsafe fn unpack(m: &Matrix, g: usize) -> [f32; 32] {
-                let e = unsafe {
-                    [
-                        Self::eight(m, 4 * g),
-                        Self::eight(m, 4 * g + 1),
-                        Self::eight(m, 4 * g + 2),
-                        Self::eight(m, 4 * g + 3),
-                    ]
-                };
-                unrolled!(32, |i| e[i / 8][i % 8])
+            unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
+                const N: usize = <$name as Sixteen>::WEIGHTS;
+                // Half as many with f16; the rest is never loaded.
+                let e = unrolled!(8, |k| if k < 32 / N {
+                    Self::unpack_sixteen(unsafe {
+                        ldg_v4_u32_here(m.start(r).add(16 * (32 / N * g + k)))
+                    })
+                } else {
+                    [0.0; 8]
+                });
+                unrolled!(32, |i| e[i / N][i % N])
             }
 
             #[inline(always)]
-            unsafe fn unpack_f16(m: &Matrix, g: usize) -> [u32; 16] {
+            unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
                 // A weight past f16's range saturates rather than turn into infinity.
-                let v = unsafe { Self::unpack(m, g) };
+                let v = unsafe { Self::unpack(m, r, g) };
                 unrolled!(16, |i| pack_f16x2(
                     v[2 * i].clamp(-65504.0, 65504.0),
                     v[2 * i + 1].clamp(-65504.0, 65504.0)
@@ -105,8 +116,8 @@ macro_rules! float_weights {
             }
 
             #[inline(always)]
-            unsafe fn repack(source: *const u8, m: &Matrix, block: usize, valid: usize) {
-                unsafe { copy_padded::<$bytes>(source, m, block, valid) }
+            unsafe fn repack(source: *const u8, m: &Matrix, r: usize, block: usize, valid: usize) {
+                unsafe { copy_padded::<$bytes>(source, m, r, block, valid) }
             }
         }
     };

@@ -23,7 +23,7 @@ unsafe fn scale_min(packed: *const u8, j: usize) -> (u32, u32) {
 /// A block's header as Q4_K and Q5_K keep it on the device, 16 bytes: `d` and `dmin`; then for each
 /// group a byte with the low four bits of scale and minimum; then a nibble with their high two.
 #[inline(always)]
-unsafe fn write_header(s: *const u8, m: &Matrix, plane: usize, b: usize) {
+unsafe fn write_header<T: Weights>(s: *const u8, m: &MatrixRow<T>, plane: usize, b: usize) {
     unsafe {
         let (mut low, mut high) = ([0u32; 2], 0u32);
         for j in 0..GROUPS {
@@ -63,7 +63,7 @@ fn signed_pair(v: u16) -> [f32; 2] {
 
 quantised_weights! {
     /// `d * scale * q - dmin * min`, 2 bits, scales for each 16.
-    Q2K, 10, block 256 of 84, planes [64, 16, 4, 0],
+    Q2K, 10, block 256 of 84, planes [group 8, group 2, block 4],
     uniform false,
     load |m, g| -> ([u32; 2], u16, u32) {
         (read::words2(m, 0, g), read::half_word(m, 1, g), read::word(m, 2, g / GROUPS))
@@ -89,7 +89,7 @@ quantised_weights! {
 
 quantised_weights! {
     /// `d * (scale - 32) * (q - 4)`, 3 bits, scales for each 16.
-    Q3K, 11, block 256 of 110, planes [64, 32, 16, 2],
+    Q3K, 11, block 256 of 110, planes [group 8, group 4, group 2, block 2],
     uniform false,
     load |m, g| -> ([u32; 2], u32, u16, u16) {
         (
@@ -128,7 +128,7 @@ quantised_weights! {
 
 quantised_weights! {
     /// `d * scale * q - dmin * min`, 4 bits.
-    Q4K, 12, block 256 of 144, planes [128, 16, 0, 0],
+    Q4K, 12, block 256 of 144, planes [group 16, block 16],
     uniform true,
     load |m, g| -> ([u32; 4], [u32; 4]) { (read::words4(m, 0, g), read::words4(m, 1, g / GROUPS)) }
     levels |(qs, _)| read::nibbles(qs),
@@ -144,7 +144,7 @@ quantised_weights! {
 
 quantised_weights! {
     /// `d * scale * q - dmin * min`, 5 bits.
-    Q5K, 13, block 256 of 176, planes [128, 32, 16, 0],
+    Q5K, 13, block 256 of 176, planes [group 16, group 4, block 16],
     uniform true,
     load |m, g| -> ([u32; 4], u32, [u32; 4]) {
         (read::words4(m, 0, g), read::word(m, 1, g), read::words4(m, 2, g / GROUPS))
@@ -167,7 +167,7 @@ quantised_weights! {
 
 quantised_weights! {
     /// `d * scale * (q - 32)`, 6 bits, signed scales for each 16.
-    Q6K, 14, block 256 of 210, planes [128, 64, 16, 2],
+    Q6K, 14, block 256 of 210, planes [group 16, group 8, group 2, block 2],
     uniform false,
     load |m, g| -> ([u32; 4], [u32; 2], u16, u16) {
         (

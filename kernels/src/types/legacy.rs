@@ -3,7 +3,7 @@
 use super::*;
 
 macro_rules! quantised_weights {
-    ($(#[$doc:meta])* $name:ident, $ty:literal, block $block:literal of $bytes:literal, planes $planes:expr,
+    ($(#[$doc:meta])* $name:ident, $ty:literal, block $block:literal of $bytes:literal, planes [$($per:ident $plane:literal),*],
      uniform $uniform:literal,
      load |$lm:ident, $lg:ident| -> $raw:ty { $load:expr }
      levels |$lr:pat_param| $levels:expr,
@@ -18,7 +18,7 @@ macro_rules! quantised_weights {
             type Raw = $raw;
 
             #[inline(always)]
-            unsafe fn load($lm: &Matrix, $lg: usize) -> $raw {
+            unsafe fn load<P: Planes>($lm: &P, $lg: usize) -> $raw {
                 unsafe { $load }
             }
 
@@ -38,23 +38,35 @@ macro_rules! quantised_weights {
                 ty: $ty,
                 block: $block,
                 block_bytes: $bytes,
-                planes: $planes,
+                planes: {
+                    let planes = [$(Plane::$per($plane)),*];
+                    let mut all = [Plane::NONE; 4];
+                    let mut i = 0;
+                    while i < planes.len() {
+                        all[i] = planes[i];
+                        i += 1;
+                    }
+                    all
+                },
                 quantised: true,
             };
 
             #[inline(always)]
-            unsafe fn unpack(m: &Matrix, g: usize) -> [f32; 32] {
-                unsafe { unpack_quantised::<Self>(m, g) }
+            unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
+                unsafe { unpack_quantised::<Self>(m, r, g) }
             }
 
             #[inline(always)]
-            unsafe fn unpack_f16(m: &Matrix, g: usize) -> [u32; 16] {
-                unsafe { unpack_f16_quantised::<Self>(m, g) }
+            unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
+                unsafe { unpack_f16_quantised::<Self>(m, r, g) }
             }
 
             #[inline(always)]
-            unsafe fn repack($s: *const u8, $rm: &Matrix, $rb: usize, _valid: usize) {
-                unsafe { $repack }
+            unsafe fn repack($s: *const u8, m: &Matrix, r: usize, $rb: usize, _valid: usize) {
+                unsafe {
+                    let $rm = &m.row::<Self>(r);
+                    $repack
+                }
             }
         }
     };
@@ -89,7 +101,7 @@ fn five_bits(low: [u32; 8], high: [u32; 8]) -> [u32; 8] {
 
 quantised_weights! {
     /// `d * (q - 8)`.
-    Q4_0, 2, block 32 of 18, planes [16, 2, 0, 0],
+    Q4_0, 2, block 32 of 18, planes [group 16, group 2],
     uniform true,
     load |m, g| -> ([u32; 4], u16) { (read::words4(m, 0, g), read::half_word(m, 1, g)) }
     levels |(qs, _)| read::nibbles(qs),
@@ -105,7 +117,7 @@ quantised_weights! {
 
 quantised_weights! {
     /// `d * q + m`.
-    Q4_1, 3, block 32 of 20, planes [16, 4, 0, 0],
+    Q4_1, 3, block 32 of 20, planes [group 16, group 4],
     uniform true,
     load |m, g| -> ([u32; 4], u32) { (read::words4(m, 0, g), read::word(m, 1, g)) }
     levels |(qs, _)| read::nibbles(qs),
@@ -118,7 +130,7 @@ quantised_weights! {
 
 quantised_weights! {
     /// `d * (q - 16)`.
-    Q5_0, 6, block 32 of 22, planes [16, 4, 2, 0],
+    Q5_0, 6, block 32 of 22, planes [group 16, group 4, group 2],
     uniform true,
     load |m, g| -> ([u32; 4], u32, u16) {
         (read::words4(m, 0, g), read::word(m, 1, g), read::half_word(m, 2, g))
@@ -137,7 +149,7 @@ quantised_weights! {
 
 quantised_weights! {
     /// `d * q + m`.
-    Q5_1, 7, block 32 of 24, planes [16, 4, 4, 0],
+    Q5_1, 7, block 32 of 24, planes [group 16, group 4, group 4],
     uniform true,
     load |m, g| -> ([u32; 4], u32, u32) {
         (read::words4(m, 0, g), read::word(m, 1, g), read::word(m, 2, g))
@@ -153,7 +165,7 @@ quantised_weights! {
 
 quantised_weights! {
     /// `d * q`, q signed; stored as `q + 128`, so that levels are unsigned here too.
-    Q8_0, 8, block 32 of 34, planes [16, 16, 2, 0],
+    Q8_0, 8, block 32 of 34, planes [group 16, group 16, group 2],
     uniform true,
     load |m, g| -> ([u32; 4], [u32; 4], u16) {
         (read::words4(m, 0, g), read::words4(m, 1, g), read::half_word(m, 2, g))

@@ -1,22 +1,24 @@
 //! Weight types: how each lies in device memory, and how it is read.
 //!
-//! A matrix is cut into *groups* of 32 weights along a row. On the device every type is stored as up
-//! to four *planes*, each holding one part of all groups in order, so that neighbouring threads, one
-//! group each, load neighbouring 16-byte words. A type says how to read a group's integer levels
-//! ([`Quantised::levels`]) and its scales ([`Quantised::affine`]): a weight is `d * level + m`, with
-//! one `(d, m)` for the first 16 weights of a group and one for the last 16. Dot products, unpacking and
-//! the tensor-core tiles follow from these two for every type.
+//! A matrix row is cut into *groups* of 32 weights, and these into *tiles* of 32 groups, the last of which may be
+//! smaller. A tile lies in one piece, so that a warp brings it in with few copies; in it every type is stored as up to
+//! four *planes*, each holding one part of all groups in order, so that neighbouring threads, one group each, load
+//! neighbouring 16-byte words. A type says how to read a group's integer levels ([`Quantised::levels`]) and its
+//! scales ([`Quantised::affine`]): a weight is `d * level + m`, with one `(d, m)` for the first 16 weights of a group
+//! and one for the last 16. Dot products, unpacking and the tensor-core tiles follow from these two for every
+//! type.
 //!
 //! A new type is one file here and one line in [`for_each_type!`].
 
 use crate::unrolled;
-use cuda_std::memory::ldg_v4_u32;
+use core::marker::PhantomData;
+use cuda_std::memory::{ldg_u16_here, ldg_u32_here, ldg_v2_u32_here, ldg_v4_u32, ldg_v4_u32_here};
 
 mod float;
 mod k_quants;
 mod legacy;
 
-pub use float::{Bf16, Eight, F16, F32, to_f16};
+pub use float::{Bf16, F16, F32, Sixteen, to_f16};
 pub use k_quants::{Q2K, Q3K, Q4K, Q5K, Q6K};
 pub use legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 
@@ -47,59 +49,124 @@ macro_rules! unrolled {
 /// Weights that one thread handles at a time.
 pub const GROUP: usize = 32;
 
+/// Groups in a whole tile.
+pub const TILE: usize = 32;
+
 /// A weight matrix in device memory.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix {
-    /// Starts of the planes; unused ones are null.
-    pub planes: [*const u8; 4],
+    /// The first row, 16-byte aligned.
+    pub base: *const u8,
     pub rows: u32,
     /// Weights per row, padded with zeros to a multiple of 32.
     pub cols: u32,
+    /// Bytes from row to row, a multiple of 16.
+    pub row_bytes: u32,
+    /// Bytes of a whole tile, a multiple of 16.
+    pub tile_bytes: u32,
     /// GGML's number of the type.
     pub ty: u32,
-    /// Bytes of a row in each plane.
-    pub row_bytes: [u32; 4],
+    pub unused: u32,
 }
 
 /// An absent matrix.
 pub const NO_MATRIX: Matrix = Matrix {
-    planes: [core::ptr::null(); 4],
+    base: core::ptr::null(),
     rows: 0,
     cols: 0,
+    row_bytes: 0,
+    tile_bytes: 0,
     ty: 0,
-    row_bytes: [0; 4],
+    unused: 0,
 };
 
 impl Matrix {
+    /// Groups in a row.
     #[inline(always)]
     pub fn groups(&self) -> usize {
         self.cols as usize / GROUP
     }
+
+    /// Row `r`.
+    #[inline(always)]
+    unsafe fn start(&self, r: usize) -> *const u8 {
+        unsafe { self.base.add(r * self.row_bytes as usize) }
+    }
+
+    /// Row `r` of a matrix of type `T`.
+    #[inline(always)]
+    pub unsafe fn row<T>(&self, r: usize) -> MatrixRow<T> {
+        MatrixRow {
+            start: unsafe { self.start(r) },
+            groups: self.groups(),
+            weights: PhantomData,
+        }
+    }
 }
 
-impl Layout {
-    /// A matrix of this type whose planes are placed by `plane(number, bytes)`; unused planes stay null.
-    pub fn matrix(
-        &self,
-        rows: usize,
-        cols: usize,
-        mut plane: impl FnMut(usize, usize) -> *const u8,
-    ) -> Matrix {
-        let blocks_per_row = cols / self.block.max(GROUP);
-        let mut matrix = Matrix {
-            rows: rows as u32,
-            cols: cols as u32,
-            ty: self.ty,
-            ..NO_MATRIX
-        };
-        for (i, bytes) in self.planes.into_iter().enumerate() {
-            if bytes > 0 {
-                matrix.row_bytes[i] = (bytes * blocks_per_row) as u32;
-                matrix.planes[i] = plane(i, bytes * blocks_per_row * rows);
-            }
+/// A row of a matrix of type `T` in global memory. Elements of planes are counted over the row.
+pub struct MatrixRow<T> {
+    start: *const u8,
+    groups: usize,
+    weights: PhantomData<T>,
+}
+
+impl<T: Weights> MatrixRow<T> {
+    /// Element `index` of plane `plane`.
+    #[inline(always)]
+    unsafe fn at(&self, plane: usize, index: usize) -> *const u8 {
+        let layout = T::LAYOUT;
+        let per_tile = layout.tile_elements(plane);
+        let (tile, element) = (index / per_tile, index % per_tile);
+        let left = self.groups - tile * TILE;
+        let groups = if left < TILE { left } else { TILE };
+        let offset = tile * layout.tile_bytes(TILE)
+            + layout.plane_offset(plane, groups)
+            + element * layout.planes[plane].bytes;
+        unsafe { self.start.add(offset) }
+    }
+
+    /// Number `index` of the plane's `E`s, elements being one or several of them.
+    #[inline(always)]
+    unsafe fn part<E>(&self, plane: usize, index: usize) -> *mut E {
+        let per_element = T::LAYOUT.planes[plane].bytes / size_of::<E>();
+        unsafe {
+            self.at(plane, index / per_element)
+                .cast_mut()
+                .cast::<E>()
+                .add(index % per_element)
         }
-        matrix
+    }
+}
+
+/// A plane of a type's layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plane {
+    /// Bytes of an element: 2, 4, 8 or 16; of float types, whose element is a whole group, 64 or 128. Zero for no
+    /// plane.
+    pub bytes: usize,
+    /// Whether an element belongs to a block of the file rather than to a group.
+    pub per_block: bool,
+}
+
+impl Plane {
+    pub const NONE: Plane = Plane::group(0);
+
+    /// An element of so many bytes for each group.
+    pub const fn group(bytes: usize) -> Plane {
+        Plane {
+            bytes,
+            per_block: false,
+        }
+    }
+
+    /// An element of so many bytes for each block of the file.
+    pub const fn block(bytes: usize) -> Plane {
+        Plane {
+            bytes,
+            per_block: true,
+        }
     }
 }
 
@@ -112,10 +179,61 @@ pub struct Layout {
     pub block: usize,
     /// Bytes per block of the file.
     pub block_bytes: usize,
-    /// Bytes per block (float types: per group) in each plane.
-    pub planes: [usize; 4],
+    pub planes: [Plane; 4],
     /// Whether activations may be quantised before a product with it.
     pub quantised: bool,
+}
+
+impl Layout {
+    /// Elements of plane `plane` in a whole tile.
+    pub const fn tile_elements(&self, plane: usize) -> usize {
+        self.elements(plane, TILE)
+    }
+
+    const fn elements(&self, plane: usize, groups: usize) -> usize {
+        if self.planes[plane].per_block {
+            groups * GROUP / self.block
+        } else {
+            groups
+        }
+    }
+
+    /// Where plane `plane` begins in a tile of so many groups, a multiple of 16; plane 4 is the end.
+    #[inline(always)]
+    pub const fn plane_offset(&self, plane: usize, groups: usize) -> usize {
+        let mut bytes = 0;
+        let mut i = 0;
+        while i < plane {
+            bytes += (self.elements(i, groups) * self.planes[i].bytes).next_multiple_of(16);
+            i += 1;
+        }
+        bytes
+    }
+
+    /// Bytes of a tile of so many groups.
+    #[inline(always)]
+    pub const fn tile_bytes(&self, groups: usize) -> usize {
+        self.plane_offset(4, groups)
+    }
+
+    /// Bytes of a row of `cols` weights, a multiple of 32.
+    pub const fn row_bytes(&self, cols: usize) -> usize {
+        let groups = cols / GROUP;
+        groups / TILE * self.tile_bytes(TILE) + self.tile_bytes(groups % TILE)
+    }
+
+    /// A matrix of this type at `base`, which has room for `rows` times [`Layout::row_bytes`].
+    pub const fn matrix(&self, rows: usize, cols: usize, base: *const u8) -> Matrix {
+        Matrix {
+            base,
+            rows: rows as u32,
+            cols: cols as u32,
+            row_bytes: self.row_bytes(cols) as u32,
+            tile_bytes: self.tile_bytes(TILE) as u32,
+            ty: self.ty,
+            unused: 0,
+        }
+    }
 }
 
 /// `d[h] * level + m[h]`, with `h = 0` for a group's first 16 weights and 1 for its last 16.
@@ -129,17 +247,17 @@ pub struct Affine {
 pub trait Weights {
     const LAYOUT: Layout;
 
-    /// The 32 weights of group `g` (counted over the whole matrix).
-    unsafe fn unpack(m: &Matrix, g: usize) -> [f32; 32];
+    /// The 32 weights of group `g` of row `r`.
+    unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32];
 
     /// The same in f16, two to a word, rounded.
-    unsafe fn unpack_f16(m: &Matrix, g: usize) -> [u32; 16];
+    unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16];
 
-    /// Writes file block number `block`, read at `source`, into the planes.
+    /// Writes block `block` of row `r` in the file, read at `source`, into the planes.
     ///
-    /// `source` need not be aligned; `block` counts over the whole matrix, whose rows are whole blocks
-    /// (float types: blocks of 32, and `valid` of them are there, the rest of a row's last are zeros).
-    unsafe fn repack(source: *const u8, m: &Matrix, block: usize, valid: usize);
+    /// `source` need not be aligned; rows are whole blocks (float types: blocks of 32, and `valid` of them are
+    /// there, the rest of a row's last are zeros).
+    unsafe fn repack(source: *const u8, m: &Matrix, r: usize, block: usize, valid: usize);
 }
 
 /// A type whose weights are small integers with scales.
@@ -148,13 +266,13 @@ pub trait Quantised: Weights {
     /// groups before it waits for the first.
     type Raw: Copy;
 
-    /// Loads group `g`.
-    unsafe fn load(m: &Matrix, g: usize) -> Self::Raw;
+    /// Loads group `g` of what `planes` are of.
+    unsafe fn load<P: Planes>(planes: &P, g: usize) -> Self::Raw;
 
     /// The levels of a group, unsigned bytes in order.
     fn levels(raw: Self::Raw) -> [u32; 8];
 
-    /// The scales of a group; `g` is its number.
+    /// The scales of a group; `g` is its number in the row, or in a tile.
     fn affine(raw: Self::Raw, g: usize) -> Affine;
 
     /// Whether both halves of a group always share their scales.
@@ -197,10 +315,10 @@ macro_rules! unpack_f16_by_type {
     ($($ty:literal => $name:ident, $kind:ident;)*) => {
         /// [`Weights::unpack_f16`] of whatever type `m` has.
         #[inline(always)]
-        pub unsafe fn unpack_f16(m: &Matrix, g: usize) -> [u32; 16] {
+        pub unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
             unsafe {
                 match m.ty {
-                    $($ty => $name::unpack_f16(m, g),)*
+                    $($ty => $name::unpack_f16(m, r, g),)*
                     _ => [0; 16],
                 }
             }
@@ -208,10 +326,10 @@ macro_rules! unpack_f16_by_type {
 
         /// [`Weights::unpack`] of whatever type `m` has.
         #[inline(always)]
-        pub unsafe fn unpack(m: &Matrix, g: usize) -> [f32; 32] {
+        pub unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
             unsafe {
                 match m.ty {
-                    $($ty => $name::unpack(m, g),)*
+                    $($ty => $name::unpack(m, r, g),)*
                     _ => [0.0; 32],
                 }
             }
@@ -219,10 +337,10 @@ macro_rules! unpack_f16_by_type {
 
         /// [`Weights::repack`] of whatever type `m` has.
         #[inline(always)]
-        pub unsafe fn repack(source: *const u8, m: &Matrix, block: usize, valid: usize) {
+        pub unsafe fn repack(source: *const u8, m: &Matrix, r: usize, block: usize, valid: usize) {
             unsafe {
                 match m.ty {
-                    $($ty => $name::repack(source, m, block, valid),)*
+                    $($ty => $name::repack(source, m, r, block, valid),)*
                     _ => {}
                 }
             }
@@ -235,71 +353,91 @@ for_each_type!(unpack_f16_by_type);
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct RepackArgs {
-    /// Blocks as the file holds them, from block `first` on.
+    /// Rows as the file holds them, from row `first` on.
     pub source: *const u8,
     pub matrix: Matrix,
-    pub first: u64,
-    pub blocks: u64,
-    /// Weights per row in the file (float types pad them to 32).
-    pub file_cols: u32,
-    /// Bytes per block (float types: per weight).
-    pub stride: u32,
+    pub first: u32,
+    pub rows: u32,
+    /// Bytes of a row in the file.
+    pub file_row_bytes: u32,
+    /// Blocks of a row (float types: groups of 32).
+    pub blocks: u32,
+    /// Bytes of a block (float types: of a whole group).
+    pub block_bytes: u32,
 }
 
 /// Brings blocks from the file's layout into planes, one block per thread.
 #[cuda_std::kernel]
 pub unsafe fn repack_kernel(a: RepackArgs) {
     let i = cuda_std::thread::index_1d() as u64;
-    if i >= a.blocks {
+    if i >= u64::from(a.rows) * u64::from(a.blocks) {
         return;
     }
-    let block = a.first + i;
+    let (row, block) = (i / u64::from(a.blocks), i % u64::from(a.blocks));
+    let offset = row * u64::from(a.file_row_bytes) + block * u64::from(a.block_bytes);
+    // A row's last block of a float type may be short.
+    let left = (u64::from(a.file_row_bytes) - block * u64::from(a.block_bytes))
+        .min(u64::from(a.block_bytes));
+    let valid = left as usize * GROUP / a.block_bytes as usize;
     unsafe {
-        if matches!(a.matrix.ty, 0 | 1 | 30) {
-            // Blocks of a float type are groups; a row's last may be short.
-            let groups = a.matrix.groups() as u64;
-            let (row, group) = (block / groups, block % groups);
-            let offset = row * a.file_cols as u64 + group * GROUP as u64;
-            let first_row = a.first / groups;
-            let valid = (a.file_cols as u64 - group * GROUP as u64).min(GROUP as u64);
-            let source = a
-                .source
-                .add(((offset - first_row * a.file_cols as u64) * a.stride as u64) as usize);
-            repack(source, &a.matrix, block as usize, valid as usize);
-        } else {
-            repack(
-                a.source.add((i * a.stride as u64) as usize),
-                &a.matrix,
-                block as usize,
-                GROUP,
-            );
-        }
+        let source = a.source.add(offset as usize);
+        let r = a.first as usize + row as usize;
+        repack(source, &a.matrix, r, block as usize, valid);
+    }
+}
+
+/// Where planes are read: element `index` of a plane, whose size is in the name.
+pub trait Planes {
+    unsafe fn words4(&self, plane: usize, index: usize) -> [u32; 4];
+    unsafe fn words2(&self, plane: usize, index: usize) -> [u32; 2];
+    unsafe fn word(&self, plane: usize, index: usize) -> u32;
+    unsafe fn half_word(&self, plane: usize, index: usize) -> u16;
+}
+
+impl<T: Weights> Planes for MatrixRow<T> {
+    #[inline(always)]
+    unsafe fn words4(&self, plane: usize, index: usize) -> [u32; 4] {
+        unsafe { ldg_v4_u32_here(self.at(plane, index)) }
+    }
+
+    #[inline(always)]
+    unsafe fn words2(&self, plane: usize, index: usize) -> [u32; 2] {
+        unsafe { ldg_v2_u32_here(self.at(plane, index)) }
+    }
+
+    #[inline(always)]
+    unsafe fn word(&self, plane: usize, index: usize) -> u32 {
+        unsafe { ldg_u32_here(self.at(plane, index).cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn half_word(&self, plane: usize, index: usize) -> u16 {
+        unsafe { ldg_u16_here(self.at(plane, index).cast()) }
     }
 }
 
 /// Reads that the types share.
 mod read {
     use super::*;
-    use cuda_std::memory::{ldg_u16_here, ldg_u32_here, ldg_v2_u32_here, ldg_v4_u32_here};
 
     #[inline(always)]
-    pub unsafe fn words4(m: &Matrix, plane: usize, index: usize) -> [u32; 4] {
-        unsafe { ldg_v4_u32_here(m.planes[plane].add(index * 16)) }
+    pub unsafe fn words4(m: &impl Planes, plane: usize, index: usize) -> [u32; 4] {
+        unsafe { m.words4(plane, index) }
     }
 
     #[inline(always)]
-    pub unsafe fn words2(m: &Matrix, plane: usize, index: usize) -> [u32; 2] {
-        unsafe { ldg_v2_u32_here(m.planes[plane].add(index * 8)) }
+    pub unsafe fn words2(m: &impl Planes, plane: usize, index: usize) -> [u32; 2] {
+        unsafe { m.words2(plane, index) }
     }
 
     #[inline(always)]
-    pub unsafe fn word(m: &Matrix, plane: usize, index: usize) -> u32 {
-        unsafe { ldg_u32_here(m.planes[plane].add(index * 4).cast()) }
+    pub unsafe fn word(m: &impl Planes, plane: usize, index: usize) -> u32 {
+        unsafe { m.word(plane, index) }
     }
 
     #[inline(always)]
-    pub unsafe fn half_word(m: &Matrix, plane: usize, index: usize) -> u16 {
-        unsafe { ldg_u16_here(m.planes[plane].add(index * 2).cast()) }
+    pub unsafe fn half_word(m: &impl Planes, plane: usize, index: usize) -> u16 {
+        unsafe { m.half_word(plane, index) }
     }
 
     #[inline(always)]
@@ -336,23 +474,18 @@ mod write {
     use super::*;
 
     #[inline(always)]
-    unsafe fn at<T>(m: &Matrix, plane: usize, index: usize) -> *mut T {
-        unsafe { m.planes[plane].cast_mut().cast::<T>().add(index) }
+    pub unsafe fn word<T: Weights>(m: &MatrixRow<T>, plane: usize, index: usize, value: u32) {
+        unsafe { m.part::<u32>(plane, index).write(value) }
     }
 
     #[inline(always)]
-    pub unsafe fn word(m: &Matrix, plane: usize, index: usize, value: u32) {
-        unsafe { at::<u32>(m, plane, index).write(value) }
-    }
-
-    #[inline(always)]
-    pub unsafe fn half_word(m: &Matrix, plane: usize, index: usize, value: u16) {
-        unsafe { at::<u16>(m, plane, index).write(value) }
+    pub unsafe fn half_word<T: Weights>(m: &MatrixRow<T>, plane: usize, index: usize, value: u16) {
+        unsafe { m.part::<u16>(plane, index).write(value) }
     }
 
     /// What [`read::nibbles`] reads.
     #[inline(always)]
-    pub unsafe fn nibbles(m: &Matrix, g: usize, level: impl Fn(usize) -> u32) {
+    pub unsafe fn nibbles<T: Weights>(m: &MatrixRow<T>, g: usize, level: impl Fn(usize) -> u32) {
         for w in 0..4 {
             let mut v = 0;
             for b in 0..4 {
@@ -365,7 +498,12 @@ mod write {
 
     /// What [`read::bits`] reads; `level` gives 0 or 1.
     #[inline(always)]
-    pub unsafe fn bits(m: &Matrix, plane: usize, index: usize, level: impl Fn(usize) -> u32) {
+    pub unsafe fn bits<T: Weights>(
+        m: &MatrixRow<T>,
+        plane: usize,
+        index: usize,
+        level: impl Fn(usize) -> u32,
+    ) {
         let mut v = 0;
         for w in 0..8 {
             for b in 0..4 {
@@ -377,7 +515,12 @@ mod write {
 
     /// What [`read::pairs`] reads; `level` gives 0 to 3.
     #[inline(always)]
-    pub unsafe fn pairs(m: &Matrix, plane: usize, index: usize, level: impl Fn(usize) -> u32) {
+    pub unsafe fn pairs<T: Weights>(
+        m: &MatrixRow<T>,
+        plane: usize,
+        index: usize,
+        level: impl Fn(usize) -> u32,
+    ) {
         for half in 0..2 {
             let mut v = 0;
             for w in 0..4 {
@@ -392,8 +535,8 @@ mod write {
 
 /// [`Weights::unpack`] of a quantised type.
 #[inline(always)]
-unsafe fn unpack_quantised<T: Quantised>(m: &Matrix, g: usize) -> [f32; 32] {
-    let raw = unsafe { T::load(m, g) };
+unsafe fn unpack_quantised<T: Quantised>(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
+    let raw = unsafe { T::load(&m.row::<T>(r), g) };
     let (levels, a) = (T::levels(raw), T::affine(raw, g));
     unrolled!(32, |i| a.d[i / 16] * read::byte(&levels, i) as f32
         + a.m[i / 16])
@@ -402,10 +545,10 @@ unsafe fn unpack_quantised<T: Quantised>(m: &Matrix, g: usize) -> [f32; 32] {
 /// [`Weights::unpack_f16`] of a quantised type: a byte `q` set into the mantissa of 1024 is the f16
 /// `1024 + q`; subtracting 1024 is exact, and one fused multiply-add applies the scales.
 #[inline(always)]
-unsafe fn unpack_f16_quantised<T: Quantised>(m: &Matrix, g: usize) -> [u32; 16] {
+unsafe fn unpack_f16_quantised<T: Quantised>(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
     use cuda_std::half::{Half2, hfma2, hsub2};
     use cuda_std::int::prmt;
-    let raw = unsafe { T::load(m, g) };
+    let raw = unsafe { T::load(&m.row::<T>(r), g) };
     let (levels, a) = (T::levels(raw), T::affine(raw, g));
     let d = [
         Half2::from_f32(a.d[0], a.d[0]),

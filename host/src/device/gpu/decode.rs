@@ -3,11 +3,15 @@
 //!
 //! A step costs the host one launch: token and position travel as arguments, the block table only when it
 //! grew, and the likeliest token comes back through memory that the host reads while the device runs.
+//!
+//! What operations hand each other lies in buffers of its own, whose words carry the number of their writer
+//! (`kernels::decode`). This module gives out the numbers, such that a word left over from an earlier operation
+//! or launch never looks like the one that is awaited.
 
 use super::{Address, Allocation, Buffer, Driver, Gpu, Mapped};
-use crate::device::{BLOCK_TOKENS, Batch};
+use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
-use kernels::decode::{self, Choice, DecodeArgs, MAX_SPLITS, Op, kind};
+use kernels::decode::{self, DecodeArgs, MAX_SPLITS, NUMBERS, Op, kind, point};
 use kernels::types::GROUP;
 use std::collections::HashMap;
 
@@ -21,28 +25,113 @@ struct Shape {
     splits: u32,
 }
 
+/// What a buffer of numbered words holds.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) enum Role {
+    /// What the plain buffer at this address would.
+    Buffer(Address),
+    /// The step's keys and values of a layer that has so many.
+    Fresh(usize),
+    /// So many words of attention's parts.
+    Parts(usize),
+}
+
+/// A buffer of numbered words.
+struct Numbered {
+    memory: Allocation,
+    /// The number of its last write, counted on from the first launch.
+    last: Option<u64>,
+}
+
+/// First and last write of a program to a buffer.
+#[derive(Clone, Copy)]
+struct Writes {
+    role: Role,
+    first: u64,
+    last: u64,
+}
+
 /// Operations in device memory.
 struct Program {
     ops: Allocation,
     count: u32,
-    norm_len: u32,
-    shared: usize,
+    room: Room,
+    writes: Vec<Writes>,
+    /// Numbers that it takes.
+    numbers: u64,
+    /// Of each operation.
+    names: Vec<&'static str>,
+    weight_bytes: Vec<u64>,
+}
+
+/// What the next product takes in parts.
+#[derive(Clone, Copy)]
+pub(super) struct Parts {
+    /// The buffer that would hold it whole.
+    stands_for: Address,
+    pub(super) role: Role,
+    pub(super) head_dim: u32,
 }
 
 /// Operations on their way into a program.
 #[derive(Default)]
-struct Recording(Vec<Op>);
+struct Recording {
+    ops: Vec<Op>,
+    names: Vec<&'static str>,
+    writes: Vec<Writes>,
+    numbers: u64,
+    parts: Option<Parts>,
+}
 
 // The addresses in an `Op` belong to the device, not to this thread.
 unsafe impl Send for Recording {}
 
-/// Where the parts of an attention lie that the next product takes together.
-#[derive(Clone, Copy)]
-struct Parts {
-    /// The buffer that the attention's result would have been written to.
-    stands_for: Address,
-    address: Address,
-    head_dim: u32,
+impl Recording {
+    fn writes_of(&mut self, role: Role) -> Option<&mut Writes> {
+        self.writes.iter_mut().find(|w| w.role == role)
+    }
+
+    /// Adds `op`, which writes the buffers `outputs`.
+    fn push(&mut self, name: &'static str, op: Op, outputs: &[Role]) {
+        // No buffer's next number may look like its last.
+        let mut number = self.numbers;
+        while outputs.iter().any(|&role| {
+            let last = self.writes_of(role).map(|w| w.last);
+            last.is_some_and(|last| alike(number, last))
+        }) {
+            number += 1;
+        }
+        self.numbers = number + 1;
+        for &role in outputs {
+            match self.writes_of(role) {
+                Some(w) => w.last = number,
+                None => self.writes.push(Writes {
+                    role,
+                    first: number,
+                    last: number,
+                }),
+            }
+        }
+        self.names.push(name);
+        self.ops.push(Op {
+            number: (number % u64::from(NUMBERS)) as u32,
+            sealed: u32::from(!outputs.is_empty()),
+            ..complete(op)
+        });
+    }
+}
+
+/// Whether two numbers are the same in a word.
+fn alike(a: u64, b: u64) -> bool {
+    a % u64::from(NUMBERS) == b % u64::from(NUMBERS)
+}
+
+/// `op` with the fields that follow from others.
+pub(super) fn complete(op: Op) -> Op {
+    Op {
+        tasks: op.count_tasks(),
+        ..op
+    }
 }
 
 /// The state of decode steps.
@@ -50,14 +139,18 @@ pub(super) struct Decode {
     programs: HashMap<Shape, Program>,
     /// Set while a step is recorded.
     recording: Option<Recording>,
-    parts: Option<Parts>,
+    numbered: HashMap<Role, Numbered>,
+    /// The next launch's first number.
+    numbers: u64,
     splits: u32,
     /// An operation that runs alone.
     single: Allocation,
-    barrier: Address,
-    choice: Address,
+    ranks: Address,
     chosen: Mapped,
     sequence: u32,
+    /// Where steps write their times, if they do, and the shape of the last that did.
+    trace: Option<Allocation>,
+    traced: Option<Shape>,
     /// The launch whose choice belongs to the current logits.
     chooser: Option<u32>,
     /// The block table on the device; empty where that is another step's.
@@ -67,40 +160,84 @@ pub(super) struct Decode {
 impl Decode {
     pub(super) fn new<D: Driver>(driver: &mut D) -> Result<Self> {
         let single = driver.alloc(size_of::<Op>())?;
-        let barrier = driver.alloc(4)?;
-        driver.write(barrier.address, &[0; 4])?;
-        let choice = driver.alloc(size_of::<Choice>())?;
-        driver.write(choice.address, &[0; size_of::<Choice>()])?;
+        let ranks = vec![0; 16 * driver.multiprocessors() as usize];
+        let ranks_on = driver.alloc(ranks.len())?;
+        driver.write(ranks_on.address, &ranks)?;
         Ok(Self {
             programs: HashMap::new(),
             recording: None,
-            parts: None,
+            numbered: HashMap::new(),
+            numbers: 0,
             splits: 1,
             single,
-            barrier: barrier.address,
-            choice: choice.address,
+            ranks: ranks_on.address,
             chosen: driver.alloc_mapped(8)?,
             sequence: 0,
+            trace: None,
+            traced: None,
             chooser: None,
             table: Vec::new(),
         })
     }
 }
 
-/// Shared memory and the longest norm weight of a launch of `ops`.
-fn needs(ops: &[Op]) -> (usize, usize) {
-    let products = ops
-        .iter()
-        .filter(|op| !matches!(op.kind, kind::EMBED | kind::ATTEND));
-    let (mut row, mut norm) = (0, 0);
-    for op in products {
-        let cols = (op.input.len as usize).next_multiple_of(GROUP);
-        row = row.max(decode::row_bytes(cols, op.input.keep_f32 != 0));
-        if !op.input.norm.is_null() {
-            norm = norm.max(op.input.len as usize);
+/// Bytes of weights that `op` reads.
+fn weight_bytes(op: &Op) -> u64 {
+    let all = op.matrices.iter();
+    let bytes = all
+        .map(|m| u64::from(m.rows) * u64::from(m.row_bytes))
+        .sum();
+    // An embedding reads one row of its matrix.
+    match op.kind {
+        kind::EMBED => u64::from(op.matrices[0].row_bytes),
+        _ => bytes,
+    }
+}
+
+/// What a launch has room for in shared memory.
+#[derive(Clone, Copy)]
+pub(super) struct Room {
+    pub(super) turns: u32,
+    pub(super) tile_bytes: u32,
+    pub(super) row_bytes: u32,
+    pub(super) shared: usize,
+}
+
+/// The most turns of a ring that leave room for the rows of `ops`.
+///
+/// # Errors
+/// Where not even one fits.
+pub(super) fn room<D: Driver>(driver: &D, ops: &[Op]) -> Result<Room> {
+    let products = || {
+        ops.iter()
+            .filter(|op| !matches!(op.kind, kind::EMBED | kind::ATTEND))
+    };
+    let rows = products().map(|op| {
+        let cols = op.input.len.next_multiple_of(GROUP as u32);
+        decode::row_bytes(cols, op.input.keep_f32 != 0)
+    });
+    let row = rows.max().unwrap_or(0);
+    let tiles = products().flat_map(|op| op.matrices.iter().map(|m| m.tile_bytes));
+    let tile_bytes = tiles.max().unwrap_or(0);
+    let limit = driver.shared_limit();
+    for turns in decode::TURNS {
+        let (shared, row_bytes) = decode::shared_bytes(row, tile_bytes, turns);
+        let shared = shared as usize;
+        if shared <= limit {
+            return Ok(Room {
+                turns,
+                tile_bytes,
+                row_bytes,
+                shared,
+            });
         }
     }
-    (decode::shared_bytes(norm, row), norm)
+    Err(Error::Device {
+        device: driver.info().name.clone(),
+        what: format!(
+            "rows of {row} bytes and rings of tiles of {tile_bytes} do not fit its {limit} bytes of shared memory"
+        ),
+    })
 }
 
 /// The bytes of operations, as the device reads them.
@@ -115,10 +252,48 @@ impl<D: Driver> Gpu<D> {
         self.decode.recording.is_some()
     }
 
-    /// Adds an operation to the step that is being recorded.
-    pub(super) fn push(&mut self, op: Op) {
+    /// Adds an operation to the step that is being recorded; it writes the buffers `outputs`.
+    pub(super) fn push(&mut self, name: &'static str, op: Op, outputs: &[Role]) {
         if let Some(recording) = &mut self.decode.recording {
-            recording.0.push(op);
+            recording.push(name, op, outputs);
+        }
+    }
+
+    /// The buffer of numbered words for `role`, at least `words` long.
+    pub(super) fn numbered(&mut self, role: Role, words: usize) -> Result<*mut f32> {
+        // Whole vectors are read.
+        let bytes = 4 * words.next_multiple_of(4);
+        if let Some(n) = self.decode.numbered.get(&role)
+            && n.memory.bytes >= bytes
+        {
+            return Ok(n.memory.address as *mut f32);
+        }
+        if let Some(old) = self.decode.numbered.remove(&role) {
+            return Err(Error::Request(format!(
+                "a decode step's buffer of {} bytes cannot grow to {bytes}",
+                old.memory.bytes
+            )));
+        }
+        let memory = self.driver.alloc(bytes)?;
+        let address = memory.address;
+        // No number is zero.
+        self.driver.write(address, &vec![0; bytes])?;
+        let numbered = Numbered { memory, last: None };
+        self.decode.numbered.insert(role, numbered);
+        Ok(address as *mut f32)
+    }
+
+    /// The number that the words of `role` carry now.
+    ///
+    /// # Errors
+    /// Where no operation of the step has written it.
+    pub(super) fn number_of(&mut self, role: Role) -> Result<u32> {
+        let recording = self.decode.recording.as_mut();
+        match recording.and_then(|r| r.writes_of(role).map(|w| w.last)) {
+            Some(last) => Ok((last % u64::from(NUMBERS)) as u32),
+            None => Err(Error::Request(
+                "a decode step reads what none of its operations wrote".into(),
+            )),
         }
     }
 
@@ -139,21 +314,21 @@ impl<D: Driver> Gpu<D> {
         self.decode.splits
     }
 
-    /// Notes that what `out` would hold lies in parts at `address`.
-    pub(super) fn set_parts(&mut self, out: &Buffer, address: Address, head_dim: usize) {
-        self.decode.parts = Some(Parts {
-            stands_for: out.address,
-            address,
-            head_dim: head_dim as u32,
-        });
+    /// Notes that what `out` would hold lies in parts, of heads so long.
+    pub(super) fn set_parts(&mut self, out: &Buffer, role: Role, head_dim: usize) {
+        if let Some(recording) = &mut self.decode.recording {
+            recording.parts = Some(Parts {
+                stands_for: out.address,
+                role,
+                head_dim: head_dim as u32,
+            });
+        }
     }
 
-    /// Address and head size of the parts that `input` stands for, if it does.
-    pub(super) fn parts_of(&self, input: *const f32) -> Option<(*const f32, u32)> {
-        self.decode
-            .parts
-            .filter(|p| p.stands_for == input as Address)
-            .map(|p| (p.address as *const f32, p.head_dim))
+    /// The parts that `input` stands for, if it does.
+    pub(super) fn parts_of(&self, input: *const f32) -> Option<Parts> {
+        let parts = self.decode.recording.as_ref()?.parts;
+        parts.filter(|p| p.stands_for == input as Address)
     }
 
     /// A step of one row.
@@ -190,13 +365,8 @@ impl<D: Driver> Gpu<D> {
             let program = self.record(record)?;
             self.decode.programs.insert(shape, program);
         }
-        let Some(program) = self.decode.programs.get(&shape) else {
-            return Ok(());
-        };
-        let (ops, count) = (program.ops.address, program.count);
-        let (norm_len, shared) = (program.norm_len, program.shared);
         self.decode.chooser = None;
-        self.run_program(ops, count, norm_len, shared, token, span.past as u32)?;
+        self.run_shape(shape, token, span.past as u32)?;
         if shape.outputs > 0 {
             self.decode.chooser = Some(self.decode.sequence);
         }
@@ -206,59 +376,129 @@ impl<D: Driver> Gpu<D> {
     fn record(&mut self, record: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Program> {
         self.decode.recording = Some(Recording::default());
         let recorded = record(self);
-        self.decode.parts = None;
-        let ops = self.decode.recording.take().unwrap_or_default().0;
+        let recording = self.decode.recording.take().unwrap_or_default();
         recorded?;
+        let ops = recording.ops;
         let memory = self.driver.alloc(size_of_val(ops.as_slice()))?;
         self.driver.write(memory.address, bytes(&ops))?;
-        let (shared, norm_len) = needs(&ops);
         Ok(Program {
             ops: memory,
             count: ops.len() as u32,
-            norm_len: norm_len as u32,
-            shared,
+            room: room(&self.driver, &ops)?,
+            weight_bytes: ops.iter().map(weight_bytes).collect(),
+            writes: recording.writes,
+            numbers: recording.numbers,
+            names: recording.names,
         })
+    }
+
+    fn run_shape(&mut self, shape: Shape, token: u32, position: u32) -> Result<()> {
+        let decode = &mut self.decode;
+        let Some(program) = decode.programs.get(&shape) else {
+            return Ok(());
+        };
+        // No buffer's first number may look like that of its last write. There are fewer buffers than numbers.
+        let mut base = decode.numbers;
+        while program.writes.iter().any(|w| {
+            let last = decode.numbered.get(&w.role).and_then(|n| n.last);
+            last.is_some_and(|last| alike(base + w.first, last))
+        }) {
+            base += 1;
+        }
+        for w in &program.writes {
+            if let Some(n) = decode.numbered.get_mut(&w.role) {
+                n.last = Some(base + w.last);
+            }
+        }
+        decode.numbers = base + program.numbers;
+        let base = (base % u64::from(NUMBERS)) as u32;
+        let (ops, count, room) = (program.ops.address, program.count, program.room);
+        decode.traced = decode.trace.as_ref().map(|_| shape);
+        self.run_program(ops, count, room, base, token, position)
     }
 
     fn run_program(
         &mut self,
         ops: Address,
         count: u32,
-        norm_len: u32,
-        shared: usize,
+        room: Room,
+        base: u32,
         token: u32,
         position: u32,
     ) -> Result<()> {
         let decode = &mut self.decode;
-        decode.sequence = decode.sequence.wrapping_add(1);
+        // Zero is what fresh memory holds.
+        decode.sequence = decode.sequence.wrapping_add(1).max(1);
         let args = DecodeArgs {
             ops: ops as *const Op,
             count,
+            base,
             token,
             position,
             sequence: decode.sequence,
+            turns: room.turns,
+            tile_bytes: room.tile_bytes,
+            row_bytes: room.row_bytes,
             table: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
-            barrier: decode.barrier as *mut u32,
-            choice: decode.choice as *mut Choice,
+            ranks: decode.ranks as *mut u64,
+            trace: decode.trace.as_ref().map_or(0, |t| t.address) as *mut u64,
             chosen: decode.chosen.address as *mut u64,
-            norm_len,
         };
         self.driver.launch_cooperative(
             "decode",
             self.driver.multiprocessors(),
             decode::THREADS,
-            shared,
+            room.shared,
             &args,
         )
     }
 
+    /// See [`Device::profile`](crate::device::Device::profile).
+    pub(super) fn timings(&mut self) -> Result<Vec<OpTiming>> {
+        let longest = |programs: &HashMap<Shape, Program>| programs.values().map(|p| p.count).max();
+        let point_bytes = 8 * point::COUNT;
+        let traced = self.decode.traced.take();
+        let Some(trace) = self.decode.trace.as_ref().map(|t| t.address) else {
+            let bytes = point_bytes * longest(&self.decode.programs).unwrap_or(0) as usize;
+            if bytes > 0 {
+                self.decode.trace = Some(self.driver.alloc(bytes)?);
+            }
+            return Ok(Vec::new());
+        };
+        let Some(program) = traced.and_then(|shape| self.decode.programs.get(&shape)) else {
+            return Ok(Vec::new());
+        };
+        let mut times = vec![0u64; program.count as usize * point::COUNT];
+        self.driver
+            .read(trace, bytemuck::cast_slice_mut(&mut times))?;
+        let at = |i: usize, point: usize| times[i * point::COUNT + point];
+        let last = program.names.len().saturating_sub(1);
+        let timing = |(i, name): (usize, &&'static str)| {
+            let (begin, output) = (at(i, point::BEGIN), at(i, point::OUTPUT));
+            let next = if i < last {
+                at(i + 1, point::BEGIN)
+            } else {
+                output
+            };
+            let input = at(i, point::INPUT).clamp(begin, output.max(begin));
+            OpTiming {
+                name,
+                bytes: program.weight_bytes[i],
+                wait_ns: input - begin,
+                work_ns: output.saturating_sub(input),
+                total_ns: next.saturating_sub(begin),
+            }
+        };
+        Ok(program.names.iter().enumerate().map(timing).collect())
+    }
+
     /// Runs one product by itself, outside a recorded step.
     pub(super) fn run_single(&mut self, op: Op) -> Result<()> {
-        let ops = [op];
-        let (shared, norm_len) = needs(&ops);
+        let ops = [complete(op)];
         let address = self.decode.single.address;
         self.driver.write(address, bytes(&ops))?;
-        self.run_program(address, 1, norm_len as u32, shared, 0, 0)?;
+        let room = room(&self.driver, &ops)?;
+        self.run_program(address, 1, room, 0, 0, 0)?;
         self.decode.chooser = (op.choose != 0).then_some(self.decode.sequence);
         Ok(())
     }

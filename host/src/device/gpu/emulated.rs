@@ -93,6 +93,10 @@ impl Driver for Emulated {
         2
     }
 
+    fn shared_limit(&self) -> usize {
+        227 << 10
+    }
+
     fn free_bytes(&self) -> Result<u64> {
         crate::device::host_memory::free()
     }

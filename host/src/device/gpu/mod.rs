@@ -13,6 +13,7 @@ mod weights;
 pub use emulated::Emulated;
 pub use selftest::Outcome;
 
+use super::OpTiming;
 use super::{BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo};
 use super::{Heads, Linear, Norm, Qkv, SampleRow};
 use crate::error::{Error, Result};
@@ -35,6 +36,8 @@ pub struct Allocation {
 pub trait Driver: Send + Sized + 'static {
     fn info(&self) -> &DeviceInfo;
     fn multiprocessors(&self) -> u32;
+    /// Bytes of shared memory that a block may have.
+    fn shared_limit(&self) -> usize;
     fn free_bytes(&self) -> Result<u64>;
 
     /// Memory aligned to 256 bytes, its content whatever it was.
@@ -365,6 +368,10 @@ impl<D: Driver> Device for Gpu<D> {
     fn working_bytes(&self, widest: usize) -> u64 {
         // Unpacked weights, and two f32 intermediates of a step's rows.
         (ops::SLICE_BYTES + 2 * 4 * Self::STEP_ROWS * widest) as u64
+    }
+
+    fn profile(&mut self) -> Result<Vec<OpTiming>> {
+        self.timings()
     }
 
     fn cache_element_bytes(&self) -> usize {

@@ -9,12 +9,13 @@
 //! [`Gpu::op_norm_gate_up`] to [`Gpu::op_linear_add`] lies in its buffer as f16, rows padded with zeros
 //! to whole groups: the form that products take.
 
+use super::decode::Role;
 use super::{Address, Buffer, Cache, Driver, Gpu, Scratch, Weight};
 use crate::device::{Heads, Linear, Norm, Qkv, RopeLayout, SampleRow};
 use crate::error::{Error, Result};
 use crate::sampling::{MIN_TEMPERATURE, fraction};
 use kernels::attention::{self, AttendArgs};
-use kernels::decode::{self, Input, NO_OP, Op, kind};
+use kernels::decode::{self, Input, NO_OP, Op, PLAIN, kind};
 use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
 use kernels::exact::{self, LinearArgs};
 use kernels::flash::{self, FlashArgs};
@@ -96,36 +97,54 @@ impl<D: Driver> Gpu<D> {
         }
     }
 
-    /// The input of an operation of `decode`; attention's parts where `x` stands for them.
+    /// The input of an operation of `decode`: in a recorded step what an operation before has written in the place
+    /// of `x`, attention's parts where they stand for it; `x` itself otherwise.
     fn input(
-        &self,
+        &mut self,
         x: *const f32,
         norm: Option<&Norm<'_, Self>>,
         len: usize,
         float: bool,
-    ) -> Input {
-        let parts = self.parts_of(x);
-        Input {
-            x: parts.map_or(x, |p| p.0),
+    ) -> Result<Input> {
+        let plain = Input {
+            x,
             norm: norm.map_or(ptr::null(), |n| n.weight.ptr()),
+            from: PLAIN,
             eps: norm.map_or(0.0, |n| n.eps),
             len: len as u32,
             keep_f32: u32::from(float),
-            splits: parts.map_or(0, |_| self.decode_splits()),
-            head_dim: parts.map_or(0, |p| p.1),
+            splits: 0,
+            head_dim: 0,
+        };
+        if !self.fused() {
+            return Ok(plain);
         }
+        let parts = self.parts_of(x);
+        let role = parts.map_or(Role::Buffer(x as Address), |p| p.role);
+        Ok(Input {
+            from: self.number_of(role)?,
+            x: self.numbered(role, 0)?,
+            splits: parts.map_or(0, |_| self.decode_splits()),
+            head_dim: parts.map_or(0, |p| p.head_dim),
+            ..plain
+        })
     }
 
     pub(super) fn op_embed(&mut self, table: &Weight, scale: f32, out: &Buffer) -> Result<()> {
         if self.fused() {
-            self.push(Op {
+            let role = Role::Buffer(out.address);
+            let op = Op {
                 kind: kind::EMBED,
-                input: self.input(ptr::null(), None, table.cols, false),
+                input: Input {
+                    len: table.cols as u32,
+                    ..NO_OP.input
+                },
                 matrices: [table.matrix, NO_MATRIX, NO_MATRIX],
                 scale,
-                out: out.ptr(),
+                out: self.numbered(role, table.cols)?,
                 ..NO_OP
-            });
+            };
+            self.push("embed", op, &[role]);
             return Ok(());
         }
         let args = EmbedArgs {
@@ -369,17 +388,21 @@ impl<D: Driver> Gpu<D> {
         let pairs = (h.heads + 2 * h.kv_heads) * h.head_dim / 2;
         if self.fused() {
             let float = linears.iter().any(|l| !l.weight.quantised);
-            self.push(Op {
+            let role = Role::Buffer(q.address);
+            let new = 2 * h.kv_heads * h.head_dim;
+            let op = Op {
                 kind: kind::QKV,
-                input: self.input(x.ptr(), Some(&op.norm), len, float),
+                input: self.input(x.ptr(), Some(&op.norm), len, float)?,
                 matrices: linears.map(|l| l.weight.matrix),
                 biases: linears.map(bias_ptr),
                 rotation,
                 cache,
                 heads: h.heads as u32,
-                out: q.ptr(),
+                fresh: self.numbered(Role::Fresh(new), new)?,
+                out: self.numbered(role, h.heads * h.head_dim)?,
                 ..NO_OP
-            });
+            };
+            self.push("qkv", op, &[role, Role::Fresh(new)]);
             return Ok(());
         }
         let rows = self.current.rows;
@@ -479,20 +502,22 @@ impl<D: Driver> Gpu<D> {
         out: &Buffer,
     ) -> Result<()> {
         if self.fused() {
-            let splits = self.decode_splits();
-            let values = heads.heads * splits as usize * (heads.head_dim + 4);
-            let parts = self.scratch(Scratch::Partial, values * 4)?;
-            self.push(Op {
+            let values = heads.heads * decode::MAX_SPLITS as usize * (heads.head_dim + 4);
+            let role = Role::Parts(values);
+            let fresh = Role::Fresh(2 * heads.kv_heads * heads.head_dim);
+            let op = Op {
                 kind: kind::ATTEND,
-                input: self.input(q.ptr(), None, heads.heads * heads.head_dim, false),
+                input: self.input(q.ptr(), None, heads.heads * heads.head_dim, false)?,
                 cache: self.cache_layer(cache, layer),
                 heads: heads.heads as u32,
-                splits,
+                splits: self.decode_splits(),
                 scale: heads.scale,
-                out: parts as *mut f32,
+                fresh: self.numbered(fresh, 0)?,
+                out: self.numbered(role, values)?,
                 ..NO_OP
-            });
-            self.set_parts(out, parts, heads.head_dim);
+            };
+            self.push("attention", op, &[role]);
+            self.set_parts(out, role, heads.head_dim);
             return Ok(());
         }
         let (rows, len) = (self.current.rows, heads.heads * heads.head_dim);
@@ -574,27 +599,27 @@ impl<D: Driver> Gpu<D> {
 
     /// The product of one row.
     fn product_op(
-        &self,
+        &mut self,
         linear: Linear<'_, Self>,
         x: *const f32,
         norm: Option<&Norm<'_, Self>>,
         out: *mut f32,
-    ) -> Op {
+    ) -> Result<Op> {
         let weight = linear.weight;
         let rows = weight.matrix.rows as usize;
         let warps = self.driver.multiprocessors() as usize * (decode::THREADS as usize / 32);
         // A row's halves go to the lanes side by side where a warp would else take two long rows while
         // others have none.
         let split = weight.matrix.groups() > 32 && rows.div_ceil(2) * 2 <= warps;
-        Op {
+        Ok(Op {
             kind: kind::PRODUCT,
             split: u32::from(split),
-            input: self.input(x, norm, weight.cols, !weight.quantised),
+            input: self.input(x, norm, weight.cols, !weight.quantised)?,
             matrices: [weight.matrix, NO_MATRIX, NO_MATRIX],
             biases: [bias_ptr(linear), ptr::null(), ptr::null()],
             out,
             ..NO_OP
-        }
+        })
     }
 
     pub(super) fn op_linear_add(
@@ -604,8 +629,20 @@ impl<D: Driver> Gpu<D> {
         x: &Buffer,
     ) -> Result<()> {
         if self.fused() {
-            let op = self.product_op(linear, input.ptr(), None, x.ptr());
-            self.push(Op { add: 1, ..op });
+            let role = Role::Buffer(x.address);
+            let add_from = self.number_of(role)?;
+            let to = self.numbered(role, linear.weight.matrix.rows as usize)?;
+            let op = Op {
+                add: 1,
+                add_from,
+                ..self.product_op(linear, input.ptr(), None, to)?
+            };
+            let name = if self.parts_of(input.ptr()).is_some() {
+                "attention out"
+            } else {
+                "down"
+            };
+            self.push(name, op, &[role]);
             return Ok(());
         }
         let rows = self.current.rows;
@@ -629,14 +666,16 @@ impl<D: Driver> Gpu<D> {
         let width = gate.weight.matrix.rows as usize;
         if self.fused() {
             let float = !gate.weight.quantised || !up.weight.quantised;
-            self.push(Op {
+            let role = Role::Buffer(out.address);
+            let op = Op {
                 kind: kind::GATE_UP,
-                input: self.input(x.ptr(), Some(&norm), len, float),
+                input: self.input(x.ptr(), Some(&norm), len, float)?,
                 matrices: [gate.weight.matrix, up.weight.matrix, NO_MATRIX],
                 biases: [bias_ptr(gate), bias_ptr(up), ptr::null()],
-                out: out.ptr(),
+                out: self.numbered(role, width)?,
                 ..NO_OP
-            });
+            };
+            self.push("gate, up", op, &[role]);
             return Ok(());
         }
         let rows = self.current.rows;
@@ -684,15 +723,15 @@ impl<D: Driver> Gpu<D> {
         let len = head.weight.cols;
         let outputs = self.current.outputs;
         if self.fused() {
-            let op = self.product_op(head, x.ptr(), Some(&norm), logits.ptr());
-            self.push(Op { choose: 1, ..op });
+            let op = self.product_op(head, x.ptr(), Some(&norm), logits.ptr())?;
+            self.push("head", Op { choose: 1, ..op }, &[]);
             return Ok(());
         }
         let gather = self.step_args().outputs;
         let f16 = !self.exact && outputs > 1;
         match self.norm_rows(x, &norm, len, outputs, gather, f16)? {
             Rows::F32(x) if !self.exact => {
-                let op = self.product_op(head, x, None, logits.ptr());
+                let op = self.product_op(head, x, None, logits.ptr())?;
                 self.run_single(Op { choose: 1, ..op })
             }
             rows => self.product(head, rows, outputs, logits.ptr(), false),

@@ -25,7 +25,7 @@ pub use launch::{Error, Kernel, Options, launch, launch_cooperative, launch_with
 pub use shared_memory::SHARED_LIMIT;
 
 pub(crate) use block::BarrierKind;
-pub(crate) use shared_memory::access as shared_access;
+pub(crate) use shared_memory::{DYNAMIC_START, access as shared_access};
 pub(crate) use thread::{
     barrier, block_dim, block_idx, commit_copies, copy_async, dynamic_shared_bytes, fail, grid_dim,
     lane, shared_pointer, shared_to_pointer, spin, thread_idx, wait_copies,

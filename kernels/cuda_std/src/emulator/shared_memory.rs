@@ -1,4 +1,4 @@
-//! A block's shared memory: dynamic at address 0, static arrays behind it.
+//! A block's shared memory: dynamic at [`DYNAMIC_START`], static arrays behind it.
 
 use super::thread::{current, fail};
 use crate::shared::SharedPtr;
@@ -7,6 +7,10 @@ use std::sync::atomic::AtomicU32;
 
 /// Shared memory a block can have, in bytes, static and dynamic together: that of sm_90.
 pub const SHARED_LIMIT: u32 = 227 * 1024;
+
+/// The address of dynamic shared memory: not zero, as on a device, where a kernel that takes offsets for
+/// addresses goes wrong too.
+pub const DYNAMIC_START: u32 = 1024;
 
 /// What uninitialised shared memory holds: NaN in every float format.
 const POISON: u8 = 0xFF;
@@ -38,7 +42,7 @@ impl SharedMemory {
         let memory = unsafe { Box::from_raw(Box::into_raw(memory) as *mut [Cell<u8>]) };
         let dynamic = Region {
             key: std::ptr::null(),
-            start: 0,
+            start: DYNAMIC_START,
             bytes: dynamic_bytes,
         };
         Self {
@@ -124,8 +128,9 @@ impl SharedMemory {
             .collect();
         Err(format!(
             "{what} of {bytes} bytes at shared address {address:#x} is out of range: dynamic shared memory is \
-             0..{:#x}, static arrays are [{}]",
-            self.dynamic.bytes,
+             {:#x}..{:#x}, static arrays are [{}]",
+            self.dynamic.start,
+            self.dynamic.start + self.dynamic.bytes,
             statics.join(", ")
         ))
     }

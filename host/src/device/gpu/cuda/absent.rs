@@ -30,6 +30,9 @@ impl Driver for Cuda {
     fn multiprocessors(&self) -> u32 {
         match *self {}
     }
+    fn shared_limit(&self) -> usize {
+        match *self {}
+    }
     fn free_bytes(&self) -> Result<u64> {
         match *self {}
     }

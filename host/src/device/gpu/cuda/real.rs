@@ -397,6 +397,10 @@ impl Driver for Cuda {
         self.multiprocessors
     }
 
+    fn shared_limit(&self) -> usize {
+        self.shared_limit
+    }
+
     fn free_bytes(&self) -> Result<u64> {
         self.enter()?;
         let (free, _) =

@@ -185,19 +185,14 @@ impl<D: Driver> Bench<'_, D> {
     fn repack(&mut self, ty: GgmlType, file: &[u8], rows: usize, cols: usize) -> Result<Matrix> {
         let layout = layout(ty);
         let padded = cols.next_multiple_of(GROUP);
-        let blocks_per_row = padded / layout.block.max(GROUP);
-        let blocks = rows * blocks_per_row;
-        let mut planes = [std::ptr::null(); 4];
-        for (plane, bytes) in planes.iter_mut().zip(layout.planes) {
-            if bytes > 0 {
-                *plane = self.alloc(bytes * blocks)?.ptr::<u8>().cast_const();
-            }
-        }
-        let matrix = layout.matrix(rows, padded, |i, _| planes[i]);
+        let memory = self.alloc(rows * layout.row_bytes(padded))?;
+        let matrix = layout.matrix(rows, padded, memory.ptr::<u8>());
+        let blocks = padded / layout.block.max(GROUP);
+        let block_bytes = layout.block_bytes * (layout.block.max(GROUP) / layout.block);
         let row_bytes = file.len() / rows;
         let half = rows / 2;
         for (first, last) in [(0, half), (half, rows)] {
-            let n = (last - first) * blocks_per_row;
+            let n = (last - first) * blocks;
             if n == 0 {
                 continue;
             }
@@ -205,10 +200,11 @@ impl<D: Driver> Bench<'_, D> {
             let args = kernels::types::RepackArgs {
                 source: source.ptr::<u8>(),
                 matrix,
-                first: (first * blocks_per_row) as u64,
-                blocks: n as u64,
-                file_cols: cols as u32,
-                stride: layout.block_bytes as u32,
+                first: first as u32,
+                rows: (last - first) as u32,
+                file_row_bytes: row_bytes as u32,
+                blocks: blocks as u32,
+                block_bytes: block_bytes as u32,
             };
             self.driver
                 .launch("repack_kernel", (n.div_ceil(64) as u32, 1), 64, 0, &args)?;

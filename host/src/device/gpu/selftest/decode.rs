@@ -1,5 +1,6 @@
 //! The kernel `decode`: each kind of operation, alone and after one another.
 
+use super::super::decode::{complete, room};
 use super::Driver;
 use super::bench::{Bench, Guarded, TestMatrix, layout, nmse, nmse_at_least};
 use super::products::{F32_LIMIT, name};
@@ -7,7 +8,7 @@ use super::rows::{Paging, rms_norm, rotate, rotation_table, silu};
 use crate::error::Result;
 use gguf::GgmlType;
 use half::f16;
-use kernels::decode::{self, Choice, DecodeArgs, Input, NO_OP, Op, kind};
+use kernels::decode::{self, DecodeArgs, Input, NO_OP, Op, PLAIN, kind};
 use kernels::rows::Rotation;
 use kernels::types::{GROUP, NO_MATRIX};
 use std::ptr;
@@ -84,10 +85,12 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
 fn launch<D: Driver>(
     b: &mut Bench<'_, D>,
     ops: &[Op],
+    base: u32,
     token: u32,
     position: usize,
     table: *const u32,
 ) -> Result<Option<u32>> {
+    let ops: Vec<Op> = ops.iter().map(|op| complete(*op)).collect();
     let bytes: Vec<u8> = ops
         .iter()
         .flat_map(|op| {
@@ -99,42 +102,30 @@ fn launch<D: Driver>(
         })
         .collect();
     let ops_on = b.upload(&bytes)?;
-    let barrier = b.upload(&[0u32])?;
-    let choice = b.upload(&[0u64; size_of::<Choice>() / 8])?;
+    let ranks = b.upload(&[0u64; 2 * BLOCKS as usize])?;
     let chosen = b.upload(&[0u64])?;
-    let products = ops
-        .iter()
-        .filter(|op| !matches!(op.kind, kind::EMBED | kind::ATTEND));
-    let (mut row, mut norm_len) = (0, 0);
-    for op in products {
-        let cols = (op.input.len as usize).next_multiple_of(GROUP);
-        row = row.max(decode::row_bytes(cols, op.input.keep_f32 != 0));
-        norm_len = norm_len.max(op.input.len);
-    }
+    let room = room(&b.driver, &ops)?;
     const SEQUENCE: u32 = 77;
     let args = DecodeArgs {
         ops: ops_on.ptr(),
         count: ops.len() as u32,
+        base,
         token,
         position: position as u32,
         sequence: SEQUENCE,
+        turns: room.turns,
+        tile_bytes: room.tile_bytes,
+        row_bytes: room.row_bytes,
         table,
-        barrier: barrier.ptr(),
-        choice: choice.ptr(),
+        ranks: ranks.ptr(),
+        trace: ptr::null_mut(),
         chosen: chosen.ptr(),
-        norm_len,
     };
-    let shared = decode::shared_bytes(norm_len as usize, row);
     b.driver
-        .launch_cooperative("decode", BLOCKS, decode::THREADS, shared, &args)?;
+        .launch_cooperative("decode", BLOCKS, decode::THREADS, room.shared, &args)?;
     b.take::<u8>("decode", ops_on)?;
-    b.take::<u32>("decode", barrier)?;
-    let state = b.take::<u64>("decode", choice)?;
+    b.take::<u64>("decode", ranks)?;
     let chosen = b.take::<u64>("decode", chosen)?;
-    // Whatever was chosen, the next launch finds zeros.
-    if state.iter().any(|v| *v != 0) {
-        return Ok(Some(u32::MAX));
-    }
     Ok(chosen
         .first()
         .filter(|v| (**v >> 32) as u32 == SEQUENCE)
@@ -169,6 +160,7 @@ fn input(x: &Guarded, norm: Option<&Guarded>, eps: f32, len: usize, float: bool)
     Input {
         x: x.ptr(),
         norm: norm.map_or(ptr::null(), |n| n.ptr()),
+        from: PLAIN,
         eps,
         len: len as u32,
         keep_f32: u32::from(float),
@@ -205,7 +197,7 @@ pub fn product<D: Driver>(b: &mut Bench<'_, D>, m: &TestMatrix) -> Result<()> {
             out: out.ptr(),
             ..NO_OP
         };
-        launch(b, &[op], 0, 0, ptr::null())?;
+        launch(b, &[op], 0, 0, 0, ptr::null())?;
         let found = b.take::<f32>("decode", out)?;
         let x = if norm { rms_norm(&x, &weight, 1e-5) } else { x };
         let seen = seen_by(m, &x);
@@ -252,7 +244,7 @@ fn gate_up<D: Driver>(b: &mut Bench<'_, D>, gate: GgmlType, up: GgmlType) -> Res
         out: out.ptr(),
         ..NO_OP
     };
-    launch(b, &[op], 0, 0, ptr::null())?;
+    launch(b, &[op], 0, 0, 0, ptr::null())?;
     let found = b.take::<f32>("decode", out)?;
     let normed = rms_norm(&x, &weight, 1e-6);
     let g = gate.times(&seen_by(&gate, &normed));
@@ -309,7 +301,7 @@ fn qkv<D: Driver>(
         out: out.ptr(),
         ..NO_OP
     };
-    launch(b, &[op], 0, position, paging.step.tables)?;
+    launch(b, &[op], 0, 0, position, paging.step.tables)?;
     let mut found = b.take::<f32>("decode", out)?;
     let normed = rms_norm(&x, &weight, 1e-6);
     let mut expected = Vec::new();
@@ -381,6 +373,8 @@ fn attend<D: Driver>(
             heads: heads as u32,
             splits,
             scale,
+            number: 3,
+            sealed: 1,
             out: parts.ptr(),
             ..NO_OP
         },
@@ -389,6 +383,7 @@ fn attend<D: Driver>(
             input: Input {
                 splits,
                 head_dim: head_dim as u32,
+                from: 3,
                 ..input(&parts, None, 0.0, len, true)
             },
             matrices: [m.matrix, NO_MATRIX, NO_MATRIX],
@@ -396,7 +391,7 @@ fn attend<D: Driver>(
             ..NO_OP
         },
     ];
-    launch(b, &ops, 0, past, paging.step.tables)?;
+    launch(b, &ops, 9, 0, past, paging.step.tables)?;
     b.take::<u32>("decode", parts)?;
     let found = b.take::<f32>("decode", out)?;
     let mut attended = Vec::with_capacity(len);
@@ -444,19 +439,24 @@ fn choice<D: Driver>(b: &mut Bench<'_, D>, vocabulary: usize) -> Result<()> {
             input: input(&x, None, 0.0, cols, false),
             matrices,
             scale: 0.5,
+            number: 2,
+            sealed: 1,
             out: x.ptr(),
             ..NO_OP
         },
         Op {
             kind: kind::PRODUCT,
             choose: 1,
-            input: input(&x, None, 0.0, cols, false),
+            input: Input {
+                from: 2,
+                ..input(&x, None, 0.0, cols, false)
+            },
             matrices,
             out: logits.ptr(),
             ..NO_OP
         },
     ];
-    let chosen = launch(b, &ops, token as u32, 0, ptr::null())?;
+    let chosen = launch(b, &ops, 14, token as u32, 0, ptr::null())?;
     let found = b.take::<f32>("decode", x)?;
     let expected: Vec<f64> = m.values[token * cols..(token + 1) * cols]
         .iter()

@@ -1,0 +1,234 @@
+//! Attention of the step's row over the cache.
+//!
+//! A block takes one head and split of the tokens at a time, its warps parts of them. A warp's lanes form teams
+//! of just enough lanes to hold a head, eight elements each; each team walks its own tokens with a running
+//! softmax (arXiv:2205.14135); teams, then warps merge at the end, and the product that follows merges splits.
+
+use super::seal::Seal;
+use super::{AHEAD, Coming, Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, Warp, get};
+use crate::attention::{LoadEight, NONE};
+use crate::rows::BLOCK_TOKENS;
+use crate::types::to_f16;
+use crate::unrolled;
+use cuda_std::memory::{ld_v4_u32, ldg_u32};
+use cuda_std::shared;
+use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id, sync_threads, thread_idx_x};
+use cuda_std::{float, warp};
+
+/// Each warp's part of a head: sums of up to 256 elements, peak and mass.
+const PART: u32 = 256 + 4;
+pub const PARTS_BYTES: u32 = WARPS * PART * 4;
+
+/// Tokens a team loads before it computes, so that their loads overlap.
+const UNROLL: usize = 2;
+
+const LOG2_E: f32 = core::f32::consts::LOG2_E;
+
+/// Attention over some tokens, not yet normalised: `sum / mass` where these are all of them.
+struct Part {
+    /// Elements `8 * lane ..` of the head, in the lanes that have one.
+    sum: [f32; 8],
+    /// The greatest score, in units of log2; [`NONE`] without tokens.
+    peak: f32,
+    mass: f32,
+}
+
+/// [`kind::ATTEND`](super::kind::ATTEND).
+#[inline(always)]
+pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
+    unsafe {
+        let coming = Coming::load(a, w.index + AHEAD);
+        let head_dim = get!(op, cache.head_dim);
+        let splits = get!(op, splits);
+        let heads = get!(op, heads);
+        let team_lanes = head_dim.div_ceil(8).next_power_of_two();
+        let (warp_index, lane) = (thread_idx_x() / 32, lane_id());
+        let tokens = a.position + 1;
+        let parts = shared::at::<f32>(ROWS_AT + w.index % 2 * a.row_bytes);
+        let number = if get!(op, sealed) != 0 {
+            get!(op, number)
+        } else {
+            PLAIN
+        };
+        let seal = Seal::of(a, number);
+        let mut index = block_idx_x();
+        while index < heads * splits {
+            let (head, split) = (index / splits, index % splits);
+            let chunk = tokens.div_ceil(splits);
+            let first = split * chunk;
+            let last = if first + chunk < tokens {
+                first + chunk
+            } else {
+                tokens
+            };
+            // Whole turns of all teams, so that no warp is left with a remainder of another's.
+            let teams = 32 / team_lanes;
+            let share = chunk.div_ceil(WARPS).next_multiple_of(teams);
+            let from = first + warp_index * share;
+            let to = if from + share < last {
+                from + share
+            } else {
+                last
+            };
+            let part = attend_tokens(a, op, head, from, to);
+            let slot = parts.add(warp_index * PART);
+            if lane < team_lanes && lane * 8 < head_dim {
+                let s = part.sum;
+                slot.add(lane * 8).store_v4([s[0], s[1], s[2], s[3]]);
+                slot.add(lane * 8 + 4).store_v4([s[4], s[5], s[6], s[7]]);
+            }
+            if lane == 0 {
+                slot.add(256).store(part.peak);
+                slot.add(257).store(part.mass);
+            }
+            sync_threads();
+            // A thread per element merges the warps.
+            let e = thread_idx_x();
+            if e < head_dim + 2 {
+                let mut peak = NONE;
+                for w in 0..WARPS {
+                    peak = peak.max(parts.add(w * PART + 256).load());
+                }
+                let mut sum = 0.0;
+                for w in 0..WARPS {
+                    let at = parts.add(w * PART);
+                    let weight = float::exp2_approx(at.add(256).load() - peak);
+                    let element = if e < head_dim { e } else { 257 };
+                    sum += weight * at.add(element).load();
+                }
+                let stride = head_dim + 4;
+                let to = get!(op, out).add(((head * splits + split) * stride + e) as usize);
+                // Elements, then peak, then mass.
+                seal.write(to, if e == head_dim { peak } else { sum });
+            }
+            sync_threads();
+            index += grid_dim_x();
+        }
+        coming.store();
+        sync_threads();
+    }
+}
+
+/// This warp's attention of one query head over tokens `from .. to`.
+#[inline(always)]
+unsafe fn attend_tokens(a: &DecodeArgs, op: Current, head: u32, from: u32, to: u32) -> Part {
+    unsafe {
+        let head_dim = get!(op, cache.head_dim);
+        let kv_heads = get!(op, cache.kv_heads);
+        let kv_head = head / (get!(op, heads) / kv_heads);
+        let scale = get!(op, scale) * LOG2_E;
+        let (keys_at, values_at) = (get!(op, cache.keys), get!(op, cache.values));
+        let fresh = get!(op, fresh);
+        let lane = lane_id();
+        let team_lanes = head_dim.div_ceil(8).next_power_of_two();
+        let teams = 32 / team_lanes;
+        let (team, member) = (lane / team_lanes, lane % team_lanes);
+        let element = member * 8;
+        let active = element < head_dim;
+        let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 8]);
+        let written = Seal::of(a, get!(op, input.from));
+        let mut scaled = [0.0; 8];
+        if active && from < to {
+            let q = get!(op, input.x).add((head * head_dim + element) as usize);
+            let (x, y) = (written.read4(q), written.read4(q.add(4)));
+            for k in 0..4 {
+                scaled[k] = x[k] * scale;
+                scaled[k + 4] = y[k] * scale;
+            }
+        }
+        let mut base = from;
+        // Every lane takes every turn, for the shuffles; a team past the end has nothing to add.
+        while base < to {
+            let mut keys = [[0u32; 4]; UNROLL];
+            let mut values = [[0u32; 4]; UNROLL];
+            for u in 0..UNROLL {
+                let token = base + u as u32 * teams + team;
+                if active && token < to {
+                    if token == a.position && !fresh.is_null() {
+                        let at = fresh.add((kv_head * head_dim + element) as usize);
+                        keys[u] = fresh8(written, at);
+                        values[u] = fresh8(written, at.add((kv_heads * head_dim) as usize));
+                    } else {
+                        let tokens = BLOCK_TOKENS as u32;
+                        let block = ldg_u32(a.table.add((token / tokens) as usize));
+                        let at = (block * kv_heads + kv_head) * tokens + token % tokens;
+                        let at = (at as usize * head_dim as usize + element as usize) * 2;
+                        keys[u] = ld_v4_u32(keys_at.add(at));
+                        values[u] = ld_v4_u32(values_at.add(at));
+                    }
+                }
+            }
+            let mut scores = [0.0; UNROLL];
+            for u in 0..UNROLL {
+                let key = u16::unpack_eight(keys[u]);
+                for k in 0..8 {
+                    scores[u] += scaled[k] * key[k];
+                }
+            }
+            let mut width = 1;
+            while width < team_lanes {
+                for u in 0..UNROLL {
+                    scores[u] += warp::shuffle_xor(scores[u], width);
+                }
+                width *= 2;
+            }
+            let mut top = peak;
+            for u in 0..UNROLL {
+                if base + u as u32 * teams + team >= to {
+                    scores[u] = NONE;
+                }
+                top = top.max(scores[u]);
+            }
+            let shrink = float::exp2_approx(peak - top);
+            mass *= shrink;
+            for k in 0..8 {
+                sum[k] *= shrink;
+            }
+            for u in 0..UNROLL {
+                let weight = if scores[u] > NONE {
+                    float::exp2_approx(scores[u] - top)
+                } else {
+                    0.0
+                };
+                mass += weight;
+                let value = u16::unpack_eight(values[u]);
+                for k in 0..8 {
+                    sum[k] += weight * value[k];
+                }
+            }
+            peak = top;
+            base += UNROLL as u32 * teams;
+        }
+        let mut width = team_lanes;
+        while width < 32 {
+            let other = warp::shuffle_xor(peak, width);
+            let top = peak.max(other);
+            let shrink = float::exp2_approx(peak - top);
+            mass *= shrink;
+            mass += warp::shuffle_xor(mass, width);
+            for k in 0..8 {
+                sum[k] *= shrink;
+                sum[k] += warp::shuffle_xor(sum[k], width);
+            }
+            peak = top;
+            width *= 2;
+        }
+        Part { sum, peak, mass }
+    }
+}
+
+/// Eight values of this step's key or value, as the cache holds them.
+#[inline(always)]
+unsafe fn fresh8(seal: Seal, p: *const f32) -> [u32; 4] {
+    unsafe {
+        let (x, y) = (seal.read4(p), seal.read4(p.add(4)));
+        unrolled!(4, |k| {
+            let (low, high) = if k < 2 {
+                (x[2 * k % 4], x[(2 * k + 1) % 4])
+            } else {
+                (y[2 * k % 4], y[(2 * k + 1) % 4])
+            };
+            u32::from(to_f16(low)) | (u32::from(to_f16(high)) << 16)
+        })
+    }
+}

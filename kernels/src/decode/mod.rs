@@ -1,0 +1,423 @@
+//! A decode step: one persistent kernel that carries a list of operations over one row.
+//!
+//! Decoding reads every weight once and computes little, so a step's time is that of the reads, plus what
+//! lies between two operations. Both are kept small and apart from each other:
+//!
+//! - The whole step is one cooperative launch of a block per multiprocessor. Nothing but activations passes
+//!   between blocks, and there is no barrier: every word carries in its low bits the number of the operation
+//!   that wrote it ([`seal`]), and who needs a word looks until it is there. That costs about half of a
+//!   barrier over the grid and the read behind it.
+//! - Weights come through a ring in shared memory ([`ring`]). Each warp knows its tasks of all operations to
+//!   come, and keeps the ring full whatever operation it is at, so that the memory never waits for an
+//!   operation to end.
+//!
+//! In a product ([`product`]), every block brings the whole input row into shared memory, quantised to 8 bits per
+//! group of 32 ([`row`]). A warp then computes two dot products at a time, a lane taking every 32nd group;
+//! which two is the operation's choice: a rotation's pair, a gate and its up, two neighbours, or two halves of
+//! one row.
+//!
+//! A buffer is written again only by an operation that could not have begun before every reader was done:
+//! each block's part of an operation needs the whole output of the one before.
+
+mod attend;
+mod embed;
+mod product;
+mod ring;
+mod row;
+mod seal;
+
+use crate::rows::{CacheLayer, Rotation};
+use crate::types::{Matrix, NO_MATRIX};
+use cuda_std::kernel;
+use cuda_std::memory::{ldg_v4_u32, prefetch_l2};
+use cuda_std::shared::{self, Scalar, SharedPtr};
+use cuda_std::thread::{
+    block_idx_x, clock64, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
+};
+use ring::Ring;
+
+pub use ring::TURNS;
+pub use row::row_bytes;
+pub use seal::{NUMBERS, PLAIN};
+
+/// Threads per block, one block per multiprocessor.
+pub const THREADS: u32 = 512;
+/// Warps per block.
+pub const WARPS: u32 = THREADS / 32;
+
+/// Most splits of a head's tokens; see [`Op::splits`].
+pub const MAX_SPLITS: u32 = 16;
+
+/// What an [`Op`] does.
+pub mod kind {
+    /// `out = table[token] * scale`.
+    pub const EMBED: u32 = 0;
+    /// `out = W norm(x) + b`, or `out += …`.
+    pub const PRODUCT: u32 = 1;
+    /// `out = silu(Wg norm(x) + bg) * (Wu norm(x) + bu)`.
+    pub const GATE_UP: u32 = 2;
+    /// `out = rope(Wq norm(x) + bq)`; keys, rotated, and values go to the f16 cache and to `fresh`.
+    pub const QKV: u32 = 3;
+    /// Attention of the row over the cache, `input.x` being the queries; `out` is as [`super::Input::x`]
+    /// with `splits` describes it.
+    pub const ATTEND: u32 = 4;
+}
+
+/// The input row of an operation.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Input {
+    /// f32, `len` long. With `splits`, attention's parts instead: f32
+    /// `[heads][splits][head_dim + 4]`, unnormalised sums, their peak and mass, two unused.
+    pub x: *const f32,
+    /// RMS norm's weight; null for no norm.
+    pub norm: *const f32,
+    /// [`Op::number`] of the operation that writes `x`; [`PLAIN`] where an earlier launch did.
+    pub from: u32,
+    pub eps: f32,
+    pub len: u32,
+    /// Whether f32 values are kept too, for matrices of float types.
+    pub keep_f32: u32,
+    pub splits: u32,
+    pub head_dim: u32,
+}
+
+/// One operation. What its `kind` has no use for may be anything.
+#[repr(C, align(16))]
+#[derive(Clone, Copy)]
+pub struct Op {
+    pub kind: u32,
+    /// Its place among a program's operations, modulo [`NUMBERS`].
+    pub number: u32,
+    /// Whether `out` is read in this launch, and its words carry `number`.
+    pub sealed: u32,
+    /// Whether to add to `out` instead of overwriting it.
+    pub add: u32,
+    /// The number that the words of `out` carry before the addition, or [`PLAIN`].
+    pub add_from: u32,
+    /// Whether a task is one row in two halves rather than two rows: for long rows of a short matrix.
+    pub split: u32,
+    /// Whether `out` are logits, the greatest of which is the step's choice.
+    pub choose: u32,
+    /// Tasks of a product, one per warp and turn: [`Op::count_tasks`].
+    pub tasks: u32,
+    pub heads: u32,
+    /// Parts that each head's tokens are cut into, at most [`MAX_SPLITS`]; a block takes one at a time.
+    pub splits: u32,
+    /// Of the attention scores, or of the embedding.
+    pub scale: f32,
+    pub input: Input,
+    /// The one; gate and up; Q, K and V.
+    pub matrices: [Matrix; 3],
+    /// f32, null for none.
+    pub biases: [*const f32; 3],
+    pub rotation: Rotation,
+    pub cache: CacheLayer,
+    /// f32 `[2][kv_heads * head_dim]`: this step's keys and values, sealed, as the cache holds them; null for
+    /// an attention whose last token is in the cache.
+    pub fresh: *mut f32,
+    /// f32.
+    pub out: *mut f32,
+}
+
+impl Op {
+    /// What [`Op::tasks`] must be.
+    pub const fn count_tasks(&self) -> u32 {
+        let rows = self.matrices[0].rows;
+        match self.kind {
+            kind::PRODUCT if self.split != 0 => rows,
+            kind::PRODUCT => rows.div_ceil(2),
+            kind::GATE_UP => rows,
+            kind::QKV => (self.heads + 2 * self.cache.kv_heads) * self.cache.head_dim / 2,
+            _ => 0,
+        }
+    }
+}
+
+/// Bytes of an [`Op`].
+pub const OP_BYTES: u32 = size_of::<Op>() as u32;
+const _: () = assert!(
+    OP_BYTES / 16 <= 32,
+    "a warp copies an operation, 16 bytes a lane"
+);
+
+/// Arguments of [`decode`].
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct DecodeArgs {
+    pub ops: *const Op,
+    pub count: u32,
+    /// Added to every number of this launch's operations; below [`NUMBERS`].
+    pub base: u32,
+    pub token: u32,
+    pub position: u32,
+    /// The number that the host knows this step's choice by.
+    pub sequence: u32,
+    /// Turns in a warp's ring, one of [`TURNS`].
+    pub turns: u32,
+    /// Bytes of the largest tile of any matrix.
+    pub tile_bytes: u32,
+    /// Bytes of one of the two row buffers; see [`shared_bytes`].
+    pub row_bytes: u32,
+    /// The sequence's cache blocks.
+    pub table: *const u32,
+    /// For every block two words: the halves of its greatest rank, each with `sequence` above it.
+    pub ranks: *mut u64,
+    /// Null, or where to write when block 0 came how far: [`globaltimer`] for each operation and [`point`].
+    pub trace: *mut u64,
+    /// Where the chosen id is written, `sequence` above it: memory that the host can read.
+    pub chosen: *mut u64,
+}
+
+/// What is timed of an operation.
+pub mod point {
+    /// It begins.
+    pub const BEGIN: usize = 0;
+    /// Its input is there.
+    pub const INPUT: usize = 1;
+    /// Its output is written.
+    pub const OUTPUT: usize = 2;
+    /// How many points there are.
+    pub const COUNT: usize = 3;
+}
+
+/// Notes the time in the first thread of block 0, if it is asked for.
+#[inline(always)]
+unsafe fn note(a: &DecodeArgs, index: u32, point: usize) {
+    if !a.trace.is_null() && thread_idx_x() == 0 && block_idx_x() == 0 {
+        let at = index as usize * point::COUNT + point;
+        unsafe { a.trace.add(at).write(globaltimer()) }
+    }
+}
+
+/// Operations in shared memory: the current one and those that the ring has come to.
+const WINDOW: u32 = 8;
+/// How far the window reaches beyond the current operation, whose barrier has shown its last. Of the two places left
+/// over one is the current operation's, one that of the operation before, which slow warps still read.
+const AHEAD: u32 = WINDOW - 2;
+
+/// Shared memory: scratch, the window, two rows, the rings.
+const WINDOW_AT: u32 = 256;
+const ROWS_AT: u32 = WINDOW_AT + WINDOW * OP_BYTES;
+
+/// Bytes of shared memory of a launch whose operations need at most `row` bytes for a row
+/// ([`row_bytes`]), with `turns` turns in each warp's ring, of tiles of `tile` bytes; and what to pass as
+/// [`DecodeArgs::row_bytes`].
+pub const fn shared_bytes(row: u32, tile: u32, turns: u32) -> (u32, u32) {
+    let row = if row > attend::PARTS_BYTES {
+        row
+    } else {
+        attend::PARTS_BYTES
+    };
+    let row = row.next_multiple_of(128);
+    (ROWS_AT + 2 * row + WARPS * turns * 2 * tile, row)
+}
+
+/// An operation in shared memory: its address there.
+#[derive(Clone, Copy)]
+struct Current(u32);
+
+/// Reads a field of a [`Current`].
+macro_rules! get {
+    ($op:expr, $($field:tt)+) => {
+        $op.read(core::mem::offset_of!($crate::decode::Op, $($field)+) as u32, |op| &raw const (*op).$($field)+)
+    };
+}
+use get;
+
+impl Current {
+    #[inline(always)]
+    fn at(index: u32) -> Current {
+        Current(shared::at::<u8>(WINDOW_AT + index % WINDOW * OP_BYTES).addr())
+    }
+
+    /// The field at `offset`; `_type` only says its type.
+    #[inline(always)]
+    unsafe fn read<T: Field>(self, offset: u32, _type: impl Fn(*const Op) -> *const T) -> T {
+        unsafe { T::load_field(self.0 + offset) }
+    }
+
+    /// The address of matrix `m`.
+    #[inline(always)]
+    fn matrix(self, m: u32) -> u32 {
+        self.0 + core::mem::offset_of!(Op, matrices) as u32 + m * size_of::<Matrix>() as u32
+    }
+
+    /// Bias of row `r` of matrix `m`, as a pointer; null for none.
+    #[inline(always)]
+    unsafe fn bias(self, m: u32) -> *const f32 {
+        unsafe { Field::load_field(self.0 + core::mem::offset_of!(Op, biases) as u32 + 8 * m) }
+    }
+}
+
+/// What an operation's fields are.
+trait Field {
+    unsafe fn load_field(address: u32) -> Self;
+}
+
+macro_rules! scalar_fields {
+    ($($type:ty),*) => {$(
+        impl Field for $type {
+            #[inline(always)]
+            unsafe fn load_field(address: u32) -> Self {
+                unsafe { <$type as Scalar>::load(address) }
+            }
+        }
+    )*};
+}
+scalar_fields!(u32, f32);
+
+impl<T> Field for *const T {
+    #[inline(always)]
+    unsafe fn load_field(address: u32) -> Self {
+        unsafe { u64::load(address) as *const T }
+    }
+}
+
+impl<T> Field for *mut T {
+    #[inline(always)]
+    unsafe fn load_field(address: u32) -> Self {
+        unsafe { u64::load(address) as *mut T }
+    }
+}
+
+/// An operation on its way into the window.
+#[derive(Clone, Copy)]
+struct Coming {
+    index: u32,
+    words: [u32; 4],
+    /// Whether this lane has 16 bytes of it.
+    mine: bool,
+}
+
+impl Coming {
+    /// Asks for operation `index`, if this warp is the last: it has the fewest tasks.
+    #[inline(always)]
+    unsafe fn load(a: &DecodeArgs, index: u32) -> Coming {
+        let t = thread_idx_x();
+        let mine = t / 32 == WARPS - 1 && t % 32 < OP_BYTES / 16 && index < a.count;
+        let mut words = [0; 4];
+        if mine {
+            unsafe {
+                let op = a.ops.add(index as usize).cast::<u8>();
+                words = ldg_v4_u32(op.add(16 * lane_id() as usize));
+            }
+        }
+        Coming { index, words, mine }
+    }
+
+    /// Puts it into the window; a barrier of the block shows it to all.
+    #[inline(always)]
+    unsafe fn store(self) {
+        if self.mine {
+            let to = Current::at(self.index).0 + 16 * lane_id();
+            unsafe { SharedPtr::<u32>::from_addr(to).store_v4(self.words) }
+        }
+    }
+}
+
+/// Asks for what `op` reads that neither the ring nor an operation brings: norm weights and biases.
+#[inline(always)]
+unsafe fn prefetch(op: Current) {
+    unsafe {
+        const LINE: u32 = 128;
+        let line = block_idx_x() + grid_dim_x() * (thread_idx_x() % 32);
+        let ask = |p: *const f32, len: u32| {
+            if !p.is_null() && line * (LINE / 4) < len {
+                prefetch_l2(p.add((line * (LINE / 4)) as usize));
+            }
+        };
+        match thread_idx_x() / 32 {
+            12 => ask(get!(op, input.norm), get!(op, input.len)),
+            w if w < 12 && w >= 9 => {
+                let rows = core::mem::offset_of!(Matrix, rows) as u32;
+                ask(op.bias(w - 9), u32::load(op.matrix(w - 9) + rows));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What a warp carries from operation to operation.
+struct Warp {
+    /// Index of the current operation.
+    index: u32,
+    ring: Ring,
+    /// [`clock64`] at the end of the last operation.
+    since: u64,
+}
+
+/// Carries `ops` in order over one row. The launch is cooperative, with [`shared_bytes`].
+#[kernel(launch_bounds(512, 1))]
+pub unsafe fn decode(a: DecodeArgs) {
+    unsafe {
+        let mut i = 0;
+        while i < AHEAD {
+            Coming::load(&a, i).store();
+            i += 1;
+        }
+        sync_threads();
+        let mut w = Warp {
+            index: 0,
+            ring: Ring::new(&a),
+            since: clock64(),
+        };
+        w.ring.fill(&a, AHEAD - 1);
+        while w.index < a.count {
+            let op = Current::at(w.index);
+            note(&a, w.index, point::BEGIN);
+            match get!(op, kind) {
+                kind::EMBED => embed::embed(&a, op, &mut w),
+                kind::ATTEND => attend::attend(&a, op, &mut w),
+                _ => product::product(&a, op, &mut w),
+            }
+            note(&a, w.index, point::OUTPUT);
+            w.since = clock64();
+            if w.index + 2 < a.count {
+                prefetch(Current::at(w.index + 2));
+            }
+            w.ring.fill(&a, w.index + AHEAD);
+            w.index += 1;
+        }
+    }
+}
+
+/// An operation of no kind, for the fields that a kind has no use for.
+pub const NO_OP: Op = Op {
+    kind: u32::MAX,
+    number: 0,
+    sealed: 0,
+    add: 0,
+    add_from: PLAIN,
+    split: 0,
+    choose: 0,
+    tasks: 0,
+    heads: 0,
+    splits: 0,
+    scale: 0.0,
+    input: Input {
+        x: core::ptr::null(),
+        norm: core::ptr::null(),
+        from: PLAIN,
+        eps: 0.0,
+        len: 0,
+        keep_f32: 0,
+        splits: 0,
+        head_dim: 0,
+    },
+    matrices: [NO_MATRIX; 3],
+    biases: [core::ptr::null(); 3],
+    rotation: Rotation {
+        table: core::ptr::null(),
+        dims: 0,
+        halves: 0,
+    },
+    cache: CacheLayer {
+        keys: core::ptr::null_mut(),
+        values: core::ptr::null_mut(),
+        kv_heads: 0,
+        head_dim: 0,
+    },
+    fresh: core::ptr::null_mut(),
+    out: core::ptr::null_mut(),
+};

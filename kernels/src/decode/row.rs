@@ -1,0 +1,360 @@
+//! A product's input row in shared memory.
+
+use super::seal::{Seal, pause};
+use super::{Current, DecodeArgs, ROWS_AT, THREADS, WARPS, Warp, get};
+use crate::attention::NONE;
+use crate::types::GROUP;
+use crate::unrolled;
+use cuda_std::memory::{ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
+use cuda_std::shared::{self, SharedPtr};
+use cuda_std::thread::{thread_idx_x, wait_until};
+use cuda_std::{float, warp};
+
+/// Cycles from a warp's last operation to its first look for the next input: what it takes a word to come
+/// from another block. Looks that come too early delay what they look for.
+const FIRST_LOOK: u64 = 500;
+
+/// Shared memory for an input row of `cols` values (a multiple of 32); `float` where any matrix is of
+/// a float type.
+pub const fn row_bytes(cols: u32, float: bool) -> u32 {
+    cols + cols / 4 + if float { 4 * cols } else { 0 }
+}
+
+/// An input row in shared memory. Quantised values: the first 16 of every group, then the last 16, so
+/// that 16-byte loads of neighbouring lanes fall into different banks; then, if kept, the values as f32; then for each
+/// group `d` and the sums of its halves' integers (`x ≈ d * q`).
+#[derive(Clone, Copy)]
+pub struct Row {
+    low: SharedPtr<u32>,
+    meta: SharedPtr<u32>,
+    pub groups: u32,
+    squares: SharedPtr<f32>,
+}
+
+/// A group of the row.
+#[derive(Clone, Copy)]
+pub struct Group {
+    pub low: [u32; 4],
+    pub high: [u32; 4],
+    pub d: f32,
+    /// Sums of the integers in `low` and in `high`.
+    pub sums: [i32; 2],
+}
+
+/// Vectors of four values that a thread looks for at once.
+const VECTORS: usize = 4;
+/// Values that the block looks for at once.
+const STRIDE: u32 = VECTORS as u32 * 4 * THREADS;
+
+impl Row {
+    /// Where the row of `op` lies; rows of neighbouring operations lie apart, so that a block may fill one while its
+    /// slower warps still read the other.
+    #[inline(always)]
+    pub unsafe fn new(a: &DecodeArgs, op: Current, index: u32) -> Row {
+        unsafe {
+            let cols = get!(op, input.len).next_multiple_of(GROUP as u32);
+            let start = ROWS_AT + index % 2 * a.row_bytes;
+            let keep = get!(op, input.keep_f32) != 0;
+            Row {
+                low: shared::at(start),
+                // Last, as it is aligned to eight bytes only.
+                meta: shared::at(start + cols + if keep { 4 * cols } else { 0 }),
+                groups: cols / GROUP as u32,
+                squares: shared::at(index % 2 * (4 * WARPS)),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn high(&self) -> SharedPtr<u32> {
+        self.low.byte_add(self.groups * (GROUP as u32 / 2))
+    }
+
+    /// The values themselves.
+    #[inline(always)]
+    pub fn values(&self) -> SharedPtr<f32> {
+        self.low.byte_add(self.groups * GROUP as u32).cast()
+    }
+
+    #[inline(always)]
+    pub unsafe fn group(&self, g: u32) -> Group {
+        unsafe {
+            let [d, sums] = self.meta.add(g * 2).load_v2();
+            Group {
+                low: self.low.add(g * 4).load_v4(),
+                high: self.high().add(g * 4).load_v4(),
+                d: f32::from_bits(d),
+                sums: [i32::from(sums as i16), i32::from((sums >> 16) as i16)],
+            }
+        }
+    }
+
+    /// What multiplies every product: the norm's `1 / sqrt(mean(x²) + eps)`, known only after the values
+    /// are stored.
+    #[inline(always)]
+    pub unsafe fn scale(&self, op: Current) -> f32 {
+        unsafe {
+            if get!(op, input.norm).is_null() {
+                return 1.0;
+            }
+            let mut sum = 0.0;
+            for i in 0..WARPS / 4 {
+                let v = self.squares.add(4 * i).load_v4();
+                sum += (v[0] + v[1]) + (v[2] + v[3]);
+            }
+            float::rsqrt(sum / get!(op, input.len) as f32 + get!(op, input.eps))
+        }
+    }
+
+    /// Waits for the input of `op`, multiplies it by the norm weight, quantises and stores it. A barrier of
+    /// the block must follow.
+    ///
+    /// Each thread takes four values at a time, eight threads a group.
+    #[inline(always)]
+    pub unsafe fn fill(&self, a: &DecodeArgs, op: Current, w: &Warp) {
+        unsafe {
+            let seal = Seal::of(a, get!(op, input.from));
+            let squares = if get!(op, input.splits) != 0 {
+                self.fill_combined(op, seal, w)
+            } else if seal.plain() && get!(op, input.len) % 4 != 0 {
+                self.fill_short(op)
+            } else {
+                self.fill_vectors(op, seal, w)
+            };
+            if !get!(op, input.norm).is_null() {
+                let squares = warp::reduce_sum_f32(squares);
+                if thread_idx_x() % 32 == 0 {
+                    self.squares.add(thread_idx_x() / 32).store(squares);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn fill_vectors(&self, op: Current, seal: Seal, w: &Warp) -> f32 {
+        unsafe {
+            let (x, norm) = (get!(op, input.x), get!(op, input.norm));
+            let len = get!(op, input.len);
+            let keep = get!(op, input.keep_f32) != 0;
+            let (t, cols) = (thread_idx_x(), self.groups * GROUP as u32);
+            let mut squares = 0.0;
+            let mut base = 0;
+            while base < cols {
+                let at = |u: usize| base + 4 * (t + THREADS * u as u32);
+                // What is known beforehand comes while the rest is awaited.
+                let weights = unrolled!(4, |u| load_norm(norm, at(u), len));
+                wait_until(w.since + FIRST_LOOK);
+                let mut words = unrolled!(4, |u| if at(u) < len {
+                    ld_relaxed_v4_u32(x.add(at(u) as usize))
+                } else {
+                    [0; 4]
+                });
+                for u in 0..VECTORS {
+                    // Whole warps: the lanes stay together for the shuffles, those past the end carry zeros.
+                    if base + 4 * (t / 32 * 32 + THREADS * u as u32) < cols {
+                        let mut v = [0.0; 4];
+                        if at(u) < len {
+                            let left = len - at(u);
+                            while !arrived(seal, words[u], left) {
+                                pause();
+                                words[u] = ld_relaxed_v4_u32(x.add(at(u) as usize));
+                            }
+                            for k in 0..4 {
+                                if (k as u32) < left {
+                                    v[k] = seal.open(words[u][k]);
+                                    squares += v[k] * v[k];
+                                    v[k] *= weights[u][k];
+                                }
+                            }
+                        }
+                        self.store(at(u), cols, v, keep);
+                    }
+                }
+                base += STRIDE;
+            }
+            squares
+        }
+    }
+
+    /// Plain rows of a length that vectors do not fit.
+    #[inline(always)]
+    unsafe fn fill_short(&self, op: Current) -> f32 {
+        unsafe {
+            let (x, norm) = (get!(op, input.x), get!(op, input.norm));
+            let len = get!(op, input.len);
+            let (t, cols) = (thread_idx_x(), self.groups * GROUP as u32);
+            let mut squares = 0.0;
+            let mut base = 0;
+            while base < cols {
+                let i = base + 4 * t;
+                let weights = load_norm(norm, i, len);
+                let mut v = [0.0; 4];
+                for k in 0..4 {
+                    if i + (k as u32) < len {
+                        let value = x.add(i as usize + k).read();
+                        squares += value * value;
+                        v[k] = value * weights[k];
+                    }
+                }
+                if base + 4 * (t / 32 * 32) < cols {
+                    self.store(i, cols, v, get!(op, input.keep_f32) != 0);
+                }
+                base += 4 * THREADS;
+            }
+            squares
+        }
+    }
+
+    /// From attention's parts.
+    #[inline(always)]
+    unsafe fn fill_combined(&self, op: Current, seal: Seal, w: &Warp) -> f32 {
+        unsafe {
+            let len = get!(op, input.len);
+            let (t, cols) = (thread_idx_x(), self.groups * GROUP as u32);
+            wait_until(w.since + FIRST_LOOK);
+            let mut base = 0;
+            while base < cols {
+                let i = base + 4 * t;
+                if base + 4 * (t / 32 * 32) < cols {
+                    let v = if i < len {
+                        combine(op, seal, i)
+                    } else {
+                        [0.0; 4]
+                    };
+                    self.store(i, cols, v, get!(op, input.keep_f32) != 0);
+                }
+                base += 4 * THREADS;
+            }
+            0.0
+        }
+    }
+
+    /// Stores values `i .. i + 4`; threads whose `i` is past `cols` only take part in the shuffles.
+    #[inline(always)]
+    unsafe fn store(&self, i: u32, cols: u32, v: [f32; 4], keep_f32: bool) {
+        unsafe {
+            let mut peak = v[0].abs().max(v[1].abs()).max(v[2].abs().max(v[3].abs()));
+            peak = peak.max(warp::shuffle_xor(peak, 1));
+            peak = peak.max(warp::shuffle_xor(peak, 2));
+            peak = peak.max(warp::shuffle_xor(peak, 4));
+            let d = peak / 127.0;
+            let inverse = if peak > 0.0 { 127.0 / peak } else { 0.0 };
+            let round = |x: f32| float::round_to_i32(x * inverse);
+            let q = [round(v[0]), round(v[1]), round(v[2]), round(v[3])];
+            let mut sum = q[0] + q[1] + q[2] + q[3];
+            sum += warp::shuffle_xor(sum, 1);
+            sum += warp::shuffle_xor(sum, 2);
+            let other = warp::shuffle_xor(sum, 4);
+            if i < cols {
+                let word = (q[0] as u32 & 0xff)
+                    | ((q[1] as u32 & 0xff) << 8)
+                    | ((q[2] as u32 & 0xff) << 16)
+                    | ((q[3] as u32) << 24);
+                let (group, w) = (i / GROUP as u32, i % GROUP as u32 / 4);
+                if w < 4 {
+                    self.low.add(group * 4 + w).store(word);
+                } else {
+                    self.high().add(group * 4 + w - 4).store(word);
+                }
+                if w == 0 {
+                    let sums = (sum as u32 & 0xffff) | ((other as u32) << 16);
+                    self.meta.add(group * 2).store_v2([d.to_bits(), sums]);
+                }
+                if keep_f32 {
+                    self.values().add(i).store_v4(v);
+                }
+            }
+        }
+    }
+}
+
+/// Whether those of four words that belong to the row have arrived.
+#[inline(always)]
+fn arrived(seal: Seal, words: [u32; 4], left: u32) -> bool {
+    seal.all_on(words)
+        || (left < 4
+            && seal.on(words[0])
+            && (left < 2 || seal.on(words[1]))
+            && (left < 3 || seal.on(words[2])))
+}
+
+/// Norm weights `i .. i + 4`, ones without a norm.
+#[inline(always)]
+unsafe fn load_norm(norm: *const f32, i: u32, len: u32) -> [f32; 4] {
+    unsafe {
+        if norm.is_null() || i >= len {
+            [1.0; 4]
+        } else if len % 4 == 0 {
+            ldg_v4_u32(norm.add(i as usize)).map(f32::from_bits)
+        } else {
+            unrolled!(4, |k| if i + (k as u32) < len {
+                ldg_f32(norm.add(i as usize + k))
+            } else {
+                1.0
+            })
+        }
+    }
+}
+
+/// Splits that are awaited together.
+const COMBINE: usize = 4;
+
+/// Values `i .. i + 4` of attention's result from its parts: `Σ 2^(pₛ - p) sumₛ / Σ 2^(pₛ - p) massₛ`, with
+/// `p` the greatest of the peaks `pₛ` (arXiv:2205.14135, section 3.1).
+#[inline(always)]
+unsafe fn combine(op: Current, seal: Seal, i: u32) -> [f32; 4] {
+    unsafe {
+        let (splits, head_dim) = (get!(op, input.splits), get!(op, input.head_dim));
+        let stride = head_dim + 4;
+        let head = i / head_dim;
+        let parts = get!(op, input.x).add((head * splits * stride) as usize);
+        let element = i - head * head_dim;
+        let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 4]);
+        let mut first = 0;
+        while first < splits {
+            // Parts past the last are the last again, with no weight.
+            let at = |s: usize| {
+                let s = first + s as u32;
+                let s = if s < splits { s } else { splits - 1 };
+                parts.add((s * stride) as usize)
+            };
+            let mut stats;
+            let mut values;
+            loop {
+                stats = unrolled!(4, |s| ld_relaxed_v4_u32(at(s).add(head_dim as usize)));
+                values = unrolled!(4, |s| ld_relaxed_v4_u32(at(s).add(element as usize)));
+                let mut all = true;
+                for s in 0..COMBINE {
+                    all &= seal.on(stats[s][0]) && seal.on(stats[s][1]) && seal.all_on(values[s]);
+                }
+                if all {
+                    break;
+                }
+                pause();
+            }
+            let mut top = peak;
+            for s in 0..COMBINE {
+                top = top.max(seal.open(stats[s][0]));
+            }
+            let shrink = float::exp2_approx(peak - top);
+            mass *= shrink;
+            for k in 0..4 {
+                sum[k] *= shrink;
+            }
+            for s in 0..COMBINE {
+                let weight = if first + (s as u32) < splits {
+                    float::exp2_approx(seal.open(stats[s][0]) - top)
+                } else {
+                    0.0
+                };
+                mass += weight * seal.open(stats[s][1]);
+                for k in 0..4 {
+                    sum[k] += weight * seal.open(values[s][k]);
+                }
+            }
+            peak = top;
+            first += COMBINE as u32;
+        }
+        unrolled!(4, |k| sum[k] / mass)
+    }
+}

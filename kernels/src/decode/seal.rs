@@ -1,0 +1,111 @@
+//! Words that say who wrote them.
+//!
+//! An f32 gives its lowest [`BITS`] bits for a number that says which operation wrote it; the value keeps
+//! 19 bits of mantissa, four decimal digits more than the 8-bit activations that come of it. A reader looks
+//! at a word until it carries the number it waits for: value and arrival are one read, with no barrier and
+//! no fence. Numbers run on from launch to launch, so that what an earlier operation left in a buffer is
+//! never taken for what is awaited; zero, as fresh memory has it, is none.
+
+use super::DecodeArgs;
+use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, st_relaxed_u32};
+use cuda_std::thread::{clock64, wait_until};
+
+const BITS: u32 = 4;
+/// How many numbers there are. Two operations that write the same buffer, with none that does between
+/// them, must not be a multiple of it apart.
+pub const NUMBERS: u32 = (1 << BITS) - 1;
+/// The number of words that an earlier launch wrote: whole f32.
+pub const PLAIN: u32 = u32::MAX;
+
+/// Cycles between two looks. Looking more often slows down what is waited for.
+const PAUSE: u64 = 150;
+
+/// What the words of a buffer carry.
+#[derive(Clone, Copy)]
+pub struct Seal {
+    mask: u32,
+    number: u32,
+}
+
+impl Seal {
+    /// Of words that operation `number` of this launch writes, or plain ones.
+    #[inline(always)]
+    pub fn of(a: &DecodeArgs, number: u32) -> Seal {
+        if number == PLAIN {
+            return Seal { mask: 0, number: 0 };
+        }
+        let n = a.base + number;
+        Seal {
+            mask: (1 << BITS) - 1,
+            number: 1 + if n >= NUMBERS { n - NUMBERS } else { n },
+        }
+    }
+
+    #[inline(always)]
+    pub fn plain(self) -> bool {
+        self.mask == 0
+    }
+
+    /// Whether `word` has arrived.
+    #[inline(always)]
+    pub fn on(self, word: u32) -> bool {
+        word & self.mask == self.number
+    }
+
+    #[inline(always)]
+    pub fn open(self, word: u32) -> f32 {
+        f32::from_bits(word & !self.mask)
+    }
+
+    /// Rounds to what is left of the mantissa; infinities and NaN stay what they are.
+    #[inline(always)]
+    pub fn close(self, v: f32) -> u32 {
+        let bits = v.to_bits();
+        let half = if bits & 0x7f80_0000 == 0x7f80_0000 {
+            0
+        } else {
+            self.mask.div_ceil(2)
+        };
+        ((bits + half) & !self.mask) | self.number
+    }
+
+    /// The value of `word`, read at `p` before, once it has arrived.
+    #[inline(always)]
+    pub unsafe fn await_word(self, p: *const f32, word: u32) -> f32 {
+        let mut word = word;
+        while !self.on(word) {
+            pause();
+            word = unsafe { ld_relaxed_u32(p.cast()) };
+        }
+        self.open(word)
+    }
+
+    #[inline(always)]
+    pub unsafe fn write(self, p: *mut f32, v: f32) {
+        unsafe { st_relaxed_u32(p.cast(), self.close(v)) }
+    }
+
+    #[inline(always)]
+    pub fn all_on(self, words: [u32; 4]) -> bool {
+        self.on(words[0]) && self.on(words[1]) && self.on(words[2]) && self.on(words[3])
+    }
+
+    /// Reads four words, 16-byte aligned, once all have arrived.
+    #[inline(always)]
+    pub unsafe fn read4(self, p: *const f32) -> [f32; 4] {
+        unsafe {
+            let mut words = ld_relaxed_v4_u32(p);
+            while !self.all_on(words) {
+                pause();
+                words = ld_relaxed_v4_u32(p);
+            }
+            words.map(|w| self.open(w))
+        }
+    }
+}
+
+/// Between two looks.
+#[inline(always)]
+pub fn pause() {
+    wait_until(clock64() + PAUSE);
+}
