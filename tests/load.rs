@@ -48,8 +48,32 @@ fn start(size: &Size, extra: &[&str]) -> Worker {
     Worker::start(&size.model, extra)
 }
 
+/// Twenty beginnings that models go on from in different ways.
+const ABOUT: [&str; 20] = [
+    "frogs",
+    "the moon",
+    "Paris",
+    "arithmetic",
+    "snow",
+    "trains",
+    "bread",
+    "my sister",
+    "copper",
+    "jazz",
+    "the sea",
+    "chess",
+    "old age",
+    "Sunday",
+    "tigers",
+    "paper",
+    "electric light",
+    "war",
+    "a small house",
+    "the colour red",
+];
+
 fn body(id: &str, number: usize, max_tokens: usize) -> Value {
-    json!({ "job_id": id, "prompt": format!("Frog number {number} sat by the old pond and said:"),
+    json!({ "job_id": id, "prompt": format!("All I know of {}:", ABOUT[number % ABOUT.len()]),
         "max_tokens": max_tokens, "temperature": 0, "repetition_penalty": 1.3 })
 }
 
@@ -102,7 +126,7 @@ fn read(stream: TcpStream) -> Got {
     Got::Text(text_of(&events))
 }
 
-const PROMPTS: usize = 20;
+const PROMPTS: usize = ABOUT.len();
 
 /// `refusals`: whether there must be some; `None` where it depends on how fast they come.
 fn many_clients(size: &Size, extra: &[&str], refusals: Option<bool>) {

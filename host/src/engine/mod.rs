@@ -75,7 +75,8 @@ pub struct Request {
 /// How an engine treats its requests.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EngineConfig {
-    /// Requests that may wait; one more is refused with [`Code::QueueFull`].
+    /// Requests that may wait beside those that there is room for; one more is refused with
+    /// [`Code::QueueFull`].
     pub max_queue: usize,
     /// Requests worked on in turns. A step always belongs to one of them, so that none of them gets other
     /// tokens than it would alone.
@@ -269,6 +270,8 @@ struct Shared {
     jobs: Mutex<HashMap<String, Canceller>>,
     /// Requests that no step was done for yet.
     waiting: AtomicUsize,
+    /// How many more requests could start at once; told after each step.
+    room: AtomicUsize,
     /// Mean milliseconds of work on a request, the latest ones weighing most.
     mean_ms: AtomicU64,
     grammars: OnceLock<Result<Grammars, String>>,
@@ -305,6 +308,7 @@ impl Engine {
             draining: AtomicBool::new(false),
             jobs: Mutex::default(),
             waiting: AtomicUsize::new(0),
+            room: AtomicUsize::new(0),
             mean_ms: AtomicU64::new(0),
             grammars: OnceLock::new(),
         });
@@ -418,7 +422,7 @@ impl EngineHandle {
         }
         let canceller = Canceller::default();
         let registration = self.register(&request.job_id, &canceller)?;
-        let most = shared.config.max_queue;
+        let most = shared.config.max_queue + shared.room.load(Ordering::SeqCst);
         let take = |n| (n < most).then_some(n + 1);
         let waiting = &shared.waiting;
         let place = waiting

@@ -38,6 +38,7 @@ pub(super) fn run(runner: Box<dyn Runner>, shared: &Shared, submissions: Receive
         running: Vec::new(),
         ran: true,
     };
+    scheduler.publish();
     while scheduler.receive() {
         scheduler.reap();
         scheduler.admit();
@@ -198,6 +199,10 @@ impl<'t> Scheduler<'t> {
         m.running.set(self.running.len() as i64);
         m.kv_blocks_used.set(self.pool.used() as i64);
         m.kv_blocks_free.set(self.pool.free() as i64);
+        // A short prompt and its growth need two blocks; the queue covers for those that need more.
+        let places = self.shared.config.max_running - self.running.len();
+        let room = places.min(self.pool.free().saturating_sub(self.running.len()) / 2);
+        self.shared.room.store(room, Ordering::SeqCst);
     }
 
     /// The sequence whose turn it is, of those whose clients keep up.
