@@ -192,11 +192,8 @@ fn first_token(worker: &Worker, id: &str) -> f64 {
             "no token came"
         );
     }
-    let seconds = began.elapsed().as_secs_f64();
-    let mut rest = String::new();
-    stream.read_to_string(&mut rest).expect("the rest");
-    assert!(rest.contains("event:end"), "{rest}");
-    seconds
+    // The client leaves here: beside hundreds, the rest is a small share's matter.
+    began.elapsed().as_secs_f64()
 }
 
 fn stalled_clients(size: &Size) {

@@ -91,7 +91,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             max_queue: 256,
-            max_running: 16,
+            max_running: 1024,
             timeout: None,
             stall: Duration::from_secs(1),
         }

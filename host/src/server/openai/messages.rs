@@ -3,8 +3,6 @@
 use super::super::fields::{Fields, Kind};
 use serde_json::{Map, Value, json};
 
-const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
-
 pub(in super::super) fn kind() -> Kind {
     let text = json!({ "type": "string" });
     let part = json!({ "type": "object", "required": ["type", "text"], "additionalProperties": false,
@@ -15,20 +13,45 @@ pub(in super::super) fn kind() -> Kind {
             "function": { "type": "object", "required": ["name", "arguments"], "additionalProperties": false,
                 "properties": { "name": text,
                     "arguments": { "type": "string", "description": "A JSON object", "contentMediaType": "application/json" } } } } });
-    let message = |roles: &[&str], required: &[&str], extra: Value| {
-        let mut properties = json!({ "role": { "enum": roles }, "content": content, "name": text });
+    let optional = json!({ "type": ["string", "null"] });
+    let message = |roles: &[&str], required: &[&str], content: &Value, extra: Value| {
+        let mut properties =
+            json!({ "role": { "enum": roles }, "content": content, "name": optional });
         if let (Some(properties), Some(extra)) = (properties.as_object_mut(), extra.as_object()) {
             properties.extend(extra.clone());
         }
         json!({ "type": "object", "required": required, "additionalProperties": false, "properties": properties })
     };
+    let calls = json!({ "type": "array", "minItems": 1, "items": call });
+    let none = json!({ "type": "null" });
+    let perhaps = |schema: &Value| json!({ "anyOf": [schema, none] });
+    let plain = message(
+        &["system", "developer", "user"],
+        &["role", "content"],
+        &content,
+        json!({}),
+    );
+    let said = message(
+        &["assistant"],
+        &["role", "content"],
+        &content,
+        json!({ "tool_calls": perhaps(&calls), "refusal": optional }),
+    );
+    let called = message(
+        &["assistant"],
+        &["role", "tool_calls"],
+        &none,
+        json!({ "tool_calls": calls, "refusal": optional }),
+    );
+    let result = message(
+        &["tool"],
+        &["role", "content", "tool_call_id"],
+        &content,
+        json!({ "tool_call_id": text }),
+    );
     Kind::Own {
         constraint: "a non-empty array of messages with a role and text",
-        schema: json!({ "type": "array", "minItems": 1, "items": { "oneOf": [
-            message(&["system", "developer", "user"], &["role", "content"], json!({})),
-            message(&["assistant"], &["role", "content"], json!({ "tool_calls": { "type": "array", "minItems": 1, "items": call } })),
-            message(&["tool"], &["role", "content", "tool_call_id"], json!({ "tool_call_id": text })),
-        ] } }),
+        schema: json!({ "type": "array", "minItems": 1, "items": { "anyOf": [plain, said, called, result] } }),
     }
 }
 
@@ -58,23 +81,27 @@ pub(in super::super) fn for_template(fields: &mut Fields, messages: &Value) -> V
 
 fn convert(message: &Value) -> Result<Value, &'static str> {
     let message = message.as_object().ok_or("is no object")?;
-    let known = [
-        "role",
-        "content",
-        "name",
-        "tool_calls",
-        "tool_call_id",
-        "refusal",
-    ];
-    if message.keys().any(|key| !known.contains(&key.as_str())) {
-        return Err("has a field that is not supported");
-    }
     let role = message
         .get("role")
         .and_then(Value::as_str)
         .unwrap_or_default();
-    if !ROLES.contains(&role) {
-        return Err("has no role out of system, developer, user, assistant, tool");
+    let own: &[&str] = match role {
+        "system" | "developer" | "user" => &[],
+        "assistant" => &["tool_calls", "refusal"],
+        "tool" => &["tool_call_id"],
+        _ => return Err("has no role out of system, developer, user, assistant, tool"),
+    };
+    let known = |key: &String| {
+        ["role", "content", "name"].contains(&key.as_str()) || own.contains(&key.as_str())
+    };
+    if !message.keys().all(known) {
+        return Err("has a field that is not supported for its role");
+    }
+    if message
+        .get("refusal")
+        .is_some_and(|r| !r.is_string() && !r.is_null())
+    {
+        return Err("has a refusal that is no text");
     }
     let mut out = Map::new();
     // Templates know the older name.
@@ -88,9 +115,6 @@ fn convert(message: &Value) -> Result<Value, &'static str> {
     };
     out.insert("content".to_owned(), json!(content));
     if let Some(calls) = calls {
-        if role != "assistant" {
-            return Err("has tool_calls, which only the assistant's have");
-        }
         let calls = calls.as_array().filter(|c| !c.is_empty());
         let calls: Result<Vec<Value>, _> = calls
             .ok_or("has tool_calls that are no array, or empty")?
