@@ -22,10 +22,16 @@ pub(super) fn run(common: &Common, args: &ServeArgs, out: &mut dyn Write) -> Res
     settings.check()?;
     logs::init(true, settings.log_format == LogFormat::Json);
     raise_file_limit();
-    let runtime = tokio::runtime::Runtime::new().map_err(|source| Error::Io {
-        path: "the async runtime".into(),
-        source,
-    })?;
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        // They tokenize prompts. Hundreds of them at once would only be in each other's way, and the engine's.
+        .max_blocking_threads(cores + 2)
+        .build()
+        .map_err(|source| Error::Io {
+            path: "the async runtime".into(),
+            source,
+        })?;
     let served = runtime.block_on(serve(&common, &settings, out));
     // What still computes must not hold up the end.
     runtime.shutdown_timeout(Duration::from_secs(1));
