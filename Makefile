@@ -1,11 +1,14 @@
 # make haiku   sets up all it needs, starts a worker, and asks it for a haiku
 # make test    sets up all it needs, runs every test that needs no GPU
+# make test-clients   schemathesis and a hundred answers in JSON, against a live worker (minutes)
+# make test-page      the worker's page in a headless Chromium
+# make test-load      hundreds of clients that stream, stall and leave, on a real model (minutes)
 # make bench   speed of the default model, or of MODEL=name-or-path, on the best device here
 # make ptx     the kernels as PTX, assembled: registers, shared memory, spills (a spill fails it)
 # make fuzz    any bytes as model files, texts and chat templates, FUZZ_SECONDS each
 # make setup   set-up alone
 
-.PHONY: haiku test bench ptx fuzz setup
+.PHONY: haiku test test-clients test-page test-load bench ptx fuzz setup
 
 DEFAULT_MODEL := qwen2.5-coder-0.5b-instruct-q4_k_m
 TEST_MODELS := $(DEFAULT_MODEL) smollm2-135m-instruct-q4_1 gemma-3-270m-q4_k_m
@@ -18,9 +21,24 @@ haiku: setup
 	$(KIGO) models fetch $(DEFAULT_MODEL) >/dev/null
 	cargo run --release --quiet --example haiku
 
-test: setup
-	@for model in $(TEST_MODELS); do $(KIGO) models fetch $$model >/dev/null || exit 1; done
+test: setup test-models
+	./setup.sh clients
 	cargo test --release --workspace
+
+test-clients: setup test-models
+	./setup.sh clients
+	cargo test --release -p kigo-tests --test clients -- --include-ignored --skip the_page --nocapture
+
+test-page: setup test-models
+	./setup.sh browser
+	cargo test --release -p kigo-tests --test clients -- --ignored the_page
+
+test-load: setup test-models
+	cargo test --release -p kigo-tests --test load -- --ignored --test-threads 1 --nocapture
+
+.PHONY: test-models
+test-models:
+	@for model in $(TEST_MODELS); do $(KIGO) models fetch $$model >/dev/null || exit 1; done
 
 bench: setup
 	$(KIGO) bench --model $(MODEL) -p 512 -n 128 -r 5

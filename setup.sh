@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Sets up what a build of Kigo needs: a Rust toolchain (checked), the source of Rust's core library for
 # the kernels, a C linker, and pip, which fetches models. With `ptxas`: also NVIDIA's PTX assembler, in
-# .tools/, for `make ptx`. With `fuzz`: also cargo-fuzz, there too, and the C++ compiler that libFuzzer needs.
+# .tools/, for `make ptx`. With `fuzz`: also cargo-fuzz, there too, and the C++ compiler that libFuzzer needs. With
+# `clients`: also what the worker's client tests need, in .tools/. With `browser`: also Chromium and its driver,
+# for `make test-page`.
 #
 # Says nothing and touches no network when all is there. Installs Debian packages where there is
 # apt-get; toolchains it leaves to the user and to rustup's own settings.
@@ -85,6 +87,40 @@ fetch_cargo_fuzz() {
     cargo install --quiet --locked --root .tools cargo-fuzz@0.13.2 >&2 || die 'cargo could not install cargo-fuzz'
 }
 
+has_venv() { python3 -m venv --help >/dev/null 2>&1 && python3 -c 'import ensurepip' 2>/dev/null; }
+
+has_node() { has node && has npm; }
+
+has_curl() { has curl; }
+
+has_browser() { has chromium && has chromedriver; }
+
+# The Python packages of tests/clients/requirements.txt, in a virtual environment of their own.
+install_python_clients() {
+    local wanted=tests/clients/requirements.txt
+    cmp -s "$wanted" .tools/clients/installed.txt && return
+    printf 'set-up: installing %s\n' "$wanted" >&2
+    need has_venv 'no venv for python3' python3-venv
+    rm -rf .tools/clients
+    mkdir -p .tools
+    python3 -m venv .tools/clients
+    .tools/clients/bin/pip --disable-pip-version-check -q install -r "$wanted" ||
+        die "pip could not install $wanted"
+    cp "$wanted" .tools/clients/installed.txt
+}
+
+install_node_clients() {
+    local package=openai@6.30.1
+    [ "$(cat .tools/node/installed.txt 2>/dev/null)" = "$package" ] && return
+    printf 'set-up: installing %s\n' "$package" >&2
+    need has_node 'no node and npm' nodejs npm
+    rm -rf .tools/node
+    mkdir -p .tools/node
+    npm install --prefix .tools/node --no-save --no-audit --no-fund --no-package-lock --silent "$package" >&2 ||
+        die "npm could not install $package"
+    printf '%s' "$package" >.tools/node/installed.txt
+}
+
 check_rust
 need has_linker 'no C linker (cc)' gcc libc6-dev
 need has_kernel_compiler \
@@ -106,5 +142,14 @@ case "${1:-}" in
         need has_cpp 'no C++ compiler (c++), which libFuzzer is built with' g++
         [ -x .tools/bin/cargo-fuzz ] || fetch_cargo_fuzz
         ;;
-    *) die "unknown argument $1; usage: $0 [ptxas | fuzz]" ;;
+    clients | browser)
+        need has_pip 'no pip for python3, which the client tests need' python3-pip
+        need has_curl 'no curl, which runs the lines of docs/api.md' curl
+        install_python_clients
+        install_node_clients
+        if [ "$1" = browser ]; then
+            need has_browser 'no chromium and chromedriver' chromium chromium-driver
+        fi
+        ;;
+    *) die "unknown argument $1; usage: $0 [ptxas | fuzz | clients | browser]" ;;
 esac

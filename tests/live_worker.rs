@@ -1,118 +1,26 @@
 //! `kigo serve` as a process, on a tiny model: what it streams is what `kigo generate` says, a client
-//! that leaves frees it, a signal ends it well.
+//! that leaves frees it, a signal ends it well. The full loads are in `load.rs`.
 
+use kigo_tests::worker::{Worker, events, text_of};
 use kigo_tests::{golden_dir, kigo_bin, run_model};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-struct Worker {
-    process: Child,
-    address: String,
+fn tiny() -> PathBuf {
+    golden_dir().join("tiny/llama-F16.gguf")
 }
 
-impl Worker {
-    fn start(extra: &[&str]) -> Worker {
-        let model = golden_dir().join("tiny/llama-F16.gguf");
-        let mut process = Command::new(kigo_bin())
-            .args([
-                "serve", "--device", "cpu", "--port", "0", "--json", "--model",
-            ])
-            .arg(model)
-            .args(extra)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("kigo starts");
-        let mut line = String::new();
-        let stdout = process.stdout.take().expect("stdout is a pipe");
-        BufReader::new(stdout)
-            .read_line(&mut line)
-            .expect("a line on stdout");
-        let ready: Value = serde_json::from_str(&line).expect("one JSON object");
-        let url = ready["url"].as_str().expect("a url");
-        let address = url.strip_prefix("http://").expect("an http url").to_owned();
-        Worker { process, address }
-    }
-
-    fn send(&self, request: &str, body: &str) -> BufReader<TcpStream> {
-        let mut stream = TcpStream::connect(&self.address).expect("the worker listens");
-        let n = body.len();
-        write!(stream, "{request} HTTP/1.1\r\nhost: kigo\r\nconnection: close\r\ncontent-length: {n}\r\n\r\n{body}")
-            .expect("the worker reads");
-        BufReader::new(stream)
-    }
-
-    fn execute(&self, body: &Value) -> BufReader<TcpStream> {
-        self.send("POST /execute", &body.to_string())
-    }
-
-    /// A sample of `GET /metrics`.
-    fn metric(&self, name: &str) -> f64 {
-        let mut text = String::new();
-        self.send("GET /metrics", "")
-            .read_to_string(&mut text)
-            .expect("an answer in UTF-8");
-        let value = text
-            .lines()
-            .find_map(|l| l.strip_prefix(name)?.strip_prefix(' '));
-        value.map_or(0.0, |v| v.trim().parse().expect("a number"))
-    }
-
-    /// Sends SIGTERM and waits for the end; the exit code.
-    fn terminate(&mut self) -> Option<i32> {
-        let pid = self.process.id().to_string();
-        let sent = Command::new("kill")
-            .args(["-TERM", &pid])
-            .status()
-            .expect("kill is there");
-        assert!(sent.success());
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while Instant::now() < deadline {
-            if let Some(status) = self.process.try_wait().expect("a child of ours") {
-                return status.code();
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        panic!("the worker still runs 10 s after SIGTERM");
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// The data of every event until the end, with the events' names.
-fn events(stream: BufReader<TcpStream>) -> Vec<(String, Value)> {
-    let mut events = Vec::new();
-    let mut name = String::new();
-    for line in stream.lines() {
-        let line = line.expect("the stream ends well");
-        if let Some(event) = line.strip_prefix("event:") {
-            event.trim().clone_into(&mut name);
-        } else if let Some(data) = line.strip_prefix("data:") {
-            let data = serde_json::from_str(data).expect("JSON in every event");
-            events.push((name.clone(), data));
-        }
-    }
-    events
-}
-
-fn text_of(events: &[(String, Value)]) -> String {
-    events
-        .iter()
-        .filter_map(|(_, data)| data["t"].as_str())
-        .collect()
+fn start(extra: &[&str]) -> Worker {
+    Worker::start_on(&tiny(), "cpu", extra)
 }
 
 #[test]
 fn the_stream_is_what_generate_says() {
-    let worker = Worker::start(&[]);
-    let model = golden_dir().join("tiny/llama-F16.gguf");
+    let worker = start(&[]);
     let args = [
         "--prompt",
         "The old pond",
@@ -121,7 +29,7 @@ fn the_stream_is_what_generate_says() {
         "--seed",
         "7",
     ];
-    let said = run_model("generate", &model, "cpu", false, &args);
+    let said = run_model("generate", &tiny(), "cpu", false, &args);
     let body = json!({ "job_id": "1", "prompt": "The old pond", "max_tokens": 40, "seed": 7 });
     let first = events(worker.execute(&body));
     let again = events(worker.execute(&body));
@@ -134,13 +42,15 @@ fn the_stream_is_what_generate_says() {
     assert_eq!(worker.metric("tokens_out_total"), 2.0 * ids as f64);
 }
 
+/// A request that goes on for long: the penalty keeps the tiny model from ending early.
+fn long(id: &str) -> Value {
+    json!({ "job_id": id, "prompt": "The old pond", "temperature": 2.0, "repetition_penalty": 2.0, "seed": 3 })
+}
+
 #[test]
 fn a_client_that_leaves_frees_the_worker() {
-    let worker = Worker::start(&[]);
-    // The penalty keeps the tiny model from ending early.
-    let body = json!({ "job_id": "1", "prompt": "The old pond", "temperature": 2.0,
-        "repetition_penalty": 2.0, "seed": 3 });
-    let mut stream = worker.execute(&body);
+    let worker = start(&[]);
+    let mut stream = worker.execute(&long("1"));
     let mut line = String::new();
     while !line.starts_with("event:token") {
         line.clear();
@@ -151,25 +61,211 @@ fn a_client_that_leaves_frees_the_worker() {
         );
     }
     drop(stream);
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while worker.metric("requests_running") + worker.metric("kv_blocks_used") > 0.0 {
-        assert!(Instant::now() < deadline, "the worker is still busy");
-        std::thread::sleep(Duration::from_millis(10));
+    worker.wait_idle(Duration::from_secs(5));
+}
+
+#[test]
+fn sequences_that_run_in_turns_give_the_tokens_they_give_alone() {
+    // A cache of one context for five that would fill more: some are put back and go on later.
+    let worker = start(&["--kv-cache-size-mb", "1", "--ctx-size", "256"]);
+    let body = |i: usize| {
+        json!({ "job_id": i.to_string(), "prompt": format!("Frog number {i} says"), "max_tokens": 150,
+            "temperature": 0, "repetition_penalty": 1.5 })
+    };
+    let alone: Vec<String> = (0..5)
+        .map(|i| text_of(&events(worker.execute(&body(i)))))
+        .collect();
+    let streams: Vec<_> = (0..5).map(|i| worker.execute(&body(i))).collect();
+    for (alone, stream) in alone.iter().zip(streams) {
+        assert_eq!(&text_of(&events(stream)), alone);
     }
+    assert_ne!(alone[0], alone[1]);
+    worker.wait_idle(Duration::from_secs(5));
 }
 
 #[test]
 fn sigterm_ends_streams_with_an_event_and_the_process_with_0() {
-    let mut worker = Worker::start(&[]);
+    let mut worker = start(&["--drain-timeout", "0"]);
     // Idle connections must not hold it up either.
     let idle = TcpStream::connect(&worker.address).expect("the worker listens");
-    let body = json!({ "job_id": "1", "prompt": "The old pond", "temperature": 2.0,
-        "repetition_penalty": 2.0 });
-    let stream = worker.execute(&body);
-    assert_eq!(worker.terminate(), Some(0));
-    let events = events(stream);
-    if let Some((last, _)) = events.last() {
-        assert!(last == "end" || last == "error", "the last event is {last}");
+    let mut stream = worker.execute(&long("1"));
+    let mut line = String::new();
+    while !line.starts_with("event:token") {
+        line.clear();
+        stream.read_line(&mut line).expect("a line");
     }
+    worker.signal("TERM");
+    let events = events(stream);
+    let (last, _) = events.last().expect("a last event");
+    assert!(last == "end" || last == "error", "the last event is {last}");
+    assert_eq!(worker.wait(Duration::from_secs(10)).code(), Some(0));
     drop(idle);
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let mut worker = start(&["--drain-timeout", "60"]);
+    // So many that they take longer than the test.
+    let streams: Vec<_> = (0..40)
+        .map(|i| worker.execute(&long(&i.to_string())))
+        .collect();
+    worker.signal("TERM");
+    std::thread::sleep(Duration::from_millis(200));
+    let (status, ready) = worker.ask("GET /ready", "");
+    assert!(
+        status == 503 && ready.contains("draining"),
+        "{status} {ready}"
+    );
+    worker.signal("TERM");
+    assert_eq!(worker.wait(Duration::from_secs(2)).code(), Some(130));
+    drop(streams);
+}
+
+#[test]
+fn an_orchestrator_is_told_and_told_again() {
+    let orchestrator = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!(
+        "http://{}/up",
+        orchestrator.local_addr().expect("an address")
+    );
+    let said = std::thread::spawn(move || {
+        let mut bodies = Vec::new();
+        for answer in ["503 Service Unavailable", "200 OK"] {
+            let (stream, _) = orchestrator.accept().expect("a call");
+            let mut reader = BufReader::new(stream);
+            let mut length = 0;
+            loop {
+                let mut line = String::new();
+                reader.read_line(&mut line).expect("a header");
+                let line = line.to_ascii_lowercase();
+                if let Some(n) = line.strip_prefix("content-length:") {
+                    length = n.trim().parse().expect("a length");
+                }
+                if line.trim().is_empty() {
+                    break;
+                }
+            }
+            let mut body = vec![0; length];
+            reader.read_exact(&mut body).expect("a body");
+            bodies.push(serde_json::from_slice::<Value>(&body).expect("JSON"));
+            let head =
+                format!("HTTP/1.1 {answer}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            reader
+                .get_mut()
+                .write_all(head.as_bytes())
+                .expect("an answer");
+        }
+        bodies
+    });
+    let worker = start(&["--worker-id", "w7", "--callback-url", &url]);
+    let bodies = said.join().expect("two calls");
+    assert_eq!(bodies[0], bodies[1]);
+    let body = &bodies[0];
+    assert_eq!(body["worker_id"], "w7");
+    assert_eq!(body["url"], worker.url());
+    assert_eq!(
+        (&body["backend"], &body["memory_architecture"]),
+        (&json!("cpu"), &json!("unified"))
+    );
+    for key in ["model_ref", "device", "memory_bytes", "capabilities"] {
+        assert!(!body[key].is_null(), "{key}");
+    }
+}
+
+#[test]
+fn an_orchestrator_that_is_gone_is_a_failure() {
+    let port = TcpListener::bind("127.0.0.1:0")
+        .expect("a port")
+        .local_addr()
+        .expect("an address");
+    let mut process = Command::new(kigo_bin())
+        .args(["serve", "--device", "cpu", "--port", "0", "--callback-url"])
+        .arg(format!("http://{port}/"))
+        .arg("--model")
+        .arg(tiny())
+        .env("KIGO_LOG", "error")
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("kigo starts");
+    let status = process.wait().expect("it ends");
+    let mut said = String::new();
+    process
+        .stderr
+        .take()
+        .expect("a pipe")
+        .read_to_string(&mut said)
+        .expect("text");
+    assert_eq!(status.code(), Some(1));
+    assert!(said.contains("--callback-url"), "{said}");
+}
+
+#[test]
+fn what_cannot_be_loaded_is_said_with_a_code() {
+    let output = kigo_tests::run(
+        [
+            "serve",
+            "--json",
+            "--port",
+            "0",
+            "--model",
+            "/nonexistent.gguf",
+        ],
+        b"",
+    );
+    assert_eq!(output.status.code(), Some(1));
+    let said: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(said["error"]["code"], "MODEL_LOAD_FAILED");
+}
+
+#[test]
+fn logs_are_json_where_asked_for_and_hold_no_prompt() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("log");
+    let log = std::fs::File::create(&path).expect("a file");
+    let worker = Worker::start_logging(&tiny(), &["--log-format", "json"], log);
+    let body = json!({ "job_id": "j7", "prompt": "unspeakable pond", "max_tokens": 3, "stop": ["unspeakable stop"] });
+    let body = body.to_string();
+    let n = body.len();
+    let mut stream = TcpStream::connect(&worker.address).expect("the worker listens");
+    let head =
+        "POST /execute HTTP/1.1\r\nhost: kigo\r\nconnection: close\r\nx-correlation-id: c-42";
+    write!(stream, "{head}\r\ncontent-length: {n}\r\n\r\n{body}").expect("the worker reads");
+    events(BufReader::new(stream));
+    let (status, _) = worker.ask(
+        "POST /execute",
+        &body.replace("\"max_tokens\":3", "\"max_tokens\":0"),
+    );
+    assert_eq!(status, 400);
+    drop(worker);
+    let text = std::fs::read_to_string(&path).expect("the log");
+    assert!(!text.contains("unspeakable"), "{text}");
+    let lines: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON in every line"))
+        .collect();
+    let ended = lines
+        .iter()
+        .find(|l| l["job_id"] == "j7" && l["message"] == "ended");
+    let ended = ended.unwrap_or_else(|| panic!("{text}"));
+    assert_eq!(ended["span"]["correlation_id"], "c-42");
+}
+
+#[test]
+fn the_configuration_can_be_seen() {
+    let args = [
+        "serve",
+        "--print-config",
+        "--max-queue",
+        "5",
+        "--listen",
+        "unix:/run/kigo.sock",
+    ];
+    let output = kigo_tests::run(args, b"");
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert!(text.contains("max_queue = 5\n"), "{text}");
+    assert!(text.contains("listen = \"unix:/run/kigo.sock\""), "{text}");
+    let output = kigo_tests::run(["serve", "--host", "0.0.0.0"], b"");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--insecure"));
 }

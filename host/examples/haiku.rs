@@ -37,8 +37,7 @@ fn main() -> ExitCode {
             exact: args.exact,
             threads: args.threads,
             context: None,
-            cache_type: None,
-            adapters: Vec::new(),
+            ..LoadOptions::default()
         },
         require_gpu: false,
         results: args.results,

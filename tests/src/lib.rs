@@ -1,7 +1,8 @@
 //! Shared helpers of the integration tests: where models, golden data and the `kigo` binary are, how to
-//! run it, and ([`compare`]) how far two outputs are apart.
+//! run it, how far two outputs are apart ([`compare`]), and the worker as a process ([`worker`]).
 
 pub mod compare;
+pub mod worker;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

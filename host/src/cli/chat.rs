@@ -125,7 +125,7 @@ impl Chat<'_> {
                     }
                 };
                 match event {
-                    Some(Event::Started) => {}
+                    Some(Event::Started | Event::Embedding(_)) => {}
                     Some(Event::Token { text, .. }) => {
                         answer.push_str(&text);
                         show(&text)?;

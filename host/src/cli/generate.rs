@@ -117,7 +117,7 @@ pub(super) fn run(common: &Common, args: &GenerateArgs, out: &mut dyn Write) -> 
         max_tokens: args.max_tokens.unwrap_or(left.clamp(1, DEFAULT_MAX_TOKENS)),
         sampling,
         stop: args.stop.clone(),
-        top_logits: 0,
+        ..Request::default()
     };
     generate(&engine, request, common.json, out)
 }
@@ -133,7 +133,7 @@ fn generate(
     let mut answer = String::new();
     while let Some(event) = job.blocking_next() {
         match event {
-            Event::Started => {}
+            Event::Started | Event::Embedding(_) => {}
             Event::Token { id, text, .. } => {
                 ids.push(id);
                 if !as_json {

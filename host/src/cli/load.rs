@@ -2,9 +2,9 @@
 
 use super::Common;
 use crate::catalog::{self, Catalog};
-use crate::engine::{Engine, EngineHandle, ModelText};
+use crate::engine::{Engine, EngineConfig, EngineHandle, ModelText};
 use crate::error::{Error, Result};
-use crate::model::{self, DEFAULT_CONTEXT, LoadOptions, Runner};
+use crate::model::{self, CacheSize, DEFAULT_CONTEXT, LoadOptions, LoadProgress, Runner};
 use crate::tokenizer;
 use gguf::Gguf;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -69,12 +69,22 @@ impl Common {
             context: self.ctx_size.or(needed),
             cache_type: self.cache_type,
             adapters: self.lora.clone(),
+            ..LoadOptions::default()
         }
     }
 }
 
 /// Loads a model with a progress bar on stderr, where that is a terminal.
 pub(crate) fn load_with_progress(file: &Arc<Gguf>, options: &LoadOptions) -> Result<Loaded> {
+    load_observed(file, options, &|_| {})
+}
+
+/// As [`load_with_progress`], for one who wants to know how far it has come.
+fn load_observed(
+    file: &Arc<Gguf>,
+    options: &LoadOptions,
+    observe: &dyn Fn(LoadProgress),
+) -> Result<Loaded> {
     let style = ProgressStyle::with_template(
         "loading {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec}",
     )
@@ -86,6 +96,7 @@ pub(crate) fn load_with_progress(file: &Arc<Gguf>, options: &LoadOptions) -> Res
     let mut times: Option<(Instant, Instant)> = None;
     let mut bytes = 0;
     let runner = model::load(file, options, &mut |progress| {
+        observe(progress);
         bytes = progress.bytes;
         let now = Instant::now();
         if times.is_none() {
@@ -118,19 +129,40 @@ pub(crate) fn load_with_progress(file: &Arc<Gguf>, options: &LoadOptions) -> Res
 
 /// Loads the model and starts an engine on it.
 pub(super) fn engine(common: &Common, file: &Arc<Gguf>, tokens: usize) -> Result<EngineHandle> {
+    let options = common.load_options(tokens);
+    engine_with(file, &options, EngineConfig::default(), &|_| {})
+}
+
+/// As [`engine`], for the worker.
+pub(super) fn engine_for_worker(
+    common: &Common,
+    file: &Arc<Gguf>,
+    cache: CacheSize,
+    config: EngineConfig,
+    observe: &(dyn Fn(LoadProgress) + Sync),
+) -> Result<EngineHandle> {
+    let options = LoadOptions {
+        cache,
+        ..common.load_options(0)
+    };
+    engine_with(file, &options, config, observe)
+}
+
+fn engine_with(
+    file: &Arc<Gguf>,
+    options: &LoadOptions,
+    config: EngineConfig,
+    observe: &(dyn Fn(LoadProgress) + Sync),
+) -> Result<EngineHandle> {
+    tokenizer::check(file.metadata())?;
     // A tokenizer of 150,000 tokens takes as long to build as a small model to load.
     let (text, loaded) = std::thread::scope(|scope| {
         let text = scope.spawn(|| ModelText::from_gguf(file));
-        let loaded = load(common, file, tokens);
+        let loaded = load_observed(file, options, observe);
         let text = text.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
         (text, loaded)
     });
-    start(loaded?.runner, Arc::new(text?))
-}
-
-/// Starts an engine.
-pub(super) fn start(runner: Box<dyn Runner>, text: Arc<ModelText>) -> Result<EngineHandle> {
-    Engine::start(runner, text).map_err(|source| Error::Io {
+    Engine::start(loaded?.runner, Arc::new(text?), config).map_err(|source| Error::Io {
         path: "the engine's thread".into(),
         source,
     })

@@ -9,11 +9,13 @@ mod generate;
 pub mod inspect;
 mod load;
 mod logits;
+mod logs;
 pub mod models;
 pub mod profile;
 mod ptx;
 mod quantize;
 mod serve;
+mod serve_config;
 mod synthetic;
 mod text;
 
@@ -24,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, LoraSource};
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
-use std::io::{ErrorKind, IsTerminal, Write};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::LazyLock;
@@ -77,7 +79,7 @@ enum Command {
     /// Generate once
     Generate(generate::GenerateArgs),
     /// Serve requests over HTTP
-    Serve(serve::ServeArgs),
+    Serve(Box<serve_config::ServeArgs>),
     /// Turn the text on stdin into token ids
     Tokenize(text::TokenizeArgs),
     /// Turn token ids into text
@@ -166,7 +168,10 @@ fn process_age() -> Duration {
 pub fn main() -> ExitCode {
     LazyLock::force(&STARTED);
     let cli = Cli::parse();
-    log(matches!(cli.command, Command::Serve(_)));
+    // The worker's logs depend on its settings.
+    if !matches!(cli.command, Command::Serve(_)) {
+        logs::init(false, false);
+    }
     match run(&cli) {
         Ok(code) => code,
         // `kigo ... | head` has read what it wanted.
@@ -180,18 +185,6 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Logs go to stderr; `KIGO_LOG` chooses them (`debug`, `kigo::server=trace`, ...).
-fn log(serving: bool) {
-    use tracing_subscriber::EnvFilter;
-    let default = if serving { "info" } else { "warn" };
-    let filter = EnvFilter::try_from_env("KIGO_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
 }
 
 fn run(cli: &Cli) -> Result<ExitCode> {

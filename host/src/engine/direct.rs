@@ -169,9 +169,36 @@ pub fn log_sum_exp(logits: &[f32]) -> f64 {
         .ln()
 }
 
+/// `ln softmax(logits)` at `id`, and at the `n` likeliest tokens, likeliest first.
+pub fn log_probabilities(logits: &[f32], id: u32, n: usize) -> (f32, Vec<(u32, f32)>) {
+    let norm = log_sum_exp(logits);
+    let of = |l: f32| (f64::from(l) - norm) as f32;
+    let chosen = logits
+        .get(id as usize)
+        .copied()
+        .unwrap_or(f32::NEG_INFINITY);
+    let top = top_logits(logits, n);
+    let top = top.into_iter().map(|(id, l)| (id, of(l))).collect();
+    (of(chosen), top)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn log_probabilities_are_those_of_a_softmax() {
+        let logits: Vec<f32> = (0..50).map(|i| ((i * 37) % 50) as f32 / 7.0).collect();
+        let total: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+        let (chosen, top) = log_probabilities(&logits, 7, 5);
+        assert!((f64::from(chosen) - (f64::from(logits[7]).exp() / total).ln()).abs() < 1e-5);
+        assert_eq!(top.len(), 5);
+        assert!(top.is_sorted_by(|a, b| a.1 >= b.1));
+        for (id, l) in top {
+            let exact = (f64::from(logits[id as usize]).exp() / total).ln();
+            assert!((f64::from(l) - exact).abs() < 1e-5);
+        }
+    }
 
     #[test]
     fn top_logits_are_ordered_and_break_ties_by_id() {

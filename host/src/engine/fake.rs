@@ -6,7 +6,7 @@
 use super::{Detokenize, Text};
 use crate::device::{BLOCK_TOKENS, Batch, DeviceInfo, SampleRow};
 use crate::error::{Error, Result};
-use crate::model::{ModelInfo, Runner};
+use crate::model::{ModelInfo, Pooling, Runner};
 use serde_json::Value;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -31,6 +31,8 @@ pub struct FakeRunner {
     pub panic_at: Option<usize>,
     pub fail_at: Option<usize>,
     logits: Vec<Vec<f32>>,
+    /// The tokens of the last step, and the position of the first.
+    last: (Vec<u32>, usize),
 }
 
 impl FakeRunner {
@@ -46,6 +48,7 @@ impl FakeRunner {
                 trained_context: context,
                 context,
                 layers: 0,
+                pooling: Some(Pooling::Mean),
             },
             device: DeviceInfo {
                 backend: "cpu",
@@ -60,6 +63,7 @@ impl FakeRunner {
             panic_at: None,
             fail_at: None,
             logits: Vec::new(),
+            last: (Vec::new(), 0),
         }
     }
 
@@ -112,6 +116,7 @@ impl Runner for FakeRunner {
             });
         }
         self.logits.clear();
+        self.last = (batch.tokens.clone(), batch.spans[0].past);
         for span in &batch.spans {
             let slot =
                 |t: usize| span.blocks[t / BLOCK_TOKENS] as usize * BLOCK_TOKENS + t % BLOCK_TOKENS;
@@ -148,6 +153,12 @@ impl Runner for FakeRunner {
             .collect())
     }
 
+    /// The token and its position.
+    fn hidden(&mut self, row: usize) -> Result<Vec<f32>> {
+        let (tokens, past) = &self.last;
+        Ok(vec![tokens[row] as f32, (past + row) as f32])
+    }
+
     fn logits(&mut self, output: usize) -> Result<Vec<f32>> {
         Ok(self.logits[output].clone())
     }
@@ -162,8 +173,32 @@ impl Text for ByteText {
     }
 
     fn render(&self, messages: &Value) -> Result<String> {
+        self.render_with(messages, None, true)
+    }
+
+    fn render_with(&self, messages: &Value, _: Option<&Value>, _: bool) -> Result<String> {
         let texts = messages.as_array().into_iter().flatten();
         Ok(texts.filter_map(|m| m["content"].as_str()).collect())
+    }
+
+    fn template(&self) -> Option<&str> {
+        Some("{{ messages }}")
+    }
+
+    fn tokenize(&self, text: &str, _: bool, _: bool) -> Result<Vec<u32>> {
+        self.encode(text)
+    }
+
+    fn token_bytes(&self, id: u32) -> Vec<u8> {
+        if id == EOS {
+            b"<end>".to_vec()
+        } else {
+            vec![id as u8]
+        }
+    }
+
+    fn is_control(&self, id: u32) -> bool {
+        id == EOS
     }
 
     fn detokenizer(&self) -> Box<dyn Detokenize + '_> {

@@ -75,6 +75,10 @@ impl BlockTable {
         true
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+    }
+
     /// Gives every block back.
     pub fn release(&mut self, pool: &mut BlockPool) {
         pool.free.extend(self.blocks.drain(..).rev());

@@ -7,13 +7,18 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 use std::fmt;
+use std::sync::atomic::AtomicU64;
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
     Completed,
     Cancelled,
+    /// Past its deadline.
+    TimedOut,
     Failed,
+    /// Refused because the queue was full.
+    Refused,
 }
 
 impl EncodeLabelValue for Outcome {
@@ -21,7 +26,9 @@ impl EncodeLabelValue for Outcome {
         let name = match self {
             Self::Completed => "completed",
             Self::Cancelled => "cancelled",
+            Self::TimedOut => "timed_out",
             Self::Failed => "failed",
+            Self::Refused => "refused",
         };
         name.encode(encoder)
     }
@@ -43,7 +50,15 @@ pub struct Metrics {
     /// Sequences in the current batch.
     pub running: Gauge,
     pub kv_blocks_used: Gauge,
+    pub kv_blocks_free: Gauge,
     pub kv_blocks_total: Gauge,
+    /// Seconds in which the device worked; its rate is the utilisation.
+    pub device_busy: Counter<f64, AtomicU64>,
+    pub device_memory: Gauge,
+    /// From submission to the start of work.
+    pub queue_time: Histogram,
+    /// From submission to the last event.
+    pub end_to_end: Histogram,
     /// From submission to the first token.
     pub first_token: Histogram,
     /// From one token of a sequence to its next.
@@ -62,7 +77,12 @@ impl Default for Metrics {
             queued: Gauge::default(),
             running: Gauge::default(),
             kv_blocks_used: Gauge::default(),
+            kv_blocks_free: Gauge::default(),
             kv_blocks_total: Gauge::default(),
+            device_busy: Counter::default(),
+            device_memory: Gauge::default(),
+            queue_time: seconds(),
+            end_to_end: seconds(),
             first_token: seconds(),
             between_tokens: seconds(),
         };
@@ -83,9 +103,38 @@ impl Default for Metrics {
             m.kv_blocks_used.clone(),
         );
         r.register(
+            "kv_blocks_free",
+            "Blocks of the KV cache that are free",
+            m.kv_blocks_free.clone(),
+        );
+        r.register(
             "kv_blocks",
             "Blocks of the KV cache",
             m.kv_blocks_total.clone(),
+        );
+        r.register_with_unit(
+            "device_busy",
+            "Time in which the device worked; its rate is the utilisation",
+            Unit::Seconds,
+            m.device_busy.clone(),
+        );
+        r.register_with_unit(
+            "device_memory",
+            "Memory of the device, all of it",
+            Unit::Bytes,
+            m.device_memory.clone(),
+        );
+        r.register_with_unit(
+            "queue_time",
+            "From submission to the start of work",
+            Unit::Seconds,
+            m.queue_time.clone(),
+        );
+        r.register_with_unit(
+            "end_to_end",
+            "From submission to the last event",
+            Unit::Seconds,
+            m.end_to_end.clone(),
         );
         r.register_with_unit(
             "time_to_first_token",

@@ -5,7 +5,7 @@
 //! - [`EngineHandle::submit`] queues a [`Request`] and returns its [`Job`], the receiving end of its
 //!   [`Event`]s;
 //! - [`kv`] gives each sequence its blocks of the cache; [`sequence`] is one request's state;
-//!   [`scheduler`] makes a [`crate::device::Batch`] of what can run and runs it, step after step;
+//!   [`scheduler`] picks whose step is next and runs it; [`grammar`] constrains answers;
 //! - [`direct`] drives a runner without any of this, for the commands that look at logits.
 //!
 //! Everything between the thread and the world goes through channels. Nobody waits for the device
@@ -13,6 +13,7 @@
 
 pub mod direct;
 mod failure;
+pub mod grammar;
 pub mod kv;
 mod metrics;
 mod scheduler;
@@ -26,40 +27,83 @@ mod tests;
 
 pub use direct::Direct;
 pub use failure::{Code, Failure};
+pub use grammar::{Constraint, Grammar, Grammars};
 pub use metrics::{Metrics, Outcome, OutcomeLabel};
 pub use text::{Detokenize, ModelText, Text};
 
 use crate::device::{BLOCK_TOKENS, DeviceInfo};
-use crate::model::{ModelInfo, Runner};
-use crate::sampling::SamplingParams;
+use crate::model::{ModelInfo, Pooling, Runner};
+use crate::sampling::{Chain, SamplingParams};
+use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, mpsc as std_mpsc};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, mpsc as std_mpsc};
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// What to generate.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
-    /// The client's name for it; it appears in logs, and the prompt does not.
+    /// The client's name for it, unlike every other that waits or runs; it appears in logs, and the
+    /// prompt does not.
     pub job_id: String,
     /// At least one id.
     pub prompt: Vec<u32>,
     /// Tokens to generate at most, the stop token included.
     pub max_tokens: usize,
     pub sampling: SamplingParams,
+    /// Samplers beyond the plain ones.
+    pub chain: Chain,
+    /// Added to the logits of these ids before anything else.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// What the answer must be.
+    pub constraint: Option<Constraint>,
     /// Text at which generation ends; it is not part of the answer.
     pub stop: Vec<String>,
     /// How many of the first step's greatest logits to report with the first token; 0 for none.
     pub top_logits: usize,
+    /// Report each token's log-probability, and that of so many of the likeliest.
+    pub logprobs: Option<usize>,
+    /// Pool the prompt's hidden states instead of generating.
+    pub embed: Option<Pooling>,
+    /// When the request fails with [`Code::InferenceTimeout`], wherever it is by then.
+    pub deadline: Option<Instant>,
+    /// What the engine's log lines about it lie in.
+    pub span: Option<tracing::Span>,
+}
+
+/// How an engine treats its requests.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EngineConfig {
+    /// Requests that may wait beside those that there is room for; one more is refused with
+    /// [`Code::QueueFull`].
+    pub max_queue: usize,
+    /// Requests worked on in turns. A step always belongs to one of them, so that none of them gets other
+    /// tokens than it would alone.
+    pub max_running: usize,
+    /// How long a request may take from submission to its end.
+    pub timeout: Option<Duration>,
+    /// How long a client may leave its events unread while others wait for its place.
+    pub stall: Duration,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            max_queue: 256,
+            max_running: 1024,
+            timeout: None,
+            stall: Duration::from_secs(1),
+        }
+    }
 }
 
 /// Why generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum StopReason {
     MaxTokens,
-    /// The model ended its turn or the text.
+    /// The model ended its turn or the text, or nothing more may follow.
     Eos,
     StopSequence,
     Cancelled,
@@ -75,12 +119,24 @@ pub struct End {
     /// Tokens generated, the stop token included: as many as there were [`Event::Token`]s.
     pub tokens_out: usize,
     pub prompt_tokens: usize,
+    /// Prompt tokens whose keys and values were in the cache already.
+    pub cached_tokens: usize,
+    /// From submission to the start of work.
+    pub queue_ms: f64,
     /// From the start of work on the prompt to the first token.
     pub prefill_ms: f64,
-    /// From the first token to the last: `tokens_out - 1` steps.
+    /// From the first token to the last: `tokens_out - 1` steps, and what others had in between.
     pub decode_ms: f64,
     /// The stop string that was reached.
     pub stop_sequence: Option<String>,
+}
+
+/// A token's log-probability in the model's own distribution, and that of the likeliest.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogProbs {
+    pub chosen: f32,
+    /// `(id, log-probability)`, likeliest first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// What a job reports: `Started`, then `Token`s, then exactly one `End` or `Error`. A job that is
@@ -99,18 +155,26 @@ pub enum Event {
         /// With the first token, where [`Request::top_logits`] asks for it: `(id, logit)`, greatest
         /// first.
         top: Vec<(u32, f32)>,
+        /// Where [`Request::logprobs`] asks for it.
+        logprobs: Option<Box<LogProbs>>,
     },
+    /// Where [`Request::embed`] asks for it, in place of tokens: a vector of length 1.
+    Embedding(Vec<f32>),
     End(End),
     Error(Failure),
 }
+
+/// Events that a client may leave unread before work for it pauses.
+pub const EVENT_BUFFER: usize = 256;
 
 /// A submitted request. Dropping it stops the work within one step.
 #[derive(Debug)]
 pub struct Job {
     /// The seed in use: the request's, or the one chosen for it.
     pub seed: u64,
-    events: mpsc::UnboundedReceiver<Event>,
+    events: mpsc::Receiver<Event>,
     canceller: Canceller,
+    status: Arc<JobStatus>,
 }
 
 impl Job {
@@ -127,6 +191,30 @@ impl Job {
     /// What cancels this job, to keep where the job itself is not.
     pub fn canceller(&self) -> Canceller {
         self.canceller.clone()
+    }
+
+    /// Where the job stands.
+    pub fn status(&self) -> &JobStatus {
+        &self.status
+    }
+}
+
+/// Where a job stands, for who asks between its events.
+#[derive(Debug, Default)]
+pub struct JobStatus {
+    position: AtomicUsize,
+    tokens: AtomicUsize,
+}
+
+impl JobStatus {
+    /// Its place in the queue, 1 for the next; 0 once it runs.
+    pub fn queue_position(&self) -> usize {
+        self.position.load(Ordering::Relaxed)
+    }
+
+    /// Tokens generated so far.
+    pub fn tokens_out(&self) -> usize {
+        self.tokens.load(Ordering::Relaxed)
     }
 }
 
@@ -149,10 +237,23 @@ struct Submission {
     request: Request,
     seed: u64,
     submitted: Instant,
-    // Unbounded, so that a client that reads slowly never holds up the device; a request's own
-    // `max_tokens` bounds what can pile up.
-    events: mpsc::UnboundedSender<Event>,
+    // Never blocks the thread: a sequence with no room left here is not worked on.
+    events: mpsc::Sender<Event>,
     canceller: Canceller,
+    status: Arc<JobStatus>,
+    registration: Registration,
+}
+
+/// A job's entry among those that wait or run; the id is free again when this goes.
+struct Registration {
+    shared: Arc<Shared>,
+    job_id: String,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.shared.jobs().remove(&self.job_id);
+    }
 }
 
 /// What the thread and the handles share.
@@ -160,10 +261,26 @@ struct Shared {
     model: ModelInfo,
     device: DeviceInfo,
     cache_tokens: usize,
+    config: EngineConfig,
     text: Arc<dyn Text>,
     metrics: Metrics,
     /// Why the engine works no more, once it does not.
     broken: OnceLock<String>,
+    draining: AtomicBool,
+    jobs: Mutex<HashMap<String, Canceller>>,
+    /// Requests that no step was done for yet.
+    waiting: AtomicUsize,
+    /// How many more requests could start at once; told after each step.
+    room: AtomicUsize,
+    /// Mean milliseconds of work on a request, the latest ones weighing most.
+    mean_ms: AtomicU64,
+    grammars: OnceLock<Result<Grammars, String>>,
+}
+
+impl Shared {
+    fn jobs(&self) -> MutexGuard<'_, HashMap<String, Canceller>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Starts engines.
@@ -175,15 +292,28 @@ impl Engine {
     ///
     /// # Errors
     /// The system starts no thread.
-    pub fn start(runner: Box<dyn Runner>, text: Arc<dyn Text>) -> std::io::Result<EngineHandle> {
+    pub fn start(
+        runner: Box<dyn Runner>,
+        text: Arc<dyn Text>,
+        config: EngineConfig,
+    ) -> std::io::Result<EngineHandle> {
         let shared = Arc::new(Shared {
             model: runner.info().clone(),
             device: runner.device().clone(),
             cache_tokens: runner.cache_blocks() * BLOCK_TOKENS,
+            config,
             text,
             metrics: Metrics::default(),
             broken: OnceLock::new(),
+            draining: AtomicBool::new(false),
+            jobs: Mutex::default(),
+            waiting: AtomicUsize::new(0),
+            room: AtomicUsize::new(0),
+            mean_ms: AtomicU64::new(0),
+            grammars: OnceLock::new(),
         });
+        let memory = shared.device.memory_bytes;
+        shared.metrics.device_memory.set(memory as i64);
         let (submissions, receiver) = std_mpsc::channel();
         let for_thread = shared.clone();
         std::thread::Builder::new()
@@ -220,6 +350,10 @@ impl EngineHandle {
         &self.shared.metrics
     }
 
+    pub fn config(&self) -> &EngineConfig {
+        &self.shared.config
+    }
+
     /// Tokens that prompt and answer together may have.
     pub fn context(&self) -> usize {
         self.shared.model.context.min(self.shared.cache_tokens)
@@ -231,30 +365,90 @@ impl EngineHandle {
         self.shared.broken.get().map(String::as_str)
     }
 
+    /// Takes no new requests from now on.
+    pub fn drain(&self) {
+        self.shared.draining.store(true, Ordering::SeqCst);
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.shared.draining.load(Ordering::SeqCst)
+    }
+
+    /// Jobs that wait or run.
+    pub fn in_flight(&self) -> usize {
+        self.shared.jobs().len()
+    }
+
+    /// Cancels the job of this id; false where there is none.
+    pub fn cancel(&self, job_id: &str) -> bool {
+        let canceller = self.shared.jobs().get(job_id).cloned();
+        canceller.map(|c| c.cancel()).is_some()
+    }
+
+    /// Cancels everything.
+    pub fn cancel_all(&self) {
+        self.shared.jobs().values().for_each(Canceller::cancel);
+    }
+
+    /// A constraint for one request; the first call builds what all share, which takes a while.
+    ///
+    /// # Errors
+    /// What is wrong with the grammar.
+    pub fn compile(&self, grammar: &Grammar) -> Result<Constraint, String> {
+        let shared = &self.shared;
+        let build = || Grammars::new(&*shared.text, shared.model.vocabulary);
+        match shared.grammars.get_or_init(build) {
+            Ok(grammars) => grammars.compile(grammar),
+            Err(why) => Err(why.clone()),
+        }
+    }
+
     /// Queues a request. Does not block.
     ///
     /// # Errors
     /// [`Code::InvalidRequest`]: an empty prompt, ids outside the vocabulary, more tokens than the
-    /// context holds, sampling parameters out of range. [`Code::Internal`]: the engine is broken.
+    /// context holds, sampling parameters out of range. [`Code::JobExists`], [`Code::QueueFull`],
+    /// [`Code::Draining`]. [`Code::Internal`]: the engine is broken.
     pub fn submit(&self, request: Request) -> Result<Job, Failure> {
+        let shared = &self.shared;
         if let Some(why) = self.broken() {
             return Err(Failure::new(Code::Internal, why));
         }
         self.check(&request)
             .map_err(|what| Failure::new(Code::InvalidRequest, what))?;
-        let seed = request.sampling.seed.unwrap_or_else(choose_seed);
-        let (events, receiver) = mpsc::unbounded_channel();
+        if self.is_draining() {
+            let what = "the worker is shutting down and takes no new work";
+            return Err(Failure::new(Code::Draining, what));
+        }
         let canceller = Canceller::default();
+        let registration = self.register(&request.job_id, &canceller)?;
+        let most = shared.config.max_queue + shared.room.load(Ordering::SeqCst);
+        let take = |n| (n < most).then_some(n + 1);
+        let waiting = &shared.waiting;
+        let place = waiting
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, take)
+            .map_err(|_| self.queue_full())?;
+        let seed = request.sampling.seed.unwrap_or_else(choose_seed);
+        let now = Instant::now();
+        let timeout = shared.config.timeout.map(|timeout| now + timeout);
+        let mut request = request;
+        request.deadline = request.deadline.into_iter().chain(timeout).min();
+        let (events, receiver) = mpsc::channel(EVENT_BUFFER);
+        let status = Arc::new(JobStatus::default());
+        status.position.store(place + 1, Ordering::Relaxed);
         let submission = Submission {
             request,
             seed,
-            submitted: Instant::now(),
+            submitted: now,
             events,
             canceller: canceller.clone(),
+            status: status.clone(),
+            registration,
         };
-        self.shared.metrics.queued.inc();
+        shared.metrics.queued.inc();
         if self.submissions.send(submission).is_err() {
-            self.shared.metrics.queued.dec();
+            shared.metrics.queued.dec();
+            waiting.fetch_sub(1, Ordering::SeqCst);
             let why = self.broken().unwrap_or("the engine's thread has ended");
             return Err(Failure::new(Code::Internal, why));
         }
@@ -262,7 +456,34 @@ impl EngineHandle {
             seed,
             events: receiver,
             canceller,
+            status,
         })
+    }
+
+    fn register(&self, job_id: &str, canceller: &Canceller) -> Result<Registration, Failure> {
+        let mut jobs = self.shared.jobs();
+        if jobs.contains_key(job_id) {
+            let what = "a job of this job_id waits or runs; wait for its end or choose another id";
+            return Err(Failure::new(Code::JobExists, what));
+        }
+        jobs.insert(job_id.to_owned(), canceller.clone());
+        Ok(Registration {
+            shared: self.shared.clone(),
+            job_id: job_id.to_owned(),
+        })
+    }
+
+    fn queue_full(&self) -> Failure {
+        self.shared.metrics.count(Outcome::Refused);
+        let most = self.shared.config.max_queue;
+        let mean_ms = self.shared.mean_ms.load(Ordering::Relaxed);
+        let mut failure = Failure::new(
+            Code::QueueFull,
+            format!("{most} requests wait already (--max-queue)"),
+        );
+        // One place in the queue is free after about one request's time.
+        failure.retry_after = Some(mean_ms.div_ceil(1000).clamp(1, 60));
+        failure
     }
 
     fn check(&self, request: &Request) -> Result<(), String> {

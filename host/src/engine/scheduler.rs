@@ -1,28 +1,34 @@
-//! The engine's thread: takes requests in, makes batches, runs steps.
+//! The engine's thread: takes requests in, picks whose step is next, runs it.
 //!
-//! One turn of the loop: receive what was submitted, drop what was cancelled or abandoned, admit
-//! from the queue while there is room, run one step. A step carries up to [`Runner::step_rows`] rows: a row
-//! for each sequence that decodes, and what is left goes to prompts, in chunks. At most one step lies
-//! between a cancellation and its effect.
+//! One turn of the loop: receive what was submitted, end what was cancelled, abandoned or is too late,
+//! admit from the queue while there is room, run one step. Requests run in turns, a step each: up to
+//! [`Runner::step_rows`] rows of a prompt, or one token. A step never holds rows of two sequences: how many
+//! rows a product has decides how it is summed, and nobody's tokens may depend on who else is there.
+//!
+//! Whose turn it is: that of the sequence that has had the least device time since it came, where a new
+//! one starts level with the one that has had least. So a long prompt or a long answer holds nobody up
+//! for more than its share, and at most one step lies between a cancellation and its effect.
 
 use super::kv::BlockPool;
 use super::sequence::{Sequence, end_unstarted};
-use super::{Code, Failure, Shared, Submission, direct};
+use super::{Code, Failure, Outcome, Shared, Submission};
 use crate::device::Batch;
 use crate::error::Result;
-use crate::model::{MAX_OUTPUTS, Runner};
+use crate::model::Runner;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant};
 
-/// Sequences worked on at once. The batch, the pool and the loop are made for any number; more than
-/// one gains nothing until the kernels batch decode rows.
-const MAX_RUNNING: usize = 1;
+/// How soon a client that reads again is noticed when nothing else runs.
+const STALL_POLL: Duration = Duration::from_millis(5);
 
 /// The thread's whole life.
 pub(super) fn run(runner: Box<dyn Runner>, shared: &Shared, submissions: Receiver<Submission>) {
     let pool = BlockPool::with_ring(runner.cache_blocks(), runner.ring());
     shared.metrics.kv_blocks_total.set(pool.total() as i64);
+    shared.metrics.kv_blocks_free.set(pool.free() as i64);
     let mut scheduler = Scheduler {
         runner,
         shared,
@@ -30,12 +36,14 @@ pub(super) fn run(runner: Box<dyn Runner>, shared: &Shared, submissions: Receive
         pool,
         queue: VecDeque::new(),
         running: Vec::new(),
+        ran: true,
     };
+    scheduler.publish();
     while scheduler.receive() {
         scheduler.reap();
         scheduler.admit();
         scheduler.publish();
-        scheduler.step();
+        scheduler.ran = scheduler.step();
         scheduler.publish();
     }
 }
@@ -47,145 +55,226 @@ struct Scheduler<'t> {
     pool: BlockPool,
     /// First come, first served.
     queue: VecDeque<Submission>,
+    /// In the order in which they started.
     running: Vec<Sequence<'t>>,
-}
-
-/// A sequence's part of a step.
-struct Part {
-    /// Its place in [`Scheduler::running`].
-    sequence: usize,
-    len: usize,
-    /// All its pending tokens are in the step, so it gets a token.
-    sampled: bool,
+    /// The last turn had a step to run.
+    ran: bool,
 }
 
 impl<'t> Scheduler<'t> {
     /// Takes what was submitted; waits where there is nothing else to do. False when no work is left
     /// and none can come.
     fn receive(&mut self) -> bool {
-        loop {
-            if self.queue.is_empty() && self.running.is_empty() {
-                match self.submissions.recv() {
-                    Ok(submission) => self.queue.push_back(submission),
-                    Err(_) => return false,
-                }
+        if self.queue.is_empty() && self.running.is_empty() {
+            match self.submissions.recv() {
+                Ok(submission) => self.enqueue(submission),
+                Err(_) => return false,
             }
+        } else if !self.ran {
+            // Everything waits for clients to read.
+            match self.submissions.recv_timeout(STALL_POLL) {
+                Ok(submission) => self.enqueue(submission),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => std::thread::sleep(STALL_POLL),
+            }
+        }
+        loop {
             match self.submissions.try_recv() {
-                Ok(submission) => self.queue.push_back(submission),
+                Ok(submission) => self.enqueue(submission),
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return true,
             }
         }
     }
 
-    /// Ends what was cancelled, forgets what nobody listens to.
+    fn enqueue(&mut self, submission: Submission) {
+        self.queue.push_back(submission);
+        self.renumber();
+    }
+
+    /// Tells everybody in the queue where they stand.
+    fn renumber(&self) {
+        for (i, waiting) in self.queue.iter().enumerate() {
+            waiting.status.position.store(i + 1, Ordering::Relaxed);
+        }
+    }
+
+    fn left_queue(&self, submission: &Submission) {
+        submission.status.position.store(0, Ordering::Relaxed);
+        self.shared.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.shared.metrics.queued.dec();
+    }
+
+    /// Ends what was cancelled or is too late, forgets what nobody listens to.
     fn reap(&mut self) {
+        let now = Instant::now();
+        let late = |deadline: Option<Instant>| deadline.is_some_and(|d| d <= now);
         let mut i = 0;
         while i < self.running.len() {
             let sequence = &self.running[i];
-            if sequence.is_cancelled() || sequence.is_abandoned() {
-                let sequence = self.running.remove(i);
-                sequence.end(Ok(super::StopReason::Cancelled), &mut self.pool);
+            let outcome = if sequence.is_cancelled() || sequence.is_abandoned() {
+                Ok(super::StopReason::Cancelled)
+            } else if late(sequence.deadline()) {
+                Err(too_late("the answer was whole"))
             } else {
                 i += 1;
-            }
+                continue;
+            };
+            self.running.remove(i).end(outcome, &mut self.pool);
         }
         let mut i = 0;
         while i < self.queue.len() {
             let waiting = &self.queue[i];
-            if (waiting.canceller.is_cancelled() || waiting.events.is_closed())
-                && let Some(waiting) = self.queue.remove(i)
-            {
-                self.shared.metrics.queued.dec();
-                end_unstarted(waiting, Ok(()), self.shared);
+            let outcome = if waiting.canceller.is_cancelled() || waiting.events.is_closed() {
+                Ok(())
+            } else if late(waiting.request.deadline) {
+                Err(too_late("its turn"))
             } else {
                 i += 1;
+                continue;
+            };
+            if let Some(waiting) = self.queue.remove(i) {
+                self.left_queue(&waiting);
+                end_unstarted(waiting, outcome, self.shared);
+                self.renumber();
             }
         }
     }
 
-    /// Moves requests from the queue into the batch.
+    /// Moves requests from the queue to those that run.
     fn admit(&mut self) {
-        while self.running.len() < MAX_RUNNING
-            && let Some(submission) = self.queue.pop_front()
-        {
-            self.shared.metrics.queued.dec();
-            match self.shared.broken.get() {
-                Some(why) => {
-                    let failure = Failure::new(Code::Internal, why.clone());
+        while let Some(next) = self.queue.front() {
+            if let Some(why) = self.shared.broken.get() {
+                let failure = Failure::new(Code::Internal, why.clone());
+                if let Some(submission) = self.queue.pop_front() {
+                    self.left_queue(&submission);
                     end_unstarted(submission, Err(failure), self.shared);
                 }
-                None => self.running.push(Sequence::start(submission, self.shared)),
+                continue;
             }
+            let needed = (next.request.prompt.len() + 1).div_ceil(crate::device::BLOCK_TOKENS);
+            // Who was put back comes first, and those that run need room to grow.
+            let fits = needed + self.running.len() <= self.pool.free();
+            let room = self.running.len() < self.shared.config.max_running
+                && !self.running.iter().any(Sequence::is_put_back)
+                && (fits || self.running.is_empty());
+            if !room && !self.evict_stalled() {
+                break;
+            }
+            if !room {
+                continue;
+            }
+            let Some(submission) = self.queue.pop_front() else {
+                break;
+            };
+            self.left_queue(&submission);
+            let level = self.running.iter().map(|s| s.device_time).min();
+            let level = level.unwrap_or_default();
+            let sequence = Sequence::start(submission, self.shared, level);
+            self.running.push(sequence);
+            self.renumber();
+        }
+    }
+
+    /// Ends the sequence whose client has read nothing for longest, if that is too long while others
+    /// wait.
+    fn evict_stalled(&mut self) -> bool {
+        let stalled = (0..self.running.len())
+            .filter_map(|i| Some((self.running[i].stalled_since()?, i)))
+            .min();
+        match stalled {
+            Some((since, i)) if since.elapsed() >= self.shared.config.stall => {
+                let failure = Failure::new(
+                    Code::Cancelled,
+                    "the client read nothing while other requests waited for its place",
+                );
+                self.running.remove(i).end(Err(failure), &mut self.pool);
+                true
+            }
+            _ => false,
         }
     }
 
     fn publish(&self) {
-        self.shared.metrics.running.set(self.running.len() as i64);
-        self.shared
-            .metrics
-            .kv_blocks_used
-            .set(self.pool.used() as i64);
+        let m = &self.shared.metrics;
+        m.running.set(self.running.len() as i64);
+        m.kv_blocks_used.set(self.pool.used() as i64);
+        m.kv_blocks_free.set(self.pool.free() as i64);
+        // A short prompt and its growth need two blocks; the queue covers for those that need more.
+        let places = self.shared.config.max_running - self.running.len();
+        let room = places.min(self.pool.free().saturating_sub(self.running.len()) / 2);
+        self.shared.room.store(room, Ordering::SeqCst);
     }
 
-    /// Lays out the next step. Sequences that decode come first: a long prompt must not hold up
-    /// everybody's next token.
-    fn plan(&mut self) -> (Batch, Vec<Part>) {
-        let mut order: Vec<usize> = (0..self.running.len()).collect();
-        order.sort_by_key(|&i| self.running[i].pending().len() > 1);
-        let mut batch = Batch::default();
-        let mut parts = Vec::new();
-        for i in order {
-            let sequence = &mut self.running[i];
-            let start = batch.tokens.len();
-            let pending = sequence.pending().len();
-            let len = pending.min(self.runner.step_rows() - start);
-            if len == 0 || batch.outputs.len() == MAX_OUTPUTS {
-                break;
-            }
-            let Some(span) = sequence.span(start, len, &mut self.pool) else {
+    /// The sequence whose turn it is, of those whose clients keep up.
+    fn next(&mut self) -> Option<usize> {
+        let mut best: Option<usize> = None;
+        for i in 0..self.running.len() {
+            if !self.running[i].has_room() {
                 continue;
-            };
-            batch.tokens.extend_from_slice(&sequence.pending()[..len]);
-            batch.spans.push(span);
-            let sampled = len == pending;
-            if sampled {
-                batch.outputs.push(start + len - 1);
             }
-            parts.push(Part {
-                sequence: i,
-                len,
-                sampled,
-            });
+            // Of those that are level the newest: its first token is what somebody waits for.
+            if best.is_none_or(|b| self.running[i].device_time <= self.running[b].device_time) {
+                best = Some(i);
+            }
         }
-        (batch, parts)
+        best
     }
 
-    /// Runs one step, if anything runs.
-    fn step(&mut self) {
-        if self.running.is_empty() {
-            return;
+    /// The next step of sequence `i` as a batch; takes blocks from younger sequences where the cache is
+    /// full. `None` where it was put back itself.
+    fn plan(&mut self, i: usize) -> Option<(Batch, usize)> {
+        loop {
+            let len = self.running[i].next_len(self.runner.step_rows());
+            if let Some(span) = self.running[i].span(0, len, &mut self.pool) {
+                let sequence = &self.running[i];
+                let tokens = sequence.pending()[..len].to_vec();
+                let outputs = if len == sequence.pending().len() && !sequence.is_embedding() {
+                    vec![len - 1]
+                } else {
+                    Vec::new()
+                };
+                let batch = Batch {
+                    tokens,
+                    spans: vec![span],
+                    outputs,
+                };
+                return Some((batch, len));
+            }
+            // The youngest that holds anything goes; the oldest therefore always gets on.
+            let youngest = (0..self.running.len())
+                .rev()
+                .find(|&j| self.running[j].holds_blocks());
+            match youngest {
+                Some(j) if j > i => self.running[j].put_back(&mut self.pool),
+                _ if i > 0 => {
+                    self.running[i].put_back(&mut self.pool);
+                    return None;
+                }
+                _ => return None,
+            }
         }
-        let (batch, parts) = self.plan();
-        if parts.is_empty() {
-            // Unreachable while the checks of `submit` and MAX_RUNNING hold; an answer all the same.
-            self.fail_all(&Failure::new(
-                Code::VramOom,
-                "the KV cache has no free block",
-            ));
-            return;
-        }
-        let sampled: Vec<usize> = parts
-            .iter()
-            .filter(|p| p.sampled)
-            .map(|p| p.sequence)
-            .collect();
+    }
+
+    /// Runs one step, if anything can run.
+    fn step(&mut self) -> bool {
+        let Some(i) = self.next() else {
+            return false;
+        };
+        let began = Instant::now();
+        let Some((batch, len)) = self.plan(i) else {
+            // Put back: others go on. Time passes for it, so that it is not picked again at once.
+            self.running[i].device_time += STALL_POLL;
+            return true;
+        };
+        let parent = self.running[i].tracing_span();
+        let _step = tracing::debug_span!(parent: parent, "step", rows = len).entered();
         let runner = &mut self.runner;
-        let running = &self.running;
+        let sequence = &mut self.running[i];
         let result = catch_unwind(AssertUnwindSafe(|| {
-            execute(&mut **runner, &batch, running, &sampled)
+            execute(&mut **runner, &batch, sequence)
         }));
-        let chosen = match result {
-            Ok(Ok(chosen)) => chosen,
+        let outcome = match result {
+            Ok(Ok(outcome)) => outcome,
             Ok(Err(error)) => {
                 let failure = Failure::from_error(&error, self.shared.device.backend);
                 if matches!(failure.code, Code::CudaError | Code::Internal) {
@@ -193,7 +282,7 @@ impl<'t> Scheduler<'t> {
                     self.break_down(failure.message.clone());
                 }
                 self.fail_all(&failure);
-                return;
+                return true;
             }
             Err(panic) => {
                 let what = panic
@@ -205,22 +294,24 @@ impl<'t> Scheduler<'t> {
                 let why = format!("the model's code panicked ({what}); the worker needs a restart");
                 self.break_down(why.clone());
                 self.fail_all(&Failure::new(Code::Internal, why));
-                return;
+                return true;
             }
         };
-        for part in &parts {
-            self.running[part.sequence].advance(part.len);
+        let took = began.elapsed();
+        self.shared.metrics.device_busy.inc_by(took.as_secs_f64());
+        let sequence = &mut self.running[i];
+        sequence.device_time += took;
+        sequence.advance(len);
+        let ended = match outcome {
+            None if sequence.is_embedding() => sequence.embedded().map(Ok),
+            None => None,
+            Some(Ok(token)) => sequence.take(token).map(Ok),
+            Some(Err(failure)) => Some(Err(failure)),
+        };
+        if let Some(outcome) = ended {
+            self.running.remove(i).end(outcome, &mut self.pool);
         }
-        let mut ended = Vec::new();
-        for (&i, Chosen { id, top }) in sampled.iter().zip(chosen) {
-            if let Some(reason) = self.running[i].take(id, top) {
-                ended.push((i, reason));
-            }
-        }
-        ended.sort_by_key(|&(i, _)| std::cmp::Reverse(i));
-        for (i, reason) in ended {
-            self.running.remove(i).end(Ok(reason), &mut self.pool);
-        }
+        true
     }
 
     fn break_down(&self, why: String) {
@@ -235,34 +326,35 @@ impl<'t> Scheduler<'t> {
     }
 }
 
-/// A token chosen for a sequence.
-struct Chosen {
-    id: u32,
-    /// The logits that the request asked to see, `(id, logit)`, greatest first.
-    top: Vec<(u32, f32)>,
+fn too_late(before: &str) -> Failure {
+    Failure::new(
+        Code::InferenceTimeout,
+        format!("the deadline came before {before}"),
+    )
 }
 
-/// Runs the batch and chooses a token for each sequence of `sampled`, in the order of the batch's
-/// outputs.
+/// Runs the batch and chooses the sequence's next token, where all its pending tokens were in the batch.
+/// The inner error is this sequence's own; the outer one is the device's.
 fn execute(
     runner: &mut dyn Runner,
     batch: &Batch,
-    running: &[Sequence<'_>],
-    sampled: &[usize],
-) -> Result<Vec<Chosen>> {
+    sequence: &mut Sequence<'_>,
+) -> Result<Option<std::result::Result<super::sequence::Chosen, Failure>>> {
     runner.forward(batch)?;
-    let rows: Vec<_> = sampled.iter().map(|&i| running[i].sample_row()).collect();
-    if rows.is_empty() {
-        return Ok(Vec::new());
+    if sequence.is_embedding() {
+        sequence.gather(runner, batch.tokens.len())?;
     }
-    let ids = runner.sample(&rows)?;
-    let mut chosen = Vec::with_capacity(ids.len());
-    for (output, (&i, id)) in sampled.iter().zip(ids).enumerate() {
-        let top = match running[i].top_logits_wanted() {
-            0 => Vec::new(),
-            n => direct::top_logits(&runner.logits(output)?, n),
-        };
-        chosen.push(Chosen { id, top });
+    if batch.outputs.is_empty() {
+        return Ok(None);
     }
-    Ok(chosen)
+    Ok(Some(sequence.choose(runner)?))
+}
+
+/// How a request ended, for the metrics.
+pub(super) fn outcome_of(failure: &Failure) -> Outcome {
+    match failure.code {
+        Code::InferenceTimeout => Outcome::TimedOut,
+        Code::Cancelled => Outcome::Cancelled,
+        _ => Outcome::Failed,
+    }
 }

@@ -1,11 +1,20 @@
-//! One request in the running batch.
+//! One request that runs.
 
 use super::kv::{BlockPool, BlockTable};
-use super::{Detokenize, End, Event, Failure, Outcome, Shared, StopReason, Submission};
+use super::scheduler::outcome_of;
+use super::{
+    Code, Constraint, Detokenize, End, Event, Failure, LogProbs, Outcome, Shared, StopReason,
+    Submission, direct,
+};
 use crate::device::{SampleRow, Span};
-use crate::sampling::{StopMatcher, uniform};
+use crate::error::{Error, Result};
+use crate::model::{Pooling, Runner};
+use crate::sampling::{
+    ChainState, History, StopMatcher, sample, sample_chain, uniform, uniform_pair,
+};
 use std::collections::HashSet;
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 /// A request whose turn has come: its tokens, its cache blocks, its text on the way out.
 pub(super) struct Sequence<'t> {
@@ -16,14 +25,38 @@ pub(super) struct Sequence<'t> {
     prompt_tokens: usize,
     /// How many of `tokens` are in the cache.
     cached: usize,
+    /// How many prompt tokens were counted; work that is done again counts once.
+    counted: usize,
     table: BlockTable,
+    /// Its blocks went to an older sequence; what was in them is computed again, step by step.
+    put_back: bool,
+    /// Device time it has had, from the level it started at.
+    pub(super) device_time: Duration,
     seen: Seen,
+    constraint: Option<Constraint>,
+    /// [`crate::sampling::Chain::is_plain`].
+    plain: bool,
+    chain_state: ChainState,
     detokenizer: Box<dyn Detokenize + 't>,
     stops: StopMatcher,
+    /// The sum of hidden states so far, or the last one.
+    pooled: Vec<f64>,
     started: Instant,
     /// When the first and the latest token came.
     token_times: Option<(Instant, Instant)>,
+    /// Since when there has been no room for events.
+    stalled: Option<Instant>,
     stop_sequence: Option<String>,
+}
+
+/// A token chosen for a sequence.
+pub(super) struct Chosen {
+    id: u32,
+    /// The logits that the request asked to see, `(id, logit)`, greatest first.
+    top: Vec<(u32, f32)>,
+    logprobs: Option<Box<LogProbs>>,
+    /// The grammar lets nothing follow.
+    complete: bool,
 }
 
 /// Distinct ids in order of first appearance.
@@ -42,8 +75,8 @@ impl Seen {
 }
 
 impl<'t> Sequence<'t> {
-    /// Starts work on a request and tells the client.
-    pub(super) fn start(mut submission: Submission, shared: &'t Shared) -> Self {
+    /// Starts work on a request and tells the client. `level` is the device time it starts with.
+    pub(super) fn start(mut submission: Submission, shared: &'t Shared, level: Duration) -> Self {
         let tokens = std::mem::take(&mut submission.request.prompt);
         let mut seen = Seen::default();
         tokens.iter().for_each(|&id| seen.add(id));
@@ -52,15 +85,25 @@ impl<'t> Sequence<'t> {
             prompt_tokens: tokens.len(),
             tokens,
             cached: 0,
+            counted: 0,
             table: BlockTable::default(),
+            put_back: false,
+            device_time: level,
             seen,
+            constraint: submission.request.constraint.take(),
+            plain: submission.request.chain.is_plain(),
+            chain_state: ChainState::default(),
             detokenizer: shared.text.detokenizer(),
             stops: StopMatcher::new(submission.request.stop.iter().cloned()),
+            pooled: Vec::new(),
             started: Instant::now(),
             token_times: None,
+            stalled: None,
             stop_sequence: None,
             submission,
         };
+        let waited = sequence.started - sequence.submission.submitted;
+        shared.metrics.queue_time.observe(waited.as_secs_f64());
         tracing::debug!(
             job_id = %sequence.submission.request.job_id,
             prompt_tokens = sequence.prompt_tokens,
@@ -71,8 +114,22 @@ impl<'t> Sequence<'t> {
     }
 
     fn send(&self, event: Event) {
-        // A client that is gone is noticed before the next step.
-        let _ = self.submission.events.send(event);
+        // There is room (see `has_room`); a client that is gone is noticed before the next step.
+        let _ = self.submission.events.try_send(event);
+    }
+
+    /// Whether the client has read enough: there is room for a token and for the last event.
+    pub(super) fn has_room(&mut self) -> bool {
+        if self.submission.events.capacity() >= 2 {
+            self.stalled = None;
+            return true;
+        }
+        self.stalled.get_or_insert_with(Instant::now);
+        false
+    }
+
+    pub(super) fn stalled_since(&self) -> Option<Instant> {
+        self.stalled
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
@@ -84,9 +141,42 @@ impl<'t> Sequence<'t> {
         self.submission.events.is_closed()
     }
 
-    /// Tokens that are not in the cache yet: the rest of the prompt, or the last one generated.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.submission.request.deadline
+    }
+
+    pub(super) fn tracing_span(&self) -> Option<tracing::Id> {
+        self.submission.request.span.as_ref()?.id()
+    }
+
+    pub(super) fn is_put_back(&self) -> bool {
+        self.put_back
+    }
+
+    pub(super) fn holds_blocks(&self) -> bool {
+        !self.table.is_empty()
+    }
+
+    /// Gives its blocks up. What they held is computed again later in the very same steps, so that the
+    /// tokens to come are those that would have come.
+    pub(super) fn put_back(&mut self, pool: &mut BlockPool) {
+        self.table.release(pool);
+        self.cached = 0;
+        self.put_back = true;
+    }
+
+    /// Tokens that are not in the cache yet: the rest of the prompt, or the last one generated, or
+    /// after [`Sequence::put_back`] all of them.
     pub(super) fn pending(&self) -> &[u32] {
         &self.tokens[self.cached..]
+    }
+
+    /// Rows of the next step: a chunk of the prompt, or one generated token.
+    pub(super) fn next_len(&self, step_rows: usize) -> usize {
+        match self.prompt_tokens.saturating_sub(self.cached) {
+            0 => 1,
+            left => left.min(step_rows),
+        }
     }
 
     /// The next `len` pending tokens as rows from `start`, with blocks for them; `None` where the
@@ -96,6 +186,7 @@ impl<'t> Sequence<'t> {
         if !self.table.grow(end, pool) {
             return None;
         }
+        self.put_back = false;
         let blocks = self.table.covering(end).to_vec();
         Some(Span {
             start,
@@ -109,38 +200,169 @@ impl<'t> Sequence<'t> {
 
     /// `len` more tokens are in the cache.
     pub(super) fn advance(&mut self, len: usize) {
-        let prompt_left = self.prompt_tokens.saturating_sub(self.cached);
-        self.shared
-            .metrics
-            .tokens_in
-            .inc_by(len.min(prompt_left) as u64);
         self.cached += len;
+        let prompt = self.cached.min(self.prompt_tokens);
+        let new = prompt.saturating_sub(self.counted);
+        self.counted += new;
+        self.shared.metrics.tokens_in.inc_by(new as u64);
     }
 
     fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_tokens
     }
 
-    /// How the next token is to be chosen.
-    pub(super) fn sample_row(&self) -> SampleRow<'_> {
-        SampleRow {
-            params: &self.submission.request.sampling,
-            u: uniform(self.submission.seed, self.generated() as u64),
-            seen: &self.seen.ids,
-        }
+    pub(super) fn is_embedding(&self) -> bool {
+        self.submission.request.embed.is_some()
     }
 
-    /// How many of the coming token's logits the client wants to see.
-    pub(super) fn top_logits_wanted(&self) -> usize {
-        if self.generated() == 0 {
-            self.submission.request.top_logits
-        } else {
-            0
+    /// Takes the hidden states of the step's `len` rows.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub(super) fn gather(&mut self, runner: &mut dyn Runner, len: usize) -> Result<()> {
+        if self.cached == 0 {
+            // Anew, where the sequence was put back.
+            self.pooled.clear();
         }
+        let rows = match self.submission.request.embed {
+            Some(Pooling::Mean) => 0..len,
+            _ => len - 1..len,
+        };
+        for row in rows {
+            let hidden = runner.hidden(row)?;
+            if self.pooled.is_empty() || self.submission.request.embed == Some(Pooling::Last) {
+                self.pooled = hidden.into_iter().map(f64::from).collect();
+            } else {
+                let sums = self.pooled.iter_mut().zip(hidden);
+                sums.for_each(|(sum, x)| *sum += f64::from(x));
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the embedding once the whole prompt is in it.
+    pub(super) fn embedded(&mut self) -> Option<StopReason> {
+        if !self.pending().is_empty() {
+            return None;
+        }
+        // The mean's divisor is lost in the length of 1.
+        let length = self.pooled.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let scale = if length > 0.0 { 1.0 / length } else { 0.0 };
+        let vector = self.pooled.iter().map(|x| (x * scale) as f32).collect();
+        self.send(Event::Embedding(vector));
+        Some(StopReason::Eos)
+    }
+
+    /// Chooses the next token from the logits of the runner's last step. The inner error is this
+    /// sequence's own.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub(super) fn choose(
+        &mut self,
+        runner: &mut dyn Runner,
+    ) -> Result<std::result::Result<Chosen, Failure>> {
+        let index = self.generated();
+        let request = &self.submission.request;
+        let (params, seed) = (&request.sampling, self.submission.seed);
+        let on_device =
+            request.chain.is_plain() && request.logit_bias.is_empty() && self.constraint.is_none();
+        let top_wanted = if index == 0 { request.top_logits } else { 0 };
+        let read = !on_device || top_wanted > 0 || request.logprobs.is_some();
+        let mut logits = if read { runner.logits(0)? } else { Vec::new() };
+        let top = match top_wanted {
+            0 => Vec::new(),
+            n => direct::top_logits(&logits, n),
+        };
+        let (own, wanted) = match request.logprobs {
+            Some(n) if on_device => (std::mem::take(&mut logits), Some(n)),
+            Some(n) => (logits.clone(), Some(n)),
+            None => (Vec::new(), None),
+        };
+        let mut complete = false;
+        let id = if on_device {
+            let row = SampleRow {
+                params,
+                u: uniform(seed, index as u64),
+                seen: &self.seen.ids,
+            };
+            let ids = runner.sample(&[row])?;
+            ids.first().copied().ok_or_else(|| {
+                Error::Request("the device chose no token for one row of logits".to_owned())
+            })?
+        } else {
+            for &(id, bias) in &request.logit_bias {
+                if let Some(l) = logits.get_mut(id as usize) {
+                    *l += bias;
+                }
+            }
+            let own_failure = |why: String| Failure::new(Code::Internal, format!("grammar: {why}"));
+            if let Some(constraint) = &mut self.constraint
+                && let Err(why) = constraint.mask(&mut logits)
+            {
+                return Ok(Err(own_failure(why)));
+            }
+            let id = if self.plain {
+                sample(
+                    params,
+                    uniform(seed, index as u64),
+                    &self.seen.ids,
+                    &mut logits,
+                )
+            } else {
+                let text = &self.shared.text;
+                let breakers = &request.chain.dry.breakers;
+                let is_breaker = |id: u32| {
+                    let bytes = text.token_bytes(id);
+                    let token = String::from_utf8_lossy(&bytes);
+                    breakers.iter().any(|b| token.contains(b.as_str()))
+                };
+                let (prompt, generated) = self.tokens.split_at(self.prompt_tokens);
+                let history = History {
+                    prompt,
+                    generated,
+                    seen: &self.seen.ids,
+                    is_breaker: &is_breaker,
+                };
+                sample_chain(
+                    params,
+                    &request.chain,
+                    &mut self.chain_state,
+                    uniform_pair(seed, index as u64),
+                    &history,
+                    &mut logits,
+                )
+            };
+            if let Some(constraint) = &mut self.constraint
+                && !self.shared.text.is_end_of_generation(id)
+            {
+                match constraint.take(id) {
+                    Ok(done) => complete = done,
+                    Err(why) => return Ok(Err(own_failure(why))),
+                }
+            }
+            id
+        };
+        let logprobs = wanted.map(|n| {
+            let (chosen, top) = direct::log_probabilities(&own, id, n);
+            Box::new(LogProbs { chosen, top })
+        });
+        Ok(Ok(Chosen {
+            id,
+            top,
+            logprobs,
+            complete,
+        }))
     }
 
     /// Takes a generated token, tells the client, and says whether it was the last one.
-    pub(super) fn take(&mut self, id: u32, top: Vec<(u32, f32)>) -> Option<StopReason> {
+    pub(super) fn take(&mut self, chosen: Chosen) -> Option<StopReason> {
+        let Chosen {
+            id,
+            top,
+            logprobs,
+            complete,
+        } = chosen;
         let now = Instant::now();
         let metrics = &self.shared.metrics;
         match &mut self.token_times {
@@ -167,7 +389,9 @@ impl<'t> Sequence<'t> {
             reason = Some(StopReason::Eos);
         } else {
             piece = self.detokenizer.push(id);
-            if self.generated() == self.submission.request.max_tokens {
+            if complete {
+                reason = Some(StopReason::Eos);
+            } else if self.generated() == self.submission.request.max_tokens {
                 reason = Some(StopReason::MaxTokens);
             }
         }
@@ -184,23 +408,33 @@ impl<'t> Sequence<'t> {
         }
         // Counted before the client can know of it: whoever has seen n tokens finds n counted.
         metrics.tokens_out.inc();
+        let generated = self.generated();
+        self.submission
+            .status
+            .tokens
+            .store(generated, Ordering::Relaxed);
         self.send(Event::Token {
             index,
             id,
             text,
             top,
+            logprobs,
         });
         reason
     }
 
     /// Gives the blocks back and sends the last event.
-    pub(super) fn end(mut self, outcome: Result<StopReason, Failure>, pool: &mut BlockPool) {
+    pub(super) fn end(
+        mut self,
+        outcome: std::result::Result<StopReason, Failure>,
+        pool: &mut BlockPool,
+    ) {
         self.table.release(pool);
         let ms = |from: Instant, to: Instant| (to - from).as_secs_f64() * 1e3;
-        let (first, latest) = self.token_times.unwrap_or_else(|| {
-            let now = Instant::now();
-            (now, now)
-        });
+        let now = Instant::now();
+        let (first, latest) = self.token_times.unwrap_or((now, now));
+        let span = self.submission.request.span.clone();
+        let _span = span.as_ref().map(tracing::Span::enter);
         let job_id = &self.submission.request.job_id;
         let tokens_out = self.generated();
         let (outcome, event) = match outcome {
@@ -210,6 +444,8 @@ impl<'t> Sequence<'t> {
                     stop_reason,
                     tokens_out,
                     prompt_tokens: self.prompt_tokens,
+                    cached_tokens: 0,
+                    queue_ms: ms(self.submission.submitted, self.started),
                     prefill_ms: ms(self.started, first),
                     decode_ms: ms(first, latest),
                     stop_sequence: self.stop_sequence.take(),
@@ -221,17 +457,46 @@ impl<'t> Sequence<'t> {
                 (outcome, Event::End(end))
             }
             Err(failure) => {
-                tracing::error!(%job_id, code = ?failure.code, %failure, tokens_out, "failed");
-                (Outcome::Failed, Event::Error(failure))
+                tracing::error!(%job_id, code = failure.code.name(), %failure, tokens_out, "failed");
+                (outcome_of(&failure), Event::Error(failure))
             }
         };
-        self.shared.metrics.count(outcome);
-        self.send(event);
+        let worked = (now - self.started).as_millis() as u64;
+        let mean = &self.shared.mean_ms;
+        mean.store(
+            (7 * mean.load(Ordering::Relaxed) + worked) / 8,
+            Ordering::Relaxed,
+        );
+        finish(self.submission, outcome, event, self.shared);
     }
 }
 
+/// Frees the job's id, counts it, and sends its last event.
+fn finish(submission: Submission, outcome: Outcome, event: Event, shared: &Shared) {
+    let Submission {
+        events,
+        registration,
+        submitted,
+        ..
+    } = submission;
+    // Before the client can know of the end: it may use the id again at once.
+    drop(registration);
+    shared.metrics.count(outcome);
+    shared
+        .metrics
+        .end_to_end
+        .observe(submitted.elapsed().as_secs_f64());
+    let _ = events.try_send(event);
+}
+
 /// Ends a request that never had its turn.
-pub(super) fn end_unstarted(submission: Submission, outcome: Result<(), Failure>, shared: &Shared) {
+pub(super) fn end_unstarted(
+    submission: Submission,
+    outcome: std::result::Result<(), Failure>,
+    shared: &Shared,
+) {
+    let span = submission.request.span.clone();
+    let _span = span.as_ref().map(tracing::Span::enter);
     let job_id = &submission.request.job_id;
     let (outcome, event) = match outcome {
         Ok(()) => {
@@ -240,6 +505,8 @@ pub(super) fn end_unstarted(submission: Submission, outcome: Result<(), Failure>
                 stop_reason: StopReason::Cancelled,
                 tokens_out: 0,
                 prompt_tokens: submission.request.prompt.len(),
+                cached_tokens: 0,
+                queue_ms: submission.submitted.elapsed().as_secs_f64() * 1e3,
                 prefill_ms: 0.0,
                 decode_ms: 0.0,
                 stop_sequence: None,
@@ -247,10 +514,9 @@ pub(super) fn end_unstarted(submission: Submission, outcome: Result<(), Failure>
             (Outcome::Cancelled, Event::End(end))
         }
         Err(failure) => {
-            tracing::error!(%job_id, code = ?failure.code, %failure, "failed before its turn");
-            (Outcome::Failed, Event::Error(failure))
+            tracing::error!(%job_id, code = failure.code.name(), %failure, "failed before its turn");
+            (outcome_of(&failure), Event::Error(failure))
         }
     };
-    shared.metrics.count(outcome);
-    let _ = submission.events.send(event);
+    finish(submission, outcome, event, shared);
 }

@@ -6,12 +6,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 fn start(runner: FakeRunner) -> EngineHandle {
-    Engine::start(Box::new(runner), Arc::new(ByteText)).unwrap()
+    start_with(runner, EngineConfig::default())
 }
+
+fn start_with(runner: FakeRunner, config: EngineConfig) -> EngineHandle {
+    Engine::start(Box::new(runner), Arc::new(ByteText), config).unwrap()
+}
+
+static JOBS: AtomicUsize = AtomicUsize::new(0);
 
 fn request(prompt: &str, max_tokens: usize) -> Request {
     Request {
-        job_id: "job".to_owned(),
+        job_id: format!("job {}", JOBS.fetch_add(1, Ordering::Relaxed)),
         prompt: prompt.bytes().map(u32::from).collect(),
         max_tokens,
         sampling: SamplingParams {
@@ -229,7 +235,7 @@ fn a_dropped_job_stops_within_a_step_and_the_next_one_runs() {
 fn a_job_cancelled_in_the_queue_never_starts() {
     let mut runner = FakeRunner::hashing(4096);
     runner.step_time = Duration::from_millis(5);
-    let engine = start(runner);
+    let engine = start_with(runner, one_at_a_time());
     let first = engine.submit(request("x", 20)).unwrap();
     let second = engine.submit(request("y", 20)).unwrap();
     second.canceller().cancel();
@@ -329,4 +335,298 @@ fn the_thread_finishes_its_work_when_the_last_handle_goes() {
     let job = engine.submit(request("x", 20)).unwrap();
     drop(engine);
     assert_eq!(answer(&drain(job)).0, "hello");
+}
+
+fn one_at_a_time() -> EngineConfig {
+    EngineConfig {
+        max_running: 1,
+        ..EngineConfig::default()
+    }
+}
+
+fn refusal(engine: &EngineHandle, request: Request) -> Failure {
+    match engine.submit(request) {
+        Err(failure) => failure,
+        Ok(_) => panic!("accepted"),
+    }
+}
+
+fn wait_for_tokens(job: &mut Job, n: usize) {
+    let mut seen = 0;
+    while seen < n {
+        match job.blocking_next() {
+            Some(Event::Token { .. }) => seen += 1,
+            Some(Event::Started) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_short_request_is_not_held_up_by_long_ones() {
+    let mut runner = FakeRunner::hashing(8192);
+    runner.step_time = Duration::from_millis(1);
+    let steps = runner.steps.clone();
+    let engine = start(runner);
+    let mut long: Vec<Job> = (0..3)
+        .map(|i| engine.submit(request(&format!("long {i}"), 250)).unwrap())
+        .collect();
+    for job in &mut long {
+        wait_for_tokens(job, 3);
+    }
+    let before = steps.load(Ordering::SeqCst);
+    let short = engine.submit(request("short", 5)).unwrap();
+    assert_eq!(answer(&drain(short)).1.tokens_out, 5);
+    let took = steps.load(Ordering::SeqCst) - before;
+    // Four in turns: five steps of its own, and as many of each other's.
+    assert!(took <= 4 * 5 + 8, "{took} steps for five tokens");
+    drop(long);
+    assert_idle(&engine);
+}
+
+#[test]
+fn turns_are_even() {
+    let mut runner = FakeRunner::hashing(4096);
+    runner.step_time = Duration::from_millis(2);
+    let engine = start(runner);
+    let mut a = engine.submit(request("a", 200)).unwrap();
+    let b = engine.submit(request("b", 200)).unwrap();
+    wait_for_tokens(&mut a, 60);
+    let (a, b) = (a.status().tokens_out(), b.status().tokens_out());
+    assert!(a.abs_diff(b) <= 12, "{a} and {b} tokens");
+}
+
+#[test]
+fn a_full_queue_refuses_and_says_when_to_come_back() {
+    let mut runner = FakeRunner::hashing(4096);
+    runner.step_time = Duration::from_millis(5);
+    let config = EngineConfig {
+        max_queue: 2,
+        ..one_at_a_time()
+    };
+    let engine = start_with(runner, config);
+    let mut first = engine.submit(request("a", 1000)).unwrap();
+    wait_for_tokens(&mut first, 1);
+    let second = engine.submit(request("b", 5)).unwrap();
+    let third = engine.submit(request("c", 5)).unwrap();
+    let failure = refusal(&engine, request("d", 5));
+    assert_eq!(failure.code, Code::QueueFull);
+    assert!(failure.retry_after >= Some(1));
+    wait_for_tokens(&mut first, 2);
+    assert_eq!(first.status().queue_position(), 0);
+    assert_eq!(second.status().queue_position(), 1);
+    assert_eq!(third.status().queue_position(), 2);
+    drop(first);
+    answer(&drain(second));
+    answer(&drain(third));
+    assert!(engine.submit(request("e", 1)).is_ok());
+    let refused = OutcomeLabel {
+        outcome: Outcome::Refused,
+    };
+    assert_eq!(engine.metrics().requests.get_or_create(&refused).get(), 1);
+}
+
+#[test]
+fn an_id_is_taken_until_its_job_has_ended() {
+    let mut runner = FakeRunner::hashing(4096);
+    runner.step_time = Duration::from_millis(2);
+    let engine = start(runner);
+    let r = request("x", 500);
+    let mut job = engine.submit(r.clone()).unwrap();
+    wait_for_tokens(&mut job, 1);
+    assert_eq!(refusal(&engine, r.clone()).code, Code::JobExists);
+    assert!(engine.cancel(&r.job_id));
+    assert!(!engine.cancel("no such job"));
+    match drain(job).last() {
+        Some(Event::End(end)) => assert_eq!(end.stop_reason, StopReason::Cancelled),
+        other => panic!("{other:?}"),
+    }
+    // Free by the time the end was told.
+    let short = Request { max_tokens: 1, ..r };
+    answer(&drain(engine.submit(short).unwrap()));
+    assert_eq!(engine.in_flight(), 0);
+}
+
+#[test]
+fn a_deadline_ends_what_runs_and_what_waits() {
+    let mut runner = FakeRunner::hashing(4096);
+    runner.step_time = Duration::from_millis(5);
+    let engine = start_with(runner, one_at_a_time());
+    let soon = |mut r: Request| {
+        r.deadline = Some(Instant::now() + Duration::from_millis(100));
+        r
+    };
+    let running = engine.submit(soon(request("a", 2000))).unwrap();
+    let waiting = engine.submit(soon(request("b", 2000))).unwrap();
+    for (job, starts) in [(running, true), (waiting, false)] {
+        let events = drain(job);
+        assert_eq!(events[0] == Event::Started, starts);
+        match events.last() {
+            Some(Event::Error(failure)) => assert_eq!(failure.code, Code::InferenceTimeout),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_idle(&engine);
+    let mut runner = FakeRunner::hashing(4096);
+    runner.step_time = Duration::from_millis(5);
+    let config = EngineConfig {
+        timeout: Some(Duration::from_millis(50)),
+        ..EngineConfig::default()
+    };
+    let engine = start_with(runner, config);
+    let events = drain(engine.submit(request("a", 2000)).unwrap());
+    assert!(matches!(events.last(), Some(Event::Error(_))));
+}
+
+#[test]
+fn a_draining_engine_finishes_its_work_and_takes_no_more() {
+    let mut runner = FakeRunner::hashing(4096);
+    runner.step_time = Duration::from_millis(2);
+    let engine = start(runner);
+    let mut job = engine.submit(request("x", 30)).unwrap();
+    wait_for_tokens(&mut job, 1);
+    engine.drain();
+    assert_eq!(refusal(&engine, request("y", 1)).code, Code::Draining);
+    let events = drain(job);
+    assert!(matches!(events.last(), Some(Event::End(end)) if end.tokens_out == 30));
+}
+
+/// What each prompt gives on an engine of its own.
+fn alone(prompt: &str, max_tokens: usize) -> String {
+    let engine = start(FakeRunner::hashing(1024));
+    answer(&drain(engine.submit(request(prompt, max_tokens)).unwrap())).0
+}
+
+#[test]
+fn sequences_that_outgrow_the_cache_give_way_and_lose_nothing() {
+    // Four of up to 210 tokens in a cache of 256: most are put back and worked on again.
+    let engine = start(FakeRunner::hashing(256));
+    let prompts = ["first", "second one", "third", "the fourth of them"];
+    let jobs: Vec<Job> = prompts
+        .iter()
+        .map(|p| engine.submit(request(p, 190)).unwrap())
+        .collect();
+    for (prompt, job) in prompts.iter().zip(jobs) {
+        let (text, end) = answer(&drain(job));
+        assert_eq!(end.tokens_out, 190);
+        assert_eq!(text, alone(prompt, 190), "{prompt}");
+    }
+    assert_idle(&engine);
+    let m = engine.metrics();
+    let prompt_tokens: usize = prompts.iter().map(|p| p.len()).sum();
+    assert_eq!(m.tokens_in.get(), prompt_tokens as u64);
+    assert_eq!(m.tokens_out.get(), 4 * 190);
+}
+
+#[test]
+fn a_client_that_reads_nothing_pauses_its_own_work_only() {
+    let runner = FakeRunner::hashing(4096);
+    let steps = runner.steps.clone();
+    let engine = start(runner);
+    let lazy = engine.submit(request("lazy", 2000)).unwrap();
+    let paused = || {
+        let before = steps.load(Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(50));
+        before > 0 && steps.load(Ordering::SeqCst) == before
+    };
+    while !paused() {}
+    assert!(steps.load(Ordering::SeqCst) < EVENT_BUFFER);
+    answer(&drain(engine.submit(request("keen", 50)).unwrap()));
+    // It goes on where it stopped once somebody reads.
+    assert_eq!(answer(&drain(lazy)).1.tokens_out, 2000);
+    assert_idle(&engine);
+}
+
+#[test]
+fn a_client_that_reads_nothing_gives_way_to_those_who_wait() {
+    let config = EngineConfig {
+        stall: Duration::from_millis(50),
+        ..one_at_a_time()
+    };
+    let engine = start_with(FakeRunner::hashing(4096), config);
+    let lazy = engine.submit(request("lazy", 2000)).unwrap();
+    let (_, end) = answer(&drain(engine.submit(request("keen", 50)).unwrap()));
+    assert_eq!(end.tokens_out, 50);
+    match drain(lazy).last() {
+        Some(Event::Error(failure)) => assert_eq!(failure.code, Code::Cancelled),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_grammar_shapes_the_answer_and_ends_it() {
+    let engine = start(FakeRunner::hashing(256));
+    let schema = serde_json::json!({ "enum": ["yes", "no"] });
+    let mut r = request("x", 50);
+    r.constraint = Some(engine.compile(&Grammar::JsonSchema(schema)).unwrap());
+    let (text, end) = answer(&drain(engine.submit(r).unwrap()));
+    assert!(text == "\"yes\"" || text == "\"no\"", "{text}");
+    assert_eq!(end.stop_reason, StopReason::Eos);
+}
+
+#[test]
+fn biases_and_chains_reach_the_choice() {
+    let engine = start(FakeRunner::script(64, 1, "aaaa"));
+    let mut r = request("x", 3);
+    r.logit_bias = vec![(u32::from(b'a'), -2000.0)];
+    // The runner-up is the next letter.
+    assert_eq!(answer(&drain(engine.submit(r).unwrap())).0, "bbb");
+    let mut r = request("x", 4);
+    r.chain.presence_penalty = 2.0;
+    let (text, _) = answer(&drain(engine.submit(r).unwrap()));
+    assert_eq!(
+        text, "abaa",
+        "a lies 0.5 above b; each loses 2 once it was there"
+    );
+}
+
+#[test]
+fn log_probabilities_come_with_each_token() {
+    let engine = start(FakeRunner::script(64, 1, "ab"));
+    let mut r = request("x", 5);
+    r.logprobs = Some(2);
+    for event in drain(engine.submit(r).unwrap()) {
+        if let Event::Token { id, logprobs, .. } = event {
+            let logprobs = logprobs.unwrap();
+            // Two logits, 1000 and 999.5, are all that counts.
+            let expected = -(1.0 + (-0.5f32).exp()).ln();
+            assert!((logprobs.chosen - expected).abs() < 1e-4);
+            assert_eq!(logprobs.top.len(), 2);
+            assert_eq!(logprobs.top[0].0, id);
+            assert!((logprobs.top[1].1 - (expected - 0.5)).abs() < 1e-4);
+        }
+    }
+}
+
+#[test]
+fn embeddings_are_pooled_over_the_whole_prompt() {
+    // 1,300 tokens go in three steps; the fake's hidden state is the token and its position.
+    let prompt: String = (0..1300)
+        .map(|i| char::from(b'a' + (i % 23) as u8))
+        .collect();
+    let engine = start(FakeRunner::hashing(2048));
+    let run = |pooling| {
+        let mut r = request(&prompt, 1);
+        r.embed = Some(pooling);
+        let events = drain(engine.submit(r).unwrap());
+        match &events[..] {
+            [Event::Started, Event::Embedding(vector), Event::End(end)] => {
+                assert_eq!((end.tokens_out, end.prompt_tokens), (0, 1300));
+                vector.clone()
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let tokens: f64 = prompt.bytes().map(f64::from).sum();
+    let positions = (1299 * 1300 / 2) as f64;
+    for (pooling, x, y) in [
+        (Pooling::Mean, tokens, positions),
+        (Pooling::Last, f64::from(prompt.as_bytes()[1299]), 1299.0),
+    ] {
+        let length = x.hypot(y);
+        let vector = run(pooling);
+        assert!((f64::from(vector[0]) - x / length).abs() < 1e-6);
+        assert!((f64::from(vector[1]) - y / length).abs() < 1e-6);
+    }
+    assert_idle(&engine);
 }

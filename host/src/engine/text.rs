@@ -15,6 +15,33 @@ pub trait Text: Send + Sync {
     /// `{role, content}`.
     fn render(&self, messages: &Value) -> Result<String>;
 
+    /// As [`Text::render`], with tools, and without the assistant's opening where that is not wanted.
+    ///
+    /// # Errors
+    /// No template, or it refuses these messages.
+    fn render_with(
+        &self,
+        messages: &Value,
+        tools: Option<&Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String>;
+
+    /// The chat template's text, where there is one.
+    fn template(&self) -> Option<&str>;
+
+    /// The ids of a text: `add_special` puts the opening token in front where the vocabulary asks for
+    /// one, `parse_special` takes the names of special tokens for those tokens.
+    ///
+    /// # Errors
+    /// Text the vocabulary does not cover.
+    fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<u32>>;
+
+    /// The bytes a token stands for; a control token's name.
+    fn token_bytes(&self, id: u32) -> Vec<u8>;
+
+    /// Whether a token steers the model rather than being text.
+    fn is_control(&self, id: u32) -> bool;
+
     /// A decoder for one sequence.
     fn detokenizer(&self) -> Box<dyn Detokenize + '_>;
 
@@ -62,6 +89,15 @@ impl Text for ModelText {
     }
 
     fn render(&self, messages: &Value) -> Result<String> {
+        self.render_with(messages, None, true)
+    }
+
+    fn render_with(
+        &self,
+        messages: &Value,
+        tools: Option<&Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
         let template = self.template.as_ref().ok_or_else(|| {
             Error::Request(
                 "this model's file has no chat template (tokenizer.chat_template); send a prompt \
@@ -69,7 +105,23 @@ impl Text for ModelText {
                     .to_owned(),
             )
         })?;
-        Ok(template.render(messages, None, true)?)
+        Ok(template.render(messages, tools, add_generation_prompt)?)
+    }
+
+    fn template(&self) -> Option<&str> {
+        self.template.as_ref().map(ChatTemplate::source)
+    }
+
+    fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<u32>> {
+        Ok(self.tokenizer.encode(text, add_special, parse_special)?)
+    }
+
+    fn token_bytes(&self, id: u32) -> Vec<u8> {
+        self.tokenizer.token_bytes(id).to_vec()
+    }
+
+    fn is_control(&self, id: u32) -> bool {
+        self.tokenizer.is_control(id)
     }
 
     fn detokenizer(&self) -> Box<dyn Detokenize + '_> {

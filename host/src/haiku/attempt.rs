@@ -109,7 +109,7 @@ pub(super) async fn ask(engine: EngineHandle, nonce: &str, out: &mut dyn Write) 
         path: address.to_string().into(),
         source,
     };
-    let server = Server::bind(address, engine, Config::default())
+    let server = Server::bind(address, engine.into(), Config::default())
         .await
         .map_err(io)?;
     let url = server.url();

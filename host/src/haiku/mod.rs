@@ -18,7 +18,7 @@ pub use words::{count_word, minute_in_words};
 
 use crate::catalog::{self, Catalog};
 use crate::cli::load_with_progress;
-use crate::engine::{Engine, ModelText};
+use crate::engine::{Engine, EngineConfig, ModelText};
 use crate::error::{Error, Result};
 use crate::model::LoadOptions;
 use gguf::Gguf;
@@ -66,10 +66,13 @@ pub fn run(options: &Options, out: &mut dyn Write) -> Result<Report> {
         &format!("{} on {} ({})\n", model.name, device.name, device.backend),
     )?;
 
-    let engine = Engine::start(runner, text.clone()).map_err(|source| Error::Io {
-        path: "the engine's thread".into(),
-        source,
-    })?;
+    let engine =
+        Engine::start(runner, text.clone(), EngineConfig::default()).map_err(|source| {
+            Error::Io {
+                path: "the engine's thread".into(),
+                source,
+            }
+        })?;
     let nonce = nonce();
     let runtime = tokio::runtime::Runtime::new().map_err(|source| Error::Io {
         path: "the async runtime".into(),

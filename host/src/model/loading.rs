@@ -8,7 +8,8 @@ use super::transformer::{
     FeedForward, Layer, NormWeights, Projection, RopeTables, Scratch, Transformer,
 };
 use super::{
-    Config, DEFAULT_CONTEXT, LoadOptions, LoadProgress, MAX_OUTPUTS, ModelInfo, Ring, Runner,
+    CacheSize, Config, DEFAULT_CONTEXT, LoadOptions, LoadProgress, MAX_OUTPUTS, ModelInfo, Pooling,
+    Ring, Runner,
 };
 use crate::device::{Adapter, BLOCK_TOKENS, CachePart, CachePlace, CacheShape, CacheType, Device};
 use crate::error::{Error, Result};
@@ -540,6 +541,36 @@ pub(super) fn plan(
     }
 }
 
+/// Blocks of the cache: those of one sequence, or as many more as `size` asks for and `free` allows.
+fn cache_blocks(shape: CacheShape, size: CacheSize, free: u64, plan: &Plan) -> usize {
+    let more = CacheShape {
+        blocks: shape.blocks + 1,
+        ..shape
+    };
+    let block_bytes = 2 * (more.bytes() - shape.bytes()).max(1) as u64;
+    let wanted = match size {
+        CacheSize::Context => 0,
+        CacheSize::Bytes(bytes) => bytes / block_bytes,
+        CacheSize::UpTo(tokens) => {
+            let beside = free.saturating_sub(plan.weights + plan.working);
+            (tokens.div_ceil(BLOCK_TOKENS) as u64).min(beside / 4 / block_bytes)
+        }
+    };
+    // Block numbers are 32 bits wide.
+    let wanted = wanted.min(u64::from(u32::MAX)) as usize;
+    shape.blocks.max(wanted)
+}
+
+/// `ARCHITECTURE.pooling_type`, as files number them.
+fn pooling(file: &Gguf, architecture: &str) -> Result<Option<Pooling>> {
+    let key = format!("{architecture}.pooling_type");
+    Ok(match file.metadata().opt_u64(&key)? {
+        Some(1) => Some(Pooling::Mean),
+        Some(3) => Some(Pooling::Last),
+        _ => None,
+    })
+}
+
 /// Does what [`load`] does on a device that keeps nothing: checks every tensor, and plans memory.
 ///
 /// # Errors
@@ -581,7 +612,7 @@ pub(super) fn load<D: Device>(
 ) -> Result<Box<dyn Runner>> {
     let context = context(&config, options.context)?;
     let CachePlan {
-        shape: cache_shape,
+        shape: mut cache_shape,
         places,
         ring,
     } = CachePlan::new(&config, context, options, D::STEP_ROWS);
@@ -599,15 +630,18 @@ pub(super) fn load<D: Device>(
         D::STEP_ROWS,
         |widest| device.working_bytes(widest),
     );
-    plan.weights += adapters.iter().map(|a| a.file.file_bytes()).sum::<u64>();
     let free = device.free_bytes()?;
+    cache_shape.blocks = cache_blocks(cache_shape, options.cache, free, &plan);
+    plan.cache = 2 * cache_shape.bytes() as u64;
+    plan.weights += adapters.iter().map(|a| a.file.file_bytes()).sum::<u64>();
     if plan.total() > free {
         return Err(Error::OutOfMemory {
             device: device.info().name.clone(),
             what: format!(
-                "{} (weights {} MiB, KV cache for {context} tokens {} MiB, working memory {} MiB)",
+                "{} (weights {} MiB, KV cache for {} tokens {} MiB, working memory {} MiB)",
                 file.path().display(),
                 plan.weights >> 20,
+                cache_shape.blocks * BLOCK_TOKENS,
                 plan.cache >> 20,
                 plan.working >> 20
             ),
@@ -668,6 +702,7 @@ pub(super) fn load<D: Device>(
         trained_context: shape.context,
         context,
         layers: shape.layers,
+        pooling: pooling(file, config.architecture)?,
     };
     let device_info = device.info().clone();
     Ok(Box::new(Transformer {

@@ -61,13 +61,25 @@ pub struct LoadOptions {
     pub exact: bool,
     /// CPU threads; `None` for all cores.
     pub threads: Option<usize>,
-    /// Tokens the KV cache holds, all sequences together; `None` for the model's own context, at
-    /// most [`DEFAULT_CONTEXT`].
+    /// Tokens of one sequence; `None` for the model's own context, at most [`DEFAULT_CONTEXT`].
     pub context: Option<usize>,
     /// What the KV cache is made of; `None` for f16, or f32 with `exact`.
     pub cache_type: Option<CacheType>,
     /// LoRA adapters, added to each other.
     pub adapters: Vec<LoraSource>,
+    pub cache: CacheSize,
+}
+
+/// How large the KV cache is, all sequences together. It always holds one of the whole context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheSize {
+    /// One sequence of the whole context.
+    #[default]
+    Context,
+    /// So many bytes.
+    Bytes(u64),
+    /// So many tokens, as far as a quarter of the memory left beside the model goes.
+    UpTo(usize),
 }
 
 /// Context when none is asked for: enough for a long chat, small beside any model.
@@ -99,9 +111,20 @@ pub struct ModelInfo {
     pub vocabulary: usize,
     /// Tokens the model was trained to attend over.
     pub trained_context: usize,
-    /// Tokens the KV cache holds.
+    /// Tokens that one sequence may have here.
     pub context: usize,
     pub layers: usize,
+    /// How the file says that hidden states become an embedding; `None` for a model that makes none.
+    pub pooling: Option<Pooling>,
+}
+
+/// How the hidden states of a text become one vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pooling {
+    Mean,
+    /// That of the last token.
+    Last,
 }
 
 /// The part of a KV cache that keeps no more than a window of each sequence.
@@ -139,6 +162,10 @@ pub trait Runner: Send {
 
     /// Chooses a token from each of the first `rows.len()` logit rows of the last [`Runner::forward`].
     fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<u32>>;
+
+    /// The hidden state of row `row` of the last [`Runner::forward`], after the output norm: what the output
+    /// matrix multiplies. As long as an embedding.
+    fn hidden(&mut self, row: usize) -> Result<Vec<f32>>;
 
     /// As [`device::Device::profile`].
     fn profile(&mut self) -> Result<Vec<device::OpTiming>> {

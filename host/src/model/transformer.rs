@@ -5,7 +5,8 @@ use super::architectures::{Blueprint, HeadNorms, LayerPlan};
 use super::{Config, MAX_OUTPUTS, ModelInfo, Ring, Runner};
 use crate::device::{
     Adapter, Attention, BLOCK_TOKENS, Batch, CachePlace, CacheShape, Device, DeviceInfo, Experts,
-    GateUp, Head, HeadNorm, Heads, Linear, Norm, OpTiming, Qkv, Residual, Rope, SampleRow,
+    GateUp, Head, HeadNorm, Heads, Linear, Norm, NormKind, OpTiming, Qkv, Residual, Rope,
+    SampleRow,
 };
 use crate::error::{Error, Result};
 
@@ -377,6 +378,32 @@ impl<D: Device> Runner for Transformer<D> {
     fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<u32>> {
         self.device
             .sample(&self.scratch.logits, self.config.shape.vocabulary, rows)
+    }
+
+    fn hidden(&mut self, row: usize) -> Result<Vec<f32>> {
+        let n = self.config.shape.embedding;
+        let mut read = |buffer: &D::Buffer, at: usize| {
+            let mut values = vec![0.0f32; n];
+            self.device.read(buffer, at, &mut values).map(|()| values)
+        };
+        let x = read(&self.scratch.x, row * n)?;
+        let weight = read(&self.output_norm.weight, 0)?;
+        let bias = match &self.output_norm.bias {
+            Some(bias) => read(bias, 0)?,
+            None => vec![0.0; n],
+        };
+        // Once for each row of a text, so the host does it.
+        let blueprint = &self.config.blueprint;
+        let mean = match blueprint.norm {
+            NormKind::Rms => 0.0,
+            NormKind::Layer => x.iter().map(|&v| f64::from(v)).sum::<f64>() / n as f64,
+        };
+        let squares: f64 = x.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum();
+        let scale = 1.0 / (squares / n as f64 + f64::from(blueprint.eps)).sqrt();
+        let normed = x.iter().zip(&weight).zip(&bias);
+        Ok(normed
+            .map(|((&v, &w), &b)| ((f64::from(v) - mean) * scale) as f32 * w + b)
+            .collect())
     }
 
     fn logits(&mut self, output: usize) -> Result<Vec<f32>> {

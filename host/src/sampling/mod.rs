@@ -24,12 +24,17 @@
 //! `u` comes from [`uniform`], a counter-based generator: the request's seed and the token's index
 //! determine it, so nothing is ever reseeded, and neither batching nor scheduling changes a result.
 
+//!
+//! [`chain`] has the samplers that go beyond this; they run on the host.
+
+pub mod chain;
 mod params;
 mod rng;
 mod sample;
 mod stop;
 
+pub use chain::{Chain, ChainState, Dry, History, Mirostat, Sampler, sample_chain};
 pub use params::{SamplingParams, Violation};
-pub use rng::{philox4x32, uniform};
+pub use rng::{philox4x32, uniform, uniform_pair};
 pub use sample::{MASS_BITS, MIN_TEMPERATURE, argmax, fraction, mass, sample};
 pub use stop::{Emit, StopMatcher};

@@ -38,6 +38,16 @@ pub fn uniform(seed: u64, index: u64) -> f32 {
     (block[0] >> 8) as f32 * (1.0 / 16_777_216.0)
 }
 
+/// [`uniform`] and a second number that is independent of it, from the block's second word.
+#[must_use]
+pub fn uniform_pair(seed: u64, index: u64) -> [f32; 2] {
+    let block = philox4x32(
+        [index as u32, (index >> 32) as u32, 0, 0],
+        [seed as u32, (seed >> 32) as u32],
+    );
+    [block[0], block[1]].map(|word| (word >> 8) as f32 * (1.0 / 16_777_216.0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

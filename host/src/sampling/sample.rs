@@ -97,13 +97,18 @@ fn penalize(penalty: f32, seen: &[u32], logits: &mut [f32]) {
             continue;
         }
         done[word] |= bit;
-        let penalized = if *l > 0.0 { *l / penalty } else { *l * penalty };
-        // 0 * inf, for a penalty out of range.
-        *l = if penalized.is_nan() {
-            f32::NEG_INFINITY
-        } else {
-            penalized + 0.0
-        };
+        *l = penalized(*l, penalty);
+    }
+}
+
+/// A seen token's logit after step 1.
+pub(super) fn penalized(l: f32, penalty: f32) -> f32 {
+    let penalized = if l > 0.0 { l / penalty } else { l * penalty };
+    // 0 * inf, for a penalty out of range.
+    if penalized.is_nan() {
+        f32::NEG_INFINITY
+    } else {
+        penalized + 0.0
     }
 }
 
@@ -188,19 +193,24 @@ fn top_p(p: f32, kept: &mut Vec<Candidate>) {
 
 /// Step 8; `kept` is in ascending order of ids.
 fn draw(u: f32, kept: &[Candidate]) -> Option<u32> {
-    let total: u64 = kept.iter().map(|c| c.mass).sum();
+    draw_from(u, kept.iter().map(|c| (c.id(), c.mass)))
+}
+
+/// Step 8 for `(id, mass)` in ascending order of ids.
+pub(super) fn draw_from(u: f32, kept: impl Iterator<Item = (u32, u64)> + Clone) -> Option<u32> {
+    let total: u64 = kept.clone().map(|(_, mass)| mass).sum();
     let u = fraction(u).min((1 << FRACTION_BITS) - 1);
     let target = ((u128::from(u) * u128::from(total)) >> FRACTION_BITS) as u64;
     let mut running = 0;
-    kept.iter()
-        .find(|c| {
-            running += c.mass;
-            running > target
-        })
-        .map(|c| c.id())
+    let mut kept = kept;
+    kept.find(|&(_, mass)| {
+        running += mass;
+        running > target
+    })
+    .map(|(id, _)| id)
 }
 
-const FRACTION_BITS: u32 = 24;
+pub(super) const FRACTION_BITS: u32 = 24;
 
 /// `round(x * 2^24)` for `x` in `[0, 1]`; what is outside, or NaN, goes to the nearer end (NaN to 0).
 pub fn fraction(x: f32) -> u32 {

@@ -475,7 +475,9 @@ impl<D: Driver> Device for Gpu<D> {
         batch: &Batch,
         record: &mut dyn FnMut(&mut Self) -> Result<()>,
     ) -> Result<()> {
-        if batch.tokens.len() == 1 && !self.exact && self.plain {
+        // A step without outputs is one whose hidden states may be read.
+        let outputs = !batch.outputs.is_empty();
+        if batch.tokens.len() == 1 && outputs && !self.exact && self.plain {
             return self.decode_step(batch, record);
         }
         self.set_batch(batch)?;
