@@ -1,6 +1,7 @@
 //! Reads that the types share.
 
 use super::*;
+use cuda_std::int::{funnel_shift_right, prmt};
 
 #[inline(always)]
 pub unsafe fn words4(m: &impl Planes, plane: usize, index: usize) -> [u32; 4] {
@@ -70,13 +71,13 @@ pub fn signed_pair(v: u16) -> [f32; 2] {
 /// What [`super::write::header_k4`] wrote, for group `g`: `d * scale * q - dmin * min`.
 #[inline(always)]
 pub fn header_k4(h: [u32; 4], g: usize) -> Affine {
-    let j = g % BLOCK_GROUPS;
-    let low = (if j < 4 { h[1] } else { h[2] }) >> (8 * (j % 4));
-    let high = h[3] >> (4 * j);
-    let scale = (low & 15) | ((high & 3) << 4);
-    let min = ((low >> 4) & 15) | (((high >> 2) & 3) << 4);
+    let j = (g % BLOCK_GROUPS) as u32;
+    let low = prmt(h[1], h[2], j);
+    // The nibble comes to bits 8 to 11, above the two bits of the byte: the minimum times 64.
+    let high = funnel_shift_right(h[3], h[3], 4 * j + 24);
+    let (scale, min) = (low & 63, (low & 0xc0) | (high & 0xf00));
     let d = f16(h[0] as u16) * scale as f32;
-    let m = -(f16((h[0] >> 16) as u16) * min as f32);
+    let m = f16((h[0] >> 16) as u16) * (min as f32 * (-1.0 / 64.0));
     Affine {
         d: [d, d],
         m: [m, m],

@@ -93,15 +93,16 @@ unsafe fn scale_min(packed: *const u8, j: usize) -> (u32, u32) {
 }
 
 /// A block's header as Q4_K and Q5_K keep it on the device, 16 bytes: `d` and `dmin`; then for each
-/// group a byte with the low four bits of scale and minimum; then a nibble with their high two.
+/// group a byte, the scale and above it the two low bits of the minimum; then a nibble, the minimum's other
+/// four. A lane's group is the same in every block it sees, so that all shifts are known beforehand.
 #[inline(always)]
 pub unsafe fn header_k4<T: Weights>(s: *const u8, m: &MatrixRow<T>, plane: usize, b: usize) {
     unsafe {
         let (mut low, mut high) = ([0u32; 2], 0u32);
         for j in 0..BLOCK_GROUPS {
             let (scale, min) = scale_min(s.add(4), j);
-            low[j / 4] |= ((scale & 15) | ((min & 15) << 4)) << (8 * (j % 4));
-            high |= ((scale >> 4) | ((min >> 4) << 2)) << (4 * j);
+            low[j / 4] |= (scale | ((min & 3) << 6)) << (8 * (j % 4));
+            high |= (min >> 2) << (4 * j);
         }
         let d = u32::from(u16_at(s, 0)) | (u32::from(u16_at(s, 2)) << 16);
         word(m, plane, b * 4, d);

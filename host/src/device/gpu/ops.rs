@@ -112,6 +112,7 @@ impl<D: Driver> Gpu<D> {
             from: PLAIN,
             eps: norm.map_or(0.0, |n| n.eps),
             len: len as u32,
+            inverse_len: 0.0,
             keep_f32: u32::from(float),
             splits: 0,
             head_dim: 0,
