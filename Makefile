@@ -8,7 +8,7 @@
 .PHONY: haiku test bench ptx fuzz setup
 
 DEFAULT_MODEL := qwen2.5-coder-0.5b-instruct-q4_k_m
-TEST_MODELS := $(DEFAULT_MODEL) smollm2-135m-instruct-q4_1
+TEST_MODELS := $(DEFAULT_MODEL) smollm2-135m-instruct-q4_1 gemma-3-270m-q4_k_m
 MODEL ?= $(DEFAULT_MODEL)
 FUZZ_TARGETS ?= gguf tokenizer template
 FUZZ_SECONDS ?= 600

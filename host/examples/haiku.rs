@@ -37,6 +37,8 @@ fn main() -> ExitCode {
             exact: args.exact,
             threads: args.threads,
             context: None,
+            cache_type: None,
+            adapters: Vec::new(),
         },
         require_gpu: false,
         results: args.results,

@@ -292,6 +292,8 @@ fn measure(common: &Common, column: Column, file: &Arc<Gguf>, golden: &Golden) -
         exact: column.exact,
         threads: common.threads,
         context: common.ctx_size.or(golden.prompts.iter().map(tokens).max()),
+        cache_type: common.cache_type,
+        adapters: common.lora.clone(),
     };
     let mut direct = Direct::new(load::load_with_progress(file, &options)?.runner);
     let mut measured = Measured {

@@ -19,8 +19,9 @@ mod text;
 
 pub(crate) use load::load_with_progress;
 
+use crate::device::CacheType;
 use crate::error::{Error, Result};
-use crate::model::DeviceChoice;
+use crate::model::{DeviceChoice, LoraSource};
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -43,8 +44,8 @@ pub struct Cli {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Common options")]
 pub struct Common {
-    /// A name from `kigo models list`, or a path to a GGUF file
-    #[arg(long, global = true, env = "KIGO_MODEL", value_name = "NAME|PATH")]
+    /// A name from `kigo models list`, a path to a GGUF file, or hf:OWNER/REPO[:FILE|:QUANT]
+    #[arg(long, global = true, env = "KIGO_MODEL", value_name = "NAME|PATH|HUB")]
     pub model: Option<String>,
     /// auto, cuda, cuda:N, cpu or emulated
     #[arg(long, global = true, env = "KIGO_DEVICE", default_value = "auto")]
@@ -58,6 +59,12 @@ pub struct Common {
     /// Tokens of prompt and answer together [default: the model's own, at most 4096]
     #[arg(long, global = true, value_name = "N", value_parser = positive)]
     pub ctx_size: Option<usize>,
+    /// What the KV cache is made of: f16, q8_0 or f32 [default: f16; f32 with --exact]
+    #[arg(long, global = true, value_name = "TYPE")]
+    pub cache_type: Option<CacheType>,
+    /// A LoRA adapter, and by how much it counts; may be given more than once
+    #[arg(long, global = true, value_name = "FILE[:SCALE]")]
+    pub lora: Vec<LoraSource>,
     /// Print one JSON object on stdout and nothing else
     #[arg(long, global = true)]
     pub json: bool,
@@ -122,7 +129,7 @@ enum ModelsCommand {
     List,
     /// Download one, with its sha256 checked
     Fetch {
-        /// A name from the list
+        /// A name from the list, or hf:OWNER/REPO[:FILE|:QUANT]
         name: String,
     },
 }
@@ -200,7 +207,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Logits(args) => logits::logits(common, args, out)?,
         Command::Perplexity(args) => logits::perplexity(common, args, out)?,
         Command::Inspect { file } => {
-            inspect::inspect(&load::open_named(file)?, common.json, out).map_err(stdout_error)?;
+            let file = std::sync::Arc::new(load::open_named(file)?);
+            let verdicts = crate::model::verdicts(&file, &common.load_options(0));
+            inspect::inspect(&file, &verdicts, common.json, out).map_err(stdout_error)?;
         }
         Command::Tensor {
             file,
