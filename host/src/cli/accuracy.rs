@@ -286,12 +286,12 @@ fn nmse(found: &[f32], reference: &[f64]) -> f64 {
 }
 
 fn measure(common: &Common, column: Column, file: &Arc<Gguf>, golden: &Golden) -> Result<Measured> {
-    let tokens = |p: &Prompt| p.ids.len() + p.greedy.len();
     let options = LoadOptions {
         device: column.device,
         exact: column.exact,
         threads: common.threads,
-        context: common.ctx_size.or(golden.prompts.iter().map(tokens).max()),
+        // The model's own: some scale positions by it.
+        context: common.ctx_size,
         cache_type: common.cache_type,
         adapters: common.lora.clone(),
         ..LoadOptions::default()

@@ -93,8 +93,7 @@ fn plan(tensor: &Tensor<'_>, ty: GgmlType) -> GgmlType {
     ty
 }
 
-/// `general.file_type` of a file that is mostly of a type (`llama_ftype` in llama.h); none has been given a
-/// number for Q2_0 and the like.
+/// `general.file_type` of a file that is mostly of a type (`llama_ftype` in llama.h).
 fn file_type(ty: GgmlType) -> Option<u32> {
     Some(match ty {
         GgmlType::F32 => 0,
