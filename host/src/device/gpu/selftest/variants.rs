@@ -178,7 +178,12 @@ fn check_activation<D: Driver>(b: &mut Bench<'_, D>, len: usize, kind: u32) -> R
         let out = b.alloc(rows * len * 4)?;
         let args = ActivateArgs {
             gate: gate_on.ptr(),
-            up: if gated { up_on.ptr::<f32>() } else { ptr::null_mut() }.cast_const(),
+            up: if gated {
+                up_on.ptr::<f32>()
+            } else {
+                ptr::null_mut()
+            }
+            .cast_const(),
             out: out.ptr(),
             len: len as u32,
             stride: len as u32,
