@@ -36,7 +36,6 @@ fn main() -> ExitCode {
             device: args.device,
             exact: args.exact,
             threads: args.threads,
-            context: None,
             ..LoadOptions::default()
         },
         require_gpu: false,

@@ -5,13 +5,14 @@ mod config;
 mod keys;
 mod loading;
 mod lora;
+mod plan;
 mod rope;
 mod transformer;
 mod verdict;
 
 pub use config::{Config, Shape};
-pub use loading::Plan;
 pub use lora::LoraSource;
+pub use plan::Plan;
 pub use verdict::{Verdict, verdicts};
 
 use crate::device::{self, Batch, CacheType, DeviceInfo, SampleRow};

@@ -1,6 +1,7 @@
 //! Whether a file will run, on which device, in how much memory; without loading it.
 
-use super::loading::{self, Plan};
+use super::loading;
+use super::plan::Plan;
 use super::{DeviceChoice, LoadOptions, MAX_ROWS};
 use crate::device::cpu::{self, Cpu};
 use crate::device::gpu::{self, Gpu};
