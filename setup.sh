@@ -3,6 +3,7 @@
 # the kernels, a C linker, and pip, which fetches models. With `ptxas`: also NVIDIA's PTX assembler, in
 # .tools/, for `make ptx`. With `clients`: also what the worker's client tests need, in .tools/. With `browser`:
 # also Chromium and its driver, for `make test-page`.
+# .tools/, for `make ptx`. With `fuzz`: also cargo-fuzz, there too, and the C++ compiler that libFuzzer needs.
 #
 # Says nothing and touches no network when all is there. Installs Debian packages where there is
 # apt-get; toolchains it leaves to the user and to rustup's own settings.
@@ -114,6 +115,12 @@ install_node_clients() {
     printf '%s' "$package" >.tools/node/installed.txt
 }
 
+has_cpp() { has c++; }
+
+fetch_cargo_fuzz() {
+    cargo install --quiet --locked --root .tools cargo-fuzz@0.13.2 >&2 || die 'cargo could not install cargo-fuzz'
+}
+
 check_rust
 need has_linker 'no C linker (cc)' gcc libc6-dev
 need has_kernel_compiler \
@@ -140,5 +147,9 @@ case "${1:-}" in
             need has_browser 'no chromium and chromedriver' chromium chromium-driver
         fi
         ;;
-    *) die "unknown argument $1; usage: $0 [ptxas | clients | browser]" ;;
+    fuzz)
+        need has_cpp 'no C++ compiler (c++), which libFuzzer is built with' g++
+        [ -x .tools/bin/cargo-fuzz ] || fetch_cargo_fuzz
+        ;;
+    *) die "unknown argument $1; usage: $0 [ptxas | clients | browser | fuzz]" ;;
 esac

@@ -1,12 +1,10 @@
 //! Bad input gets an error that says what is wrong: a non-zero exit, a message on stderr, nothing on
 //! stdout, no panic.
 
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use kigo_tests::{golden_dir, read_json, run, shared_tiny_dir};
-use serde::Deserialize;
+use kigo_tests::{golden_dir, run};
 
 /// Runs `kigo`, insists that it fails as it should, and returns what it said.
 fn fails<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>, stdin: &str) -> String {
@@ -209,27 +207,16 @@ fn templates_of_requests_that_are_no_json() {
     fails(["chat-template", "--model", &tiny()], "{\"messages\": 3}");
 }
 
-#[derive(Deserialize)]
-struct Malformed {
-    expect: String,
-    what: String,
-}
-
-/// Every malformed file of the fuller golden set that must be refused.
 #[test]
-fn malformed_files() {
-    let Some(dir) = shared_tiny_dir().map(|dir| dir.join("bad")) else {
-        println!("KIGO_GOLDEN_DIR is not set: nothing to refuse");
-        return;
-    };
-    let manifest: BTreeMap<String, Malformed> = read_json(&dir.join("manifest.json"));
-    let mut refused = 0;
-    for (name, entry) in manifest.iter().filter(|(_, e)| e.expect == "reject") {
-        println!("{name}: {}", entry.what);
-        let file = dir.join(name).with_added_extension("gguf");
-        let args = ["logits", "--device", "cpu", "--ids", "1,2,3", "--model"].map(OsStr::new);
-        fails(args.into_iter().chain([file.as_os_str()]), "");
-        refused += 1;
-    }
-    assert!(refused > 50, "{refused} files");
+fn folders_that_hold_no_references() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().to_str().expect("a path in UTF-8");
+    fails_saying(["accuracy", "nowhere"], &["nowhere"]);
+    fails_saying(["accuracy", path], &[path, "golden.json"]);
+    let golden = dir.path().join("a.golden.json");
+    std::fs::write(&golden, "{\"prompts\": [{\"ids\": []}]}").expect("writes a file");
+    fails_saying(
+        ["accuracy", path, "--device", "cpu"],
+        &["a.golden.json", "logits"],
+    );
 }

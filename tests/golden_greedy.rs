@@ -69,3 +69,13 @@ fn smollm2_135m() {
 fn smollm2_135m_exact() {
     check("smollm2-135m-instruct-q4_1", true);
 }
+
+#[test]
+fn gemma_3_270m() {
+    check("gemma-3-270m-q4_k_m", false);
+}
+
+#[test]
+fn gemma_3_270m_exact() {
+    check("gemma-3-270m-q4_k_m", true);
+}

@@ -24,6 +24,8 @@ fn difference(device: DeviceChoice, tokens: &[u32]) -> f32 {
             len: n,
             past: 0,
             blocks: vec![0, 1],
+            ring: Vec::new(),
+            horizon: 0,
         }],
         outputs: vec![n - 1],
     };

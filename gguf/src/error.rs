@@ -43,6 +43,12 @@ pub enum Error {
         crate::blocks::supported_names()
     )]
     UnsupportedType { ty: GgmlType },
+    /// The type has no quantiser here.
+    #[error(
+        "no quantiser for type {ty}; there is one for {}",
+        crate::quantize::names()
+    )]
+    NoQuantizer { ty: GgmlType },
     /// A buffer does not fit the blocks it is to be filled from.
     #[error("{detail}")]
     Buffer { detail: String },

@@ -11,6 +11,7 @@
 //! - [`Tensor`] is a view into the map: name, dims (innermost first), [`GgmlType`] and bytes.
 //! - [`Block`] and [`blocks`] give the bytes their meaning: one struct for each block type, in one
 //!   file each, with `dequantize`.
+//! - [`quantize()`] makes blocks of values, where the type has a quantiser.
 //! - [`Writer`] makes files.
 //!
 //! Format: GGUF versions 2 and 3, little-endian, as described in ggml's `docs/gguf.md`.
@@ -31,6 +32,7 @@ mod error;
 mod file;
 mod header;
 mod metadata;
+mod quantize;
 mod split;
 mod tensor;
 mod types;
@@ -41,6 +43,7 @@ pub use blocks::{Block, dequantize};
 pub use error::Error;
 pub use file::Gguf;
 pub use metadata::Metadata;
+pub use quantize::{can_quantize, quantizable, quantize};
 pub use tensor::Tensor;
 pub use types::GgmlType;
 pub use value::{Array, Value};

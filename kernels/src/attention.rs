@@ -4,10 +4,10 @@
 //! enough lanes to hold a head, eight elements each; each team walks its own tokens with a running
 //! softmax (arXiv:2205.14135), and the teams merge at the end. [`attend_combine`] merges the splits.
 
-use crate::rows::{BLOCK_TOKENS, CacheElement, CacheLayer, Step};
+use crate::rows::{BLOCK_TOKENS, CacheLayer, Step, q8_row_bytes, soft_cap};
 use crate::unrolled;
 use cuda_std::half::F16;
-use cuda_std::memory::{ld_v4_u32, ldg_u32};
+use cuda_std::memory::{ld_v2_u32, ld_v4_u32, ldg_f32, ldg_u32};
 use cuda_std::thread::{block_idx_x, block_idx_y, thread_idx_x};
 use cuda_std::{float, kernel, thread, warp};
 
@@ -17,6 +17,47 @@ const WARPS: usize = THREADS as usize / 32;
 
 /// Tokens a team loads before it computes, so that their loads overlap.
 const UNROLL: usize = 4;
+
+/// What models vary in attention.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Variant {
+    /// A row at position `p` sees positions above `p - window`; 0 for all.
+    pub window: u32,
+    /// Scores `s` become `cap * tanh(s / cap)`; 0 for as they are.
+    pub soft_cap: f32,
+    /// f32 `[heads]`, scores that take part in the softmax and have no value; or null.
+    pub sinks: *const f32,
+}
+
+impl Variant {
+    pub const NONE: Variant = Variant {
+        window: 0,
+        soft_cap: 0.0,
+        sinks: core::ptr::null(),
+    };
+
+    /// The first position that a row at `position` sees.
+    #[inline(always)]
+    pub fn first(&self, position: usize) -> usize {
+        let window = self.window as usize;
+        if window == 0 || position < window {
+            0
+        } else {
+            position + 1 - window
+        }
+    }
+
+    /// The sink of a head, in units of log2; [`NONE`] without sinks.
+    #[inline(always)]
+    pub unsafe fn sink(&self, head: usize) -> f32 {
+        if self.sinks.is_null() {
+            NONE
+        } else {
+            unsafe { ldg_f32(self.sinks.add(head)) * LOG2_E }
+        }
+    }
+}
 
 /// Arguments of the attention kernels.
 #[repr(C)]
@@ -30,20 +71,22 @@ pub struct AttendArgs {
     pub splits: u32,
     /// Multiplies the scores.
     pub scale: f32,
+    pub variant: Variant,
     /// f32 `[rows][heads * head_dim]`, written where `splits` is 1.
     pub out: *mut f32,
     /// f32 `[rows][heads][splits][head_dim + 2]` otherwise: unnormalised sums, then peak and mass.
     pub partial: *mut f32,
 }
 
-/// Eight consecutive elements of the cache. This launch may have written them.
-pub trait LoadEight: CacheElement {
+/// Elements of the cache, eight at a time. This launch may have written them.
+pub trait LoadEight {
     /// As they lie in memory: what waits for its use takes as few registers as can be.
     type Raw: Copy;
     const ZERO: Self::Raw;
 
-    /// The elements from element `i` on, a multiple of eight.
-    unsafe fn load_eight(base: *const u8, i: usize) -> Self::Raw;
+    /// Elements `element ..`, a multiple of eight, of row `row` of `head_dim` elements.
+    unsafe fn load_eight(base: *const u8, row: usize, head_dim: usize, element: usize)
+    -> Self::Raw;
 
     fn unpack_eight(raw: Self::Raw) -> [f32; 8];
 }
@@ -53,8 +96,8 @@ impl LoadEight for u16 {
     const ZERO: [u32; 4] = [0; 4];
 
     #[inline(always)]
-    unsafe fn load_eight(base: *const u8, i: usize) -> [u32; 4] {
-        unsafe { ld_v4_u32(base.add(i * 2)) }
+    unsafe fn load_eight(base: *const u8, row: usize, head_dim: usize, element: usize) -> [u32; 4] {
+        unsafe { ld_v4_u32(base.add((row * head_dim + element) * 2)) }
     }
 
     #[inline(always)]
@@ -69,15 +112,46 @@ impl LoadEight for f32 {
     const ZERO: [u32; 8] = [0; 8];
 
     #[inline(always)]
-    unsafe fn load_eight(base: *const u8, i: usize) -> [u32; 8] {
-        let base = base.cast::<f32>();
-        let (a, b) = unsafe { (ld_v4_u32(base.add(i)), ld_v4_u32(base.add(i + 4))) };
+    unsafe fn load_eight(base: *const u8, row: usize, head_dim: usize, element: usize) -> [u32; 8] {
+        let base = base.cast::<f32>().wrapping_add(row * head_dim + element);
+        let (a, b) = unsafe { (ld_v4_u32(base), ld_v4_u32(base.add(4))) };
         unrolled!(8, |k| if k < 4 { a[k] } else { b[k - 4] })
     }
 
     #[inline(always)]
     fn unpack_eight(raw: [u32; 8]) -> [f32; 8] {
         unrolled!(8, |k| f32::from_bits(raw[k]))
+    }
+}
+
+/// A cache of 8 bits; see [`q8_row_bytes`].
+pub enum Q8 {}
+
+impl LoadEight for Q8 {
+    /// Integers, and the scale's bits.
+    type Raw = ([u32; 2], u16);
+    const ZERO: Self::Raw = ([0; 2], 0);
+
+    #[inline(always)]
+    unsafe fn load_eight(
+        base: *const u8,
+        row: usize,
+        head_dim: usize,
+        element: usize,
+    ) -> Self::Raw {
+        unsafe {
+            let row = base.add(row * q8_row_bytes(head_dim));
+            let scale = row.add(head_dim + 2 * (element / 32));
+            (ld_v2_u32(row.add(element)), scale.cast::<u16>().read())
+        }
+    }
+
+    #[inline(always)]
+    fn unpack_eight((q, scale): Self::Raw) -> [f32; 8] {
+        let d = F16::from_bits(scale).to_f32();
+        unrolled!(8, |k| d * f32::from(
+            (q[k / 4] >> (8 * (k % 4))) as u8 as i8
+        ))
     }
 }
 
@@ -109,6 +183,20 @@ pub unsafe fn attend_tokens<E: LoadEight>(
     from: usize,
     to: usize,
 ) -> Part {
+    unsafe { attend_capped::<E, false>(q, cache, table, kv_head, (scale, 0.0), from, to) }
+}
+
+/// [`attend_tokens`] with scores `s` made `cap * tanh(s / cap)` if `CAPPED`.
+#[inline(always)]
+unsafe fn attend_capped<E: LoadEight, const CAPPED: bool>(
+    q: *const f32,
+    cache: &CacheLayer,
+    table: *const u32,
+    kv_head: usize,
+    (scale, cap): (f32, f32),
+    from: usize,
+    to: usize,
+) -> Part {
     let head_dim = cache.head_dim as usize;
     let kv_heads = cache.kv_heads as usize;
     let lane = thread::lane_id() as usize;
@@ -137,9 +225,8 @@ pub unsafe fn attend_tokens<E: LoadEight>(
                 if active && token < to {
                     let block = ldg_u32(table.add(token / BLOCK_TOKENS)) as usize;
                     let at = (block * kv_heads + kv_head) * BLOCK_TOKENS + token % BLOCK_TOKENS;
-                    let i = at * head_dim + element;
-                    keys[u] = E::load_eight(cache.keys, i);
-                    values[u] = E::load_eight(cache.values, i);
+                    keys[u] = E::load_eight(cache.keys, at, head_dim, element);
+                    values[u] = E::load_eight(cache.values, at, head_dim, element);
                 }
             }
             let mut scores = [0.0; UNROLL];
@@ -155,6 +242,11 @@ pub unsafe fn attend_tokens<E: LoadEight>(
                     scores[u] += warp::shuffle_xor(scores[u], width as u32);
                 }
                 width *= 2;
+            }
+            if CAPPED {
+                for u in 0..UNROLL {
+                    scores[u] = soft_cap(scores[u] / LOG2_E, cap) * LOG2_E;
+                }
             }
             let mut top = peak;
             for u in 0..UNROLL {
@@ -214,9 +306,10 @@ unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
     let split = block_idx_y() as usize;
     let element = thread::lane_id() as usize * 8;
     unsafe {
-        let tokens = a.step.position(row) + 1;
-        let chunk = tokens.div_ceil(a.splits as usize);
-        let start = split * chunk;
+        let position = a.step.position(row);
+        let (first, tokens) = (a.variant.first(position), position + 1);
+        let chunk = (tokens - first).div_ceil(a.splits as usize);
+        let start = first + split * chunk;
         let end = if start + chunk < tokens {
             start + chunk
         } else {
@@ -228,11 +321,17 @@ unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
             mut sum,
             peak,
             mass,
-        } = attend_tokens::<E>(q, &a.cache, table, kv_head, a.scale, start, end);
+        } = if a.variant.soft_cap == 0.0 {
+            attend_tokens::<E>(q, &a.cache, table, kv_head, a.scale, start, end)
+        } else {
+            let scale = (a.scale, a.variant.soft_cap);
+            attend_capped::<E, true>(q, &a.cache, table, kv_head, scale, start, end)
+        };
         if element < head_dim {
             let target = if a.splits == 1 {
+                let (shrink, mass) = with_sink(peak, mass, a.variant.sink(head));
                 for k in 0..8 {
-                    sum[k] /= mass;
+                    sum[k] *= shrink / mass;
                 }
                 a.out.add((row * heads + head) * head_dim)
             } else {
@@ -252,6 +351,14 @@ unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
     }
 }
 
+/// What sums are multiplied by, and their mass, once a score without a value has joined.
+#[inline(always)]
+pub fn with_sink(peak: f32, mass: f32, sink: f32) -> (f32, f32) {
+    let top = peak.max(sink);
+    let shrink = float::exp2_approx(peak - top);
+    (shrink, mass * shrink + float::exp2_approx(sink - top))
+}
+
 /// Attention over an f16 cache. Grid: `(rows * heads / 4, splits)`.
 #[kernel(launch_bounds(128))]
 pub unsafe fn attend_f16(a: AttendArgs) {
@@ -262,6 +369,12 @@ pub unsafe fn attend_f16(a: AttendArgs) {
 #[kernel(launch_bounds(128))]
 pub unsafe fn attend_f32(a: AttendArgs) {
     unsafe { attend::<f32>(&a) }
+}
+
+/// Attention over a cache of 8 bits.
+#[kernel(launch_bounds(128))]
+pub unsafe fn attend_q8(a: AttendArgs) {
+    unsafe { attend::<Q8>(&a) }
 }
 
 /// Merges the splits of [`attend_f16`] or [`attend_f32`]; a warp per row and head.
@@ -286,6 +399,7 @@ pub unsafe fn attend_combine(a: AttendArgs) {
             let p = part.add(s * stride + head_dim);
             mass += p.add(1).read() * float::exp2_approx(p.read() - peak);
         }
+        let (shrink, mass) = with_sink(peak, mass, a.variant.sink(task % heads));
         let mut e = thread::lane_id() as usize;
         while e < head_dim {
             let mut v = 0.0;
@@ -293,7 +407,7 @@ pub unsafe fn attend_combine(a: AttendArgs) {
                 let weight = float::exp2_approx(part.add(s * stride + head_dim).read() - peak);
                 v += weight * part.add(s * stride + e).read();
             }
-            a.out.add(task * head_dim + e).write(v / mass);
+            a.out.add(task * head_dim + e).write(v * (shrink / mass));
             e += 32;
         }
     }

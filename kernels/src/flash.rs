@@ -8,7 +8,8 @@
 //! 16 packed rows, their scores and their sums in registers: the scores' accumulator layout is the layout
 //! in which the second product wants its left operand.
 
-use crate::rows::{BLOCK_TOKENS, CacheLayer, Step};
+use crate::attention::{Variant, with_sink};
+use crate::rows::{BLOCK_TOKENS, CacheLayer, Step, soft_cap};
 use cuda_std::half::pack_f16x2;
 use cuda_std::memory::{cp_async_16_zfill, cp_async_commit, cp_async_wait, ldg_u32};
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
@@ -42,6 +43,8 @@ pub struct FlashArgs {
     pub group: u32,
     /// Multiplies the scores.
     pub scale: f32,
+    /// Of the `_variant` kernels.
+    pub variant: Variant,
     /// f16 `[rows][heads * head_dim]`.
     pub out: *mut u16,
 }
@@ -103,9 +106,10 @@ impl Source {
     }
 }
 
-/// `K` steps of 16 elements hold a head, `N = 2 K` pieces of eight.
+/// `K` steps of 16 elements hold a head, `N = 2 K` pieces of eight. `VARIANT` is whether to look at the
+/// arguments' variant.
 #[inline(always)]
-unsafe fn flash<const K: usize, const N: usize>(a: &FlashArgs) {
+unsafe fn flash<const K: usize, const N: usize, const VARIANT: bool>(a: &FlashArgs) {
     let t = thread_idx_x() as usize;
     let (warp_index, lane) = (t / 32, t % 32);
     let kv_head = block_idx_x() as usize;
@@ -125,7 +129,11 @@ unsafe fn flash<const K: usize, const N: usize>(a: &FlashArgs) {
             end: past + rows,
         };
         let bytes = TILE_TOKENS * N * 16;
-        source.load::<N>(0, bytes, 0);
+        let mut first = 0;
+        if VARIANT {
+            first = a.variant.first(past) / TILE_TOKENS * TILE_TOKENS;
+        }
+        source.load::<N>(0, bytes, first);
         cp_async_commit();
 
         // A lane has two packed rows of a fragment, eight apart.
@@ -150,10 +158,16 @@ unsafe fn flash<const K: usize, const N: usize>(a: &FlashArgs) {
             }
         }
 
-        let scale = a.scale * core::f32::consts::LOG2_E;
+        const LOG2_E: f32 = core::f32::consts::LOG2_E;
+        let capped = VARIANT && a.variant.soft_cap != 0.0;
+        let scale = if capped { LOG2_E } else { a.scale * LOG2_E };
+        let mut from = [0; 2];
+        if VARIANT {
+            from = [a.variant.first(last[0]), a.variant.first(last[1])];
+        }
         let (mut peak, mut mass) = ([NONE; 2], [0.0f32; 2]);
         let mut sums = [[0.0f32; 4]; N];
-        let (mut first, mut stage) = (0, 0);
+        let mut stage = 0;
         while first < source.end {
             cp_async_wait::<0>();
             sync_threads();
@@ -178,10 +192,18 @@ unsafe fn flash<const K: usize, const N: usize>(a: &FlashArgs) {
                     }
                 }
             }
-            if first + TILE_TOKENS > past + 1 {
+            if capped {
                 for j in 0..TILE_TOKENS / 8 {
                     for e in 0..4 {
-                        if first + j * 8 + (lane % 4) * 2 + e % 2 > last[e / 2] {
+                        scores[j][e] = soft_cap(scores[j][e] * a.scale, a.variant.soft_cap);
+                    }
+                }
+            }
+            if first + TILE_TOKENS > past + 1 || (VARIANT && a.variant.window != 0) {
+                for j in 0..TILE_TOKENS / 8 {
+                    for e in 0..4 {
+                        let token = first + j * 8 + (lane % 4) * 2 + e % 2;
+                        if token > last[e / 2] || (VARIANT && token < from[e / 2]) {
                             scores[j][e] = NONE;
                         }
                     }
@@ -201,6 +223,10 @@ unsafe fn flash<const K: usize, const N: usize>(a: &FlashArgs) {
                 top[i] = float::max(top[i], warp::shuffle_xor(top[i], 2));
                 shrink[i] = float::exp2_approx((peak[i] - top[i]) * scale);
                 base[i] = -top[i] * scale;
+                // A row that sees no token of this tile, nor of one before: its weights are all 0.
+                if VARIANT && top[i] <= NONE {
+                    base[i] = f32::NEG_INFINITY;
+                }
                 mass[i] *= shrink[i];
             }
             peak = top;
@@ -236,7 +262,13 @@ unsafe fn flash<const K: usize, const N: usize>(a: &FlashArgs) {
         for i in 0..2 {
             mass[i] += warp::shuffle_xor(mass[i], 1);
             mass[i] += warp::shuffle_xor(mass[i], 2);
-            let inverse = 1.0 / mass[i];
+            let mut inverse = 1.0 / mass[i];
+            if VARIANT {
+                let packed = warp_index * 16 + lane / 4 + i * 8;
+                let sink = a.variant.sink(kv_head * group + packed % group);
+                let (shrink, mass) = with_sink(peak[i] * scale, mass[i], sink);
+                inverse = shrink / mass;
+            }
             for n in 0..N {
                 let e = n * 8 + (lane % 4) * 2;
                 if real[i] && e < head_dim {
@@ -251,11 +283,23 @@ unsafe fn flash<const K: usize, const N: usize>(a: &FlashArgs) {
 /// Heads of up to 64 elements, a multiple of eight. Grid: `(kv_heads, tiles)`.
 #[kernel(launch_bounds(128))]
 pub unsafe fn flash_64(a: FlashArgs) {
-    unsafe { flash::<4, 8>(&a) }
+    unsafe { flash::<4, 8, false>(&a) }
 }
 
 /// Heads of up to 128 elements.
 #[kernel(launch_bounds(128))]
 pub unsafe fn flash_128(a: FlashArgs) {
-    unsafe { flash::<8, 16>(&a) }
+    unsafe { flash::<8, 16, false>(&a) }
+}
+
+/// [`flash_64`] with a window, a cap or sinks.
+#[kernel(launch_bounds(128))]
+pub unsafe fn flash_64_variant(a: FlashArgs) {
+    unsafe { flash::<4, 8, true>(&a) }
+}
+
+/// [`flash_128`] with a window, a cap or sinks.
+#[kernel(launch_bounds(128))]
+pub unsafe fn flash_128_variant(a: FlashArgs) {
+    unsafe { flash::<8, 16, true>(&a) }
 }

@@ -10,6 +10,7 @@
 //! - [`dense`]: matrix times many rows, the weights unpacked beforehand, once for all: prefill
 //! - [`exact`]: the plain f32 twin of all three
 //! - [`attention`]: one query row at a time; [`flash`]: many on tensor cores
+//! - [`experts`]: mixtures of experts
 //! - [`rows`] (norms, rotation, casts), [`sample`]
 
 #![cfg_attr(target_arch = "nvptx64", no_std)]
@@ -27,11 +28,14 @@ pub mod attention;
 pub mod decode;
 pub mod dense;
 pub mod exact;
+pub mod experts;
 pub mod flash;
 pub mod gemm;
 pub mod rows;
 pub mod sample;
 pub mod types;
+
+pub(crate) use types::for_each_type;
 
 #[cfg(target_arch = "nvptx64")]
 #[panic_handler]
@@ -44,6 +48,7 @@ cuda_std::kernels![
     attention::attend_combine,
     attention::attend_f16,
     attention::attend_f32,
+    attention::attend_q8,
     decode::decode,
     dense::dense_128x128,
     dense::dense_64x128,
@@ -52,15 +57,23 @@ cuda_std::kernels![
     dense::dense_gate_up_64x128,
     dense::dequantise,
     exact::linear_exact,
+    experts::combine,
+    experts::expert_linear,
+    experts::route,
     flash::flash_128,
+    flash::flash_128_variant,
     flash::flash_64,
+    flash::flash_64_variant,
     gemm::gemm_32,
     gemm::gemm_64,
+    rows::activate_rows,
     rows::cast_f16,
     rows::embed,
-    rows::rms_norm,
+    rows::finish_logits,
+    rows::norm,
     rows::rope_cache,
-    rows::silu_mul,
+    rows::store_q8,
+    rows::unpack_q8,
     sample::argmax,
     sample::argmax_final,
     sample::draw,

@@ -31,4 +31,10 @@ impl Block for BF16 {
     fn dequantize(&self, out: &mut [f32]) {
         super::fill::<1>(out, |_| self.to_f32());
     }
+
+    fn quantize(values: &[f32]) -> Option<BF16> {
+        Some(BF16 {
+            bytes: half::bf16::from_f32(values[0]).to_le_bytes(),
+        })
+    }
 }

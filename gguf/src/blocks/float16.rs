@@ -39,4 +39,8 @@ impl Block for F16 {
     fn dequantize(&self, out: &mut [f32]) {
         super::fill::<1>(out, |_| self.to_f32());
     }
+
+    fn quantize(values: &[f32]) -> Option<F16> {
+        Some(crate::quantize::half(values[0]))
+    }
 }

@@ -25,4 +25,10 @@ impl Block for F32 {
     fn dequantize(&self, out: &mut [f32]) {
         super::fill::<1>(out, |_| self.to_f32());
     }
+
+    fn quantize(values: &[f32]) -> Option<F32> {
+        Some(F32 {
+            bytes: values[0].to_le_bytes(),
+        })
+    }
 }

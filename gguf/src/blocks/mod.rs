@@ -24,6 +24,12 @@ pub trait Block: Pod + Send + Sync {
     /// # Panics
     /// `out` has another length than [`LEN`](Block::LEN).
     fn dequantize(&self, out: &mut [f32]);
+
+    /// The block of [`LEN`](Block::LEN) finite values, see [`crate::quantize()`]; none if the type has no
+    /// quantiser here: the grids of IQ1 to IQ3 make sense only where some elements matter more than others.
+    fn quantize(_values: &[f32]) -> Option<Self> {
+        None
+    }
 }
 
 /// Elements in the longest block of any type.
@@ -84,6 +90,18 @@ registry! {
     q4_k::Q4K,
     q5_k::Q5K,
     q6_k::Q6K,
+    iq1_s::Iq1S,
+    iq1_m::Iq1M,
+    iq2_xxs::Iq2Xxs,
+    iq2_xs::Iq2Xs,
+    iq2_s::Iq2S,
+    iq3_xxs::Iq3Xxs,
+    iq3_s::Iq3S,
+    iq4_nl::Iq4Nl,
+    iq4_xs::Iq4Xs,
+    tq1_0::Tq1_0,
+    tq2_0::Tq2_0,
+    mxfp4::Mxfp4,
 }
 
 /// Writes `bytes`, blocks of type `ty`, as f32. `out` must have room for exactly the elements.
@@ -141,6 +159,34 @@ fn fill_nibbles(out: &mut [f32], qs: &[u8; 16], f: impl Fn(usize, u8) -> f32) {
     fill::<16>(high, |i| f(i + 16, qs[i] >> 4));
 }
 
+/// What [`fill_nibbles`] reads; `q` gives an element's number, of which the low four bits count.
+fn pack_nibbles(q: impl Fn(usize) -> u8) -> [u8; 16] {
+    std::array::from_fn(|i| (q(i) & 15) | (q(i + 16) << 4))
+}
+
+/// A bit for each of 32 elements: the fifth of its number.
+fn pack_fifth_bits(q: impl Fn(usize) -> u8) -> [u8; 4] {
+    let bits = (0..32).map(|i| u32::from(q(i) >> 4 & 1) << i);
+    bits.sum::<u32>().to_le_bytes()
+}
+
+/// What [`scale_min_k4`] reads, from numbers of 6 bits.
+fn pack_scale_min_k4(scales: &[i32; 8], mins: &[i32; 8]) -> [u8; 12] {
+    let mut packed = [0; 12];
+    for j in 0..8 {
+        let (scale, min) = (scales[j] as u8, mins[j] as u8);
+        if j < 4 {
+            packed[j] |= scale;
+            packed[j + 4] |= min;
+        } else {
+            packed[j + 4] = (scale & 15) | (min << 4);
+            packed[j - 4] |= scale >> 4 << 6;
+            packed[j] |= min >> 4 << 6;
+        }
+    }
+    packed
+}
+
 /// Scale and minimum `j` (0 to 7), 6 bits each, of the 12 bytes that Q4_K and Q5_K share.
 ///
 /// Sub-blocks 0 to 3 have their scale in the low six bits of bytes 0 to 3 and their minimum in those
@@ -156,4 +202,16 @@ pub fn scale_min_k4(j: usize, scales: &[u8; 12]) -> (u8, u8) {
             (scales[j + 4] >> 4) | ((scales[j] >> 6) << 4),
         )
     }
+}
+
+/// `value`, negated where bit `i` of `signs` is set.
+#[inline(always)]
+fn signed(value: f32, signs: u8, i: usize) -> f32 {
+    if (signs >> i) & 1 == 0 { value } else { -value }
+}
+
+/// Number `j` of 4 bits, two a byte, the first in the low half.
+#[inline(always)]
+fn nibble_scale(scales: &[u8], j: usize) -> f32 {
+    f32::from((scales[j / 2] >> (j % 2 * 4)) & 15)
 }

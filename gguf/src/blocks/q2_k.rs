@@ -2,6 +2,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Block, F16};
 use crate::GgmlType;
+use crate::quantize::scaled_offset;
 
 /// 256 elements of 2 bits in 16 sub-blocks of 16, each with a scale and a minimum of 4 bits:
 /// `(d * scale) * q - (dmin * min)`.
@@ -33,5 +34,21 @@ impl Block for Q2K {
             let shift = j % 8 / 2 * 2;
             super::fill::<16>(out, |l| d * f32::from((qs[l] >> shift) & 3) - min);
         }
+    }
+
+    fn quantize(values: &[f32]) -> Option<Q2K> {
+        let s = scaled_offset::<16>(values, 3, 15);
+        let mut block = Q2K {
+            d: s.d,
+            dmin: s.dmin,
+            ..Zeroable::zeroed()
+        };
+        for (scales, (scale, min)) in block.scales.iter_mut().zip(s.scales.iter().zip(s.mins)) {
+            *scales = (scale | (min << 4)) as u8;
+        }
+        for (i, &x) in values.iter().enumerate() {
+            block.qs[i / 128 * 32 + i % 32] |= s.level(i / 16, x, 3) << (i % 128 / 32 * 2);
+        }
+        Some(block)
     }
 }

@@ -2,6 +2,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Block, F16};
 use crate::GgmlType;
+use crate::quantize::{Even, inverse, round, scaled};
 
 /// 256 elements of 3 bits in 16 sub-blocks of 16, each with a scale of 6 bits:
 /// `(d * (scale - 32)) * (q - 4)`.
@@ -47,5 +48,25 @@ impl Block for Q3K {
                 d * f32::from((low | (high << 2)) as i8 - 4)
             });
         }
+    }
+
+    fn quantize(values: &[f32]) -> Option<Q3K> {
+        let s = scaled::<16>(values, &Even(-4, 3), [-32, 31]);
+        let mut block = Q3K {
+            d: s.d,
+            ..Zeroable::zeroed()
+        };
+        for (j, &scale) in s.scales.iter().enumerate() {
+            let scale = (scale + 32) as u8;
+            block.scales[j % 8] |= (scale & 15) << (j / 8 * 4);
+            block.scales[8 + j % 4] |= (scale >> 4) << (j / 4 * 2);
+        }
+        for (i, &x) in values.iter().enumerate() {
+            let d = s.d.to_f32() * s.scales[i / 16] as f32;
+            let q = (round(x * inverse(d), -4, 3) + 4) as u8;
+            block.qs[i / 128 * 32 + i % 32] |= (q & 3) << (i % 128 / 32 * 2);
+            block.hmask[i % 32] |= (q >> 2) << (i / 32);
+        }
+        Some(block)
     }
 }

@@ -2,6 +2,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Block, F16, scale_min_k4};
 use crate::GgmlType;
+use crate::quantize::scaled_offset;
 
 /// 256 elements of 4 bits in 8 sub-blocks of 32, each with a scale and a minimum of 6 bits:
 /// `(d * scale) * q - (dmin * min)`.
@@ -36,5 +37,19 @@ impl Block for Q4K {
                 d * f32::from(q) - min
             });
         }
+    }
+
+    fn quantize(values: &[f32]) -> Option<Q4K> {
+        let s = scaled_offset::<8>(values, 15, 63);
+        let mut block = Q4K {
+            d: s.d,
+            dmin: s.dmin,
+            scales: super::pack_scale_min_k4(&s.scales, &s.mins),
+            ..Zeroable::zeroed()
+        };
+        for (i, &x) in values.iter().enumerate() {
+            block.qs[i / 64 * 32 + i % 32] |= s.level(i / 32, x, 15) << (i % 64 / 32 * 4);
+        }
+        Some(block)
     }
 }

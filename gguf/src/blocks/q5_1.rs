@@ -2,6 +2,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Block, F16};
 use crate::GgmlType;
+use crate::quantize::{half, inverse, round, scale_and_offset};
 
 /// 32 elements of 5 bits with a scale and a minimum: `d * q + m`.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
@@ -28,5 +29,18 @@ impl Block for Q5_1 {
             let high = ((qh >> i) & 1) as u8;
             f32::from(low | (high << 4)) * d + m
         });
+    }
+
+    fn quantize(values: &[f32]) -> Option<Q5_1> {
+        let (d, m) = scale_and_offset(values, 31, false);
+        let (d, m) = (half(d), half(m));
+        let (inverse, low) = (inverse(d.to_f32()), m.to_f32());
+        let q = |i: usize| round((values[i] - low) * inverse, 0, 31) as u8;
+        Some(Q5_1 {
+            d,
+            m,
+            qh: super::pack_fifth_bits(q),
+            qs: super::pack_nibbles(q),
+        })
     }
 }

@@ -2,6 +2,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Block, F16, scale_min_k4};
 use crate::GgmlType;
+use crate::quantize::scaled_offset;
 
 /// 256 elements of 5 bits in 8 sub-blocks of 32, each with a scale and a minimum of 6 bits:
 /// `(d * scale) * q - (dmin * min)`.
@@ -38,5 +39,21 @@ impl Block for Q5K {
                 d * f32::from(low | (high << 4)) - min
             });
         }
+    }
+
+    fn quantize(values: &[f32]) -> Option<Q5K> {
+        let s = scaled_offset::<8>(values, 31, 63);
+        let mut block = Q5K {
+            d: s.d,
+            dmin: s.dmin,
+            scales: super::pack_scale_min_k4(&s.scales, &s.mins),
+            ..Zeroable::zeroed()
+        };
+        for (i, &x) in values.iter().enumerate() {
+            let q = s.level(i / 32, x, 31);
+            block.qs[i / 64 * 32 + i % 32] |= (q & 15) << (i % 64 / 32 * 4);
+            block.qh[i % 32] |= (q >> 4) << (i / 32);
+        }
+        Some(block)
     }
 }

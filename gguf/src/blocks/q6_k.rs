@@ -2,6 +2,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Block, F16};
 use crate::GgmlType;
+use crate::quantize::{Even, inverse, round, scaled};
 
 /// 256 elements of 6 bits in 16 sub-blocks of 16, each with a scale of 8 bits:
 /// `(d * scale) * (q - 32)`.
@@ -38,5 +39,22 @@ impl Block for Q6K {
                 d * f32::from((low | (high << 4)) as i8 - 32)
             });
         }
+    }
+
+    fn quantize(values: &[f32]) -> Option<Q6K> {
+        let s = scaled::<16>(values, &Even(-32, 31), [-128, 127]);
+        let mut block = Q6K {
+            scales: s.scales.map(|scale| scale as i8),
+            d: s.d,
+            ..Zeroable::zeroed()
+        };
+        for (i, &x) in values.iter().enumerate() {
+            let d = s.d.to_f32() * s.scales[i / 16] as f32;
+            let q = (round(x * inverse(d), -32, 31) + 32) as u8;
+            let (run, at) = (i / 128, i % 128);
+            block.ql[run * 64 + at % 64] |= (q & 15) << (at / 64 * 4);
+            block.qh[run * 32 + at % 32] |= (q >> 4) << (at / 32 * 2);
+        }
+        Some(block)
     }
 }

@@ -141,6 +141,14 @@ pub enum Error {
         /// Where the whole output is.
         log: PathBuf,
     },
+    /// A model from the hub that could not be had.
+    #[error("{model}: {what}")]
+    Hub {
+        /// The reference as the user typed it.
+        model: String,
+        /// What was found, what was expected, what to do.
+        what: String,
+    },
     /// A system call on a file failed.
     #[error("{action} {path}: {source}", path = .path.display())]
     Io {

@@ -6,6 +6,7 @@
 
 mod error;
 mod fetch;
+pub mod hub;
 
 pub use error::Error;
 pub use fetch::{Event, fetch};
@@ -260,12 +261,19 @@ pub struct Listed {
     pub sha256: Option<String>,
 }
 
-/// The catalog's models in its order, then every other `*.gguf` in the folder `dir` by name.
-/// A folder that is not there counts as empty.
+/// The catalog's models in its order, then every other `*.gguf` in the folder `dir` by name, then
+/// those in the hub's cache. A folder that is not there counts as empty.
 ///
 /// # Errors
 /// [`Error::Io`] when the folder cannot be read.
 pub fn list(dir: &Path) -> Result<Vec<Listed>, Error> {
+    let mut all = list_in(dir)?;
+    all.extend(hub::list());
+    Ok(all)
+}
+
+/// [`list`] without the hub's cache.
+fn list_in(dir: &Path) -> Result<Vec<Listed>, Error> {
     let catalog = Catalog::builtin();
     let mut all: Vec<Listed> = catalog
         .models

@@ -248,7 +248,7 @@ fn list_tells_the_states_apart() {
     fs::write(dir.path().join("zeta.gguf"), b"GGUF").unwrap();
     fs::write(dir.path().join("alpha.gguf"), b"GGUF").unwrap();
     fs::write(dir.path().join("notes.txt"), b"").unwrap();
-    let listed = list(dir.path()).unwrap();
+    let listed = list_in(dir.path()).unwrap();
     let states: Vec<_> = listed.iter().map(|l| (l.name.as_str(), l.state)).collect();
     assert_eq!(
         states,
@@ -262,7 +262,7 @@ fn list_tells_the_states_apart() {
         ]
     );
     assert_eq!(
-        list(&dir.path().join("not-there")).unwrap().len(),
+        list_in(&dir.path().join("not-there")).unwrap().len(),
         models.len()
     );
 }

@@ -11,20 +11,29 @@ use gguf::{GgmlType, Gguf, Metadata, Tensor, Value};
 use serde::{Serialize, Serializer};
 
 use crate::error::{Error, Result};
+use crate::model::Verdict;
 
-/// Prints a file: a summary, the metadata with long values shortened, and the tensors. With `json`
-/// one object with everything in full.
+/// Prints a file: a summary with what is to be expected on each device, the metadata with long values shortened,
+/// and the tensors. With `json` one object with everything in full.
 ///
 /// # Errors
 /// `out` fails.
-pub fn inspect(file: &Gguf, json: bool, out: &mut (impl Write + ?Sized)) -> io::Result<()> {
-    let report = Report::new(file);
+pub fn inspect(
+    file: &Gguf,
+    verdicts: &[Verdict],
+    json: bool,
+    out: &mut (impl Write + ?Sized),
+) -> io::Result<()> {
+    let report = Report::new(file, verdicts);
     let mut out = io::BufWriter::new(out);
     if json {
         serde_json::to_writer(&mut out, &report)?;
         writeln!(out)?;
     } else {
         summary(&report, file, &mut out)?;
+        for verdict in verdicts {
+            writeln!(out, "{:<16}{}", verdict.backend, sentence(verdict))?;
+        }
         metadata_table(file.metadata(), &mut out)?;
         tensor_table(file, &mut out)?;
     }
@@ -153,6 +162,8 @@ impl<W: Write> ValueSink<W> {
 /// What `inspect` says of a file; in JSON its fields by these names.
 #[derive(Serialize)]
 struct Report<'a> {
+    /// What is to be expected on each device.
+    devices: &'a [Verdict],
     path: String,
     files: Vec<String>,
     version: u32,
@@ -208,7 +219,7 @@ struct TensorRow<'a> {
 }
 
 impl<'a> Report<'a> {
-    fn new(file: &'a Gguf) -> Report<'a> {
+    fn new(file: &'a Gguf, verdicts: &'a [Verdict]) -> Report<'a> {
         let metadata = file.metadata();
         let string = |key| metadata.opt_str(key).ok().flatten();
         let mut types: BTreeMap<GgmlType, TypeShare> = BTreeMap::new();
@@ -222,6 +233,7 @@ impl<'a> Report<'a> {
         let bytes: u64 = types.values().map(|s| s.bytes).sum();
         let architecture = string("general.architecture");
         Report {
+            devices: verdicts,
             path: file.path().display().to_string(),
             files: file.paths().map(|p| p.display().to_string()).collect(),
             version: file.version(),
@@ -285,6 +297,31 @@ impl<'a> TensorRow<'a> {
             file_offset: t.file_offset(),
             file: t.path().display().to_string(),
         }
+    }
+}
+
+/// "will run: …", or "will not run: …".
+fn sentence(verdict: &Verdict) -> String {
+    let memory = match (verdict.context, verdict.required_bytes) {
+        (Some(context), Some(required)) => {
+            let free = verdict
+                .free_bytes
+                .map_or(String::new(), |free| format!(", {} free", bytes(free)));
+            let part = |n: Option<u64>| bytes(n.unwrap_or(0));
+            format!(
+                "{} for {context} tokens (weights {}, KV cache {}, working memory {}){free}",
+                bytes(required),
+                part(verdict.weights_bytes),
+                part(verdict.cache_bytes),
+                part(verdict.working_bytes)
+            )
+        }
+        _ => String::new(),
+    };
+    match &verdict.reason {
+        None => format!("will run, in {memory}"),
+        Some(reason) if memory.is_empty() => format!("will not run: {}", Plain(reason)),
+        Some(reason) => format!("will not run: {}; {memory}", Plain(reason)),
     }
 }
 
@@ -523,9 +560,19 @@ mod tests {
         String::from_utf8(out).unwrap()
     }
 
+    fn verdicts() -> Vec<Verdict> {
+        crate::model::verdicts(
+            &sample().into(),
+            &crate::model::LoadOptions {
+                device: crate::model::DeviceChoice::Cpu,
+                ..Default::default()
+            },
+        )
+    }
+
     #[test]
     fn text_is_readable_and_harmless() {
-        let text = printed(|out| inspect(&sample(), false, out));
+        let text = printed(|out| inspect(&sample(), &verdicts(), false, out));
         for part in [
             "architecture    llama",
             "name            bad \\u{1b}[31m name",
@@ -536,6 +583,8 @@ mod tests {
             "... 3 more",
             "IQ2_XXS       66 B in 1 tensor\n",
             "2 x 3",
+            "cpu             will not run: ",
+            "llama.block_count",
         ] {
             assert!(text.contains(part), "{text}\ndoes not say {part:?}");
         }
@@ -544,7 +593,7 @@ mod tests {
 
     #[test]
     fn json_is_whole() {
-        let text = printed(|out| inspect(&sample(), true, out));
+        let text = printed(|out| inspect(&sample(), &verdicts(), true, out));
         let json: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(json["metadata"]["llama.context_length"], 2048);
         assert_eq!(
@@ -558,6 +607,8 @@ mod tests {
         assert_eq!(json["tensors"][2]["type"], "IQ2_XXS");
         assert_eq!(json["tensors"][0]["dims"], serde_json::json!([2, 3]));
         assert_eq!(json["shape"]["head_length"], 16);
+        assert_eq!(json["devices"][0]["backend"], "cpu");
+        assert_eq!(json["devices"][0]["runs"], false);
     }
 
     #[test]

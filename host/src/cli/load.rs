@@ -11,8 +11,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The file behind a catalog name or path.
+/// The file behind a catalog name, a path, or a reference to the hub, which is downloaded if it is not here.
 pub(super) fn open_named(name_or_path: &str) -> Result<Gguf> {
+    if name_or_path.starts_with(catalog::hub::PREFIX) {
+        return Ok(Gguf::open(super::models::hub_file(name_or_path)?)?);
+    }
     Ok(Gguf::open(catalog::resolve(name_or_path)?)?)
 }
 
@@ -57,13 +60,15 @@ pub(super) fn load(common: &Common, file: &Arc<Gguf>, tokens: usize) -> Result<L
 }
 
 impl Common {
-    fn load_options(&self, tokens: usize) -> LoadOptions {
+    pub(super) fn load_options(&self, tokens: usize) -> LoadOptions {
         let needed = (tokens > DEFAULT_CONTEXT).then_some(tokens);
         LoadOptions {
             device: self.device,
             exact: self.exact,
             threads: self.threads,
             context: self.ctx_size.or(needed),
+            cache_type: self.cache_type,
+            adapters: self.lora.clone(),
             ..LoadOptions::default()
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! Results go to stdout, everything else to stderr. With `--json` stdout gets exactly one JSON object.
 
+mod accuracy;
 mod bench;
 mod chat;
 mod generate;
@@ -12,6 +13,7 @@ mod logs;
 pub mod models;
 pub mod profile;
 mod ptx;
+mod quantize;
 mod serve;
 mod serve_config;
 mod synthetic;
@@ -19,8 +21,9 @@ mod text;
 
 pub(crate) use load::load_with_progress;
 
+use crate::device::CacheType;
 use crate::error::{Error, Result};
-use crate::model::DeviceChoice;
+use crate::model::{DeviceChoice, LoraSource};
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
 use std::io::{ErrorKind, Write};
@@ -43,8 +46,8 @@ pub struct Cli {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Common options")]
 pub struct Common {
-    /// A name from `kigo models list`, or a path to a GGUF file
-    #[arg(long, global = true, env = "KIGO_MODEL", value_name = "NAME|PATH")]
+    /// A name from `kigo models list`, a path to a GGUF file, or hf:OWNER/REPO[:FILE|:QUANT]
+    #[arg(long, global = true, env = "KIGO_MODEL", value_name = "NAME|PATH|HUB")]
     pub model: Option<String>,
     /// auto, cuda, cuda:N, cpu or emulated
     #[arg(long, global = true, env = "KIGO_DEVICE", default_value = "auto")]
@@ -58,6 +61,12 @@ pub struct Common {
     /// Tokens of prompt and answer together [default: the model's own, at most 4096]
     #[arg(long, global = true, value_name = "N", value_parser = positive)]
     pub ctx_size: Option<usize>,
+    /// What the KV cache is made of: f16, q8_0 or f32 [default: f16; f32 with --exact]
+    #[arg(long, global = true, value_name = "TYPE")]
+    pub cache_type: Option<CacheType>,
+    /// A LoRA adapter, and by how much it counts; may be given more than once
+    #[arg(long, global = true, value_name = "FILE[:SCALE]")]
+    pub lora: Vec<LoraSource>,
     /// Print one JSON object on stdout and nothing else
     #[arg(long, global = true)]
     pub json: bool,
@@ -100,9 +109,13 @@ enum Command {
         #[arg(long, value_name = "N")]
         count: Option<u64>,
     },
+    /// Turn a file of F32, F16 or BF16 weights into one of quantised blocks
+    Quantize(quantize::QuantizeArgs),
     /// Models known by name
     #[command(subcommand)]
     Models(ModelsCommand),
+    /// Hold the models of a folder against their reference logits, on every device that is here
+    Accuracy(accuracy::AccuracyArgs),
     /// Measure loading, prefill and decode
     Bench(bench::BenchArgs),
     /// The kernels in this binary
@@ -118,7 +131,7 @@ enum ModelsCommand {
     List,
     /// Download one, with its sha256 checked
     Fetch {
-        /// A name from the list
+        /// A name from the list, or hf:OWNER/REPO[:FILE|:QUANT]
         name: String,
     },
 }
@@ -187,7 +200,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Logits(args) => logits::logits(common, args, out)?,
         Command::Perplexity(args) => logits::perplexity(common, args, out)?,
         Command::Inspect { file } => {
-            inspect::inspect(&load::open_named(file)?, common.json, out).map_err(stdout_error)?;
+            let file = std::sync::Arc::new(load::open_named(file)?);
+            let verdicts = crate::model::verdicts(&file, &common.load_options(0));
+            inspect::inspect(&file, &verdicts, common.json, out).map_err(stdout_error)?;
         }
         Command::Tensor {
             file,
@@ -198,8 +213,15 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             let file = load::open_named(file)?;
             inspect::tensor(&file, name, *offset, *count, common.json, out)?;
         }
+        Command::Quantize(args) => quantize::run(common, args, out)?,
         Command::Models(ModelsCommand::List) => models::list(common.json)?,
         Command::Models(ModelsCommand::Fetch { name }) => models::fetch(name, common.json)?,
+        Command::Accuracy(args) => {
+            if !accuracy::run(common, args, out)? {
+                out.flush().map_err(stdout_error)?;
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         Command::Bench(args) => bench::run(common, args, out)?,
         Command::Ptx(PtxCommand::List) => ptx::list(common.json, out)?,
         Command::Ptx(PtxCommand::Show { name }) => ptx::show(name, common.json, out)?,

@@ -1,6 +1,7 @@
 //! `kigo models list` and `kigo models fetch NAME`.
 
 use std::io::{ErrorKind, IsTerminal, Write};
+use std::path::PathBuf;
 
 use indicatif::{DecimalBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
@@ -28,12 +29,24 @@ pub fn list(json: bool) -> Result<(), Error> {
     print(&text)
 }
 
-/// Downloads the catalog model `name` into the models folder, with progress on stderr, and prints
+/// Downloads the catalog model `name` into the models folder, or a model of the hub into its cache, with progress on stderr, and prints
 /// its path on stdout; with `json` as `{"name", "path", "bytes", "sha256"}`.
 ///
 /// # Errors
 /// As [`catalog::fetch`].
 pub fn fetch(name: &str, json: bool) -> Result<(), Error> {
+    if name.starts_with(catalog::hub::PREFIX) {
+        let path = hub_file(name)?;
+        let bytes = std::fs::metadata(&path).map_or(0, |found| found.len());
+        return print(&if json {
+            format!(
+                "{}\n",
+                json!({ "name": name, "path": path, "bytes": bytes })
+            )
+        } else {
+            format!("{}\n", path.display())
+        });
+    }
     let dir = catalog::models_dir();
     let model = catalog::Catalog::builtin().require(name)?;
     let mut display = Display::new(name);
@@ -48,6 +61,17 @@ pub fn fetch(name: &str, json: bool) -> Result<(), Error> {
     } else {
         format!("{}\n", path.display())
     })
+}
+
+/// The file behind `hf:OWNER/REPO[:FILE|:QUANT]`, downloaded with progress on stderr if it is not here.
+///
+/// # Errors
+/// As [`catalog::hub::fetch`].
+pub(super) fn hub_file(reference: &str) -> Result<PathBuf, Error> {
+    let mut display = Display::new(reference);
+    let path = catalog::hub::fetch(reference, &mut |event| display.show(event));
+    display.bar.finish_and_clear();
+    path
 }
 
 /// A reader that stops reading (`| head`) is no error.

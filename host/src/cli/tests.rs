@@ -42,6 +42,7 @@ fn every_command_line_of_the_documentation_is_understood() {
         "perplexity --ids-file ids.json",
         "inspect model.gguf --json",
         "tensor model.gguf token_embd.weight --offset 3 --count 4",
+        "quantize model.gguf small.gguf --type q4_k --force",
         "models list",
         "models fetch smollm2-135m-instruct-q4_1",
         "bench -p 512 -n 128 -r 5 --depth 8192",
@@ -50,6 +51,7 @@ fn every_command_line_of_the_documentation_is_understood() {
         "ptx show rms_norm",
         "ptx stats",
         "selftest --device cuda",
+        "accuracy tests/golden/tiny --only llama --device cpu",
     ] {
         if let Err(error) = parse(line) {
             panic!("{line}: {error}");

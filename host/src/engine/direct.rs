@@ -10,17 +10,23 @@ use crate::sampling::SamplingParams;
 pub struct Direct {
     runner: Box<dyn Runner>,
     blocks: Vec<u32>,
+    ring: Vec<u32>,
     /// Tokens in the cache.
     past: usize,
+    /// Tokens that the sequence is to come to, as far as is known.
+    horizon: usize,
 }
 
 impl Direct {
     pub fn new(runner: Box<dyn Runner>) -> Self {
         let blocks = (0..runner.cache_blocks() as u32).collect();
+        let ring = runner.ring().map_or(0, |ring| ring.len);
         Self {
             runner,
             blocks,
+            ring: (0..ring as u32).collect(),
             past: 0,
+            horizon: 0,
         }
     }
 
@@ -63,6 +69,8 @@ impl Direct {
             len: tokens.len(),
             past: self.past,
             blocks: self.blocks.clone(),
+            ring: self.ring.clone(),
+            horizon: self.horizon,
         };
         self.runner.forward(&Batch {
             tokens: tokens.to_vec(),
@@ -79,6 +87,7 @@ impl Direct {
     /// As [`Runner::forward`].
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
         self.check(tokens)?;
+        self.horizon = self.past + tokens.len();
         let chunks = tokens.chunks(self.runner.step_rows());
         let last = chunks.len().saturating_sub(1);
         for (i, chunk) in chunks.enumerate() {
@@ -98,6 +107,7 @@ impl Direct {
     /// As [`Runner::forward`].
     pub fn feed_each(&mut self, tokens: &[u32], mut each: impl FnMut(Vec<f32>)) -> Result<()> {
         self.check(tokens)?;
+        self.horizon = self.past + tokens.len();
         for chunk in tokens.chunks(MAX_OUTPUTS) {
             self.step(chunk, (0..chunk.len()).collect())?;
             for output in 0..chunk.len() {

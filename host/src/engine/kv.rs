@@ -2,6 +2,7 @@
 //! sequence (paged attention, arXiv:2309.06180).
 
 use crate::device::BLOCK_TOKENS;
+use crate::model::Ring;
 
 /// The blocks of one cache. Every block is either free or in exactly one [`BlockTable`].
 #[derive(Debug)]
@@ -9,6 +10,9 @@ pub struct BlockPool {
     /// A stack; the lowest numbers come out first, so that a lone sequence lies in order.
     free: Vec<u32>,
     total: usize,
+    /// The blocks of windows: free ones, and how many a sequence takes at most.
+    free_ring: Vec<u32>,
+    ring_len: usize,
 }
 
 impl BlockPool {
@@ -16,6 +20,18 @@ impl BlockPool {
         Self {
             free: (0..total as u32).rev().collect(),
             total,
+            free_ring: Vec::new(),
+            ring_len: 0,
+        }
+    }
+
+    /// With a part for layers that see a window only.
+    pub fn with_ring(total: usize, ring: Option<Ring>) -> Self {
+        let (len, blocks) = ring.map_or((0, 0), |ring| (ring.len, ring.blocks));
+        Self {
+            free_ring: (0..blocks as u32).rev().collect(),
+            ring_len: len,
+            ..Self::new(total)
         }
     }
 
@@ -36,6 +52,7 @@ impl BlockPool {
 #[derive(Debug, Default)]
 pub struct BlockTable {
     blocks: Vec<u32>,
+    ring: Vec<u32>,
 }
 
 impl BlockTable {
@@ -46,9 +63,13 @@ impl BlockTable {
         let missing = tokens
             .div_ceil(BLOCK_TOKENS)
             .saturating_sub(self.blocks.len());
-        if missing > pool.free.len() {
+        let windowed = tokens.div_ceil(BLOCK_TOKENS).min(pool.ring_len);
+        let missing_ring = windowed.saturating_sub(self.ring.len());
+        if missing > pool.free.len() || missing_ring > pool.free_ring.len() {
             return false;
         }
+        let kept = pool.free_ring.len() - missing_ring;
+        self.ring.extend(pool.free_ring.drain(kept..).rev());
         let kept = pool.free.len() - missing;
         self.blocks.extend(pool.free.drain(kept..).rev());
         true
@@ -61,6 +82,12 @@ impl BlockTable {
     /// Gives every block back.
     pub fn release(&mut self, pool: &mut BlockPool) {
         pool.free.extend(self.blocks.drain(..).rev());
+        pool.free_ring.extend(self.ring.drain(..).rev());
+    }
+
+    /// The blocks that hold the window, in a ring; see [`crate::device::Span::ring`].
+    pub fn ring(&self) -> &[u32] {
+        &self.ring
     }
 
     /// The blocks that hold the first `tokens` tokens.
@@ -92,6 +119,25 @@ mod tests {
         assert_eq!(pool.used(), 2, "a refused growth takes nothing");
         table.release(&mut pool);
         assert_eq!((pool.used(), pool.free()), (0, 3));
+    }
+
+    #[test]
+    fn a_ring_grows_no_further_than_the_window() {
+        let ring = Ring { len: 3, blocks: 4 };
+        let mut pool = BlockPool::with_ring(20, Some(ring));
+        let (mut long, mut short) = (BlockTable::default(), BlockTable::default());
+        assert!(long.grow(2 * BLOCK_TOKENS, &mut pool));
+        assert_eq!(long.ring(), &[0, 1]);
+        assert!(long.grow(9 * BLOCK_TOKENS, &mut pool));
+        assert_eq!(long.ring(), &[0, 1, 2]);
+        assert!(short.grow(BLOCK_TOKENS, &mut pool));
+        assert!(
+            !short.grow(BLOCK_TOKENS + 1, &mut pool),
+            "no ring block is free"
+        );
+        assert_eq!((short.covering(1).len(), pool.used()), (1, 10));
+        long.release(&mut pool);
+        assert!(short.grow(BLOCK_TOKENS + 1, &mut pool));
     }
 
     proptest! {

@@ -26,7 +26,7 @@ const STALL_POLL: Duration = Duration::from_millis(5);
 
 /// The thread's whole life.
 pub(super) fn run(runner: Box<dyn Runner>, shared: &Shared, submissions: Receiver<Submission>) {
-    let pool = BlockPool::new(runner.cache_blocks());
+    let pool = BlockPool::with_ring(runner.cache_blocks(), runner.ring());
     shared.metrics.kv_blocks_total.set(pool.total() as i64);
     shared.metrics.kv_blocks_free.set(pool.free() as i64);
     let mut scheduler = Scheduler {

@@ -193,6 +193,8 @@ impl<'t> Sequence<'t> {
             len,
             past: self.cached,
             blocks,
+            ring: self.table.ring().to_vec(),
+            horizon: self.prompt_tokens + self.submission.request.max_tokens,
         })
     }
 

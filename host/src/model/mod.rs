@@ -1,11 +1,20 @@
 //! Models: configuration from metadata, weights, and the forward pass over device operations.
 
+mod architectures;
 mod config;
+mod keys;
+mod loading;
+mod lora;
+mod rope;
 mod transformer;
+mod verdict;
 
-pub use config::{ARCHITECTURES, Architecture, Config};
+pub use config::{Config, Shape};
+pub use loading::Plan;
+pub use lora::LoraSource;
+pub use verdict::{Verdict, verdicts};
 
-use crate::device::{self, Batch, DeviceInfo, SampleRow};
+use crate::device::{self, Batch, CacheType, DeviceInfo, SampleRow};
 use crate::error::{Error, Result};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -48,13 +57,17 @@ impl FromStr for DeviceChoice {
 #[derive(Clone, Debug, Default)]
 pub struct LoadOptions {
     pub device: DeviceChoice,
-    /// f32 activations and cache throughout.
+    /// f32 activations throughout, and an f32 cache unless another is asked for.
     pub exact: bool,
     /// CPU threads; `None` for all cores.
     pub threads: Option<usize>,
     /// Tokens of one sequence; `None` for the model's own context, at most [`DEFAULT_CONTEXT`].
     pub context: Option<usize>,
     pub cache: CacheSize,
+    /// What the KV cache is made of; `None` for f16, or f32 with `exact`.
+    pub cache_type: Option<CacheType>,
+    /// LoRA adapters, added to each other.
+    pub adapters: Vec<LoraSource>,
 }
 
 /// How large the KV cache is, all sequences together. It always holds one of the whole context.
@@ -114,6 +127,15 @@ pub enum Pooling {
     Last,
 }
 
+/// The part of a KV cache that keeps no more than a window of each sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ring {
+    /// Blocks that a sequence needs at most, of which it takes one after the other and begins again.
+    pub len: usize,
+    /// Blocks that there are.
+    pub blocks: usize,
+}
+
 /// A loaded model on its device, whichever that is.
 pub trait Runner: Send {
     fn info(&self) -> &ModelInfo;
@@ -122,6 +144,11 @@ pub trait Runner: Send {
 
     /// Blocks of [`device::BLOCK_TOKENS`] tokens in the KV cache.
     fn cache_blocks(&self) -> usize;
+
+    /// The part of the cache for layers that see a window, if it has one.
+    fn ring(&self) -> Option<Ring> {
+        None
+    }
 
     /// Rows of one step at most.
     fn step_rows(&self) -> usize;
@@ -171,22 +198,22 @@ pub fn load(
     match options.device {
         DeviceChoice::Cpu => {
             let device = device::cpu::Cpu::new(options.threads, options.exact)?;
-            transformer::load(device, file, config, options, progress)
+            loading::load(device, file, config, options, progress)
         }
         DeviceChoice::Emulated => {
             let device = device::gpu::Gpu::emulated(options.exact)?;
-            transformer::load(device, file, config, options, progress)
+            loading::load(device, file, config, options, progress)
         }
         DeviceChoice::Cuda(index) => {
             let device = device::gpu::Gpu::cuda(index, options.exact)?;
-            transformer::load(device, file, config, options, progress)
+            loading::load(device, file, config, options, progress)
         }
         DeviceChoice::Auto => match device::gpu::Gpu::cuda(0, options.exact) {
-            Ok(device) => transformer::load(device, file, config, options, progress),
+            Ok(device) => loading::load(device, file, config, options, progress),
             Err(Error::NoDevice(why)) => {
                 tracing::info!(%why, "no CUDA device; using the CPU");
                 let device = device::cpu::Cpu::new(options.threads, options.exact)?;
-                transformer::load(device, file, config, options, progress)
+                loading::load(device, file, config, options, progress)
             }
             Err(error) => Err(error),
         },

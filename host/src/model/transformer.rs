@@ -1,32 +1,57 @@
-//! A decoder-only transformer, written once over the operations of [`Device`].
+//! A decoder-only transformer, written once over the operations of [`Device`]; a
+//! [`Blueprint`](super::architectures::Blueprint) says which parts of them a model uses.
 
-use super::{
-    CacheSize, Config, DEFAULT_CONTEXT, LoadOptions, LoadProgress, MAX_OUTPUTS, ModelInfo, Pooling,
-    Runner,
-};
+use super::architectures::{Blueprint, HeadNorms, LayerPlan};
+use super::{Config, MAX_OUTPUTS, ModelInfo, Ring, Runner};
+use crate::device::NormKind;
 use crate::device::{
-    BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo, Heads, Linear, Norm, OpTiming, Qkv, Rope,
-    SampleRow,
+    Adapter, Attention, BLOCK_TOKENS, Batch, CachePlace, CacheShape, Device, DeviceInfo, Experts,
+    GateUp, Head, HeadNorm, Heads, Linear, Norm, OpTiming, Qkv, Residual, Rope, SampleRow,
 };
 use crate::error::{Error, Result};
-use gguf::Gguf;
-use std::sync::Arc;
 
-struct Layer<D: Device> {
-    attention_norm: D::Buffer,
-    q: Projection<D>,
-    k: Projection<D>,
-    v: Projection<D>,
-    output: Projection<D>,
-    feed_forward_norm: D::Buffer,
-    gate: Projection<D>,
-    up: Projection<D>,
-    down: Projection<D>,
+/// A layer's weights.
+pub(super) struct Layer<D: Device> {
+    pub plan: LayerPlan,
+    pub place: CachePlace,
+    pub attention_norm: Option<NormWeights<D>>,
+    pub q: Projection<D>,
+    pub k: Projection<D>,
+    pub v: Projection<D>,
+    pub q_norm: Option<NormWeights<D>>,
+    pub k_norm: Option<NormWeights<D>>,
+    pub sinks: Option<D::Buffer>,
+    pub output: Projection<D>,
+    pub post_attention_norm: Option<NormWeights<D>>,
+    /// `None` where there is none, or where it is `attention_norm`.
+    pub feed_forward_norm: Option<NormWeights<D>>,
+    pub feed_forward: FeedForward<D>,
+    pub post_feed_forward_norm: Option<NormWeights<D>>,
 }
 
-struct Projection<D: Device> {
-    weight: D::Weight,
-    bias: Option<D::Buffer>,
+pub(super) enum FeedForward<D: Device> {
+    Dense {
+        gate: Option<Projection<D>>,
+        up: Projection<D>,
+        down: Projection<D>,
+    },
+    Experts {
+        router: Projection<D>,
+        gate: Projection<D>,
+        up: Projection<D>,
+        down: Projection<D>,
+    },
+}
+
+pub(super) struct NormWeights<D: Device> {
+    pub weight: D::Buffer,
+    pub bias: Option<D::Buffer>,
+}
+
+pub(super) struct Projection<D: Device> {
+    pub weight: D::Weight,
+    pub bias: Option<D::Buffer>,
+    pub adapters: Vec<Adapter<D>>,
 }
 
 impl<D: Device> Projection<D> {
@@ -34,279 +59,43 @@ impl<D: Device> Projection<D> {
         Linear {
             weight: &self.weight,
             bias: self.bias.as_ref(),
+            adapters: &self.adapters,
         }
     }
+}
+
+/// The table of a rotation; of one with other angles for long sequences, that too and above how many
+/// tokens it is for.
+pub(super) struct RopeTables<D: Device> {
+    pub table: D::Buffer,
+    pub long: Option<(D::Buffer, usize)>,
 }
 
 /// Intermediate activations of one step, [`Device::STEP_ROWS`] rows each.
-struct Scratch<D: Device> {
-    x: D::Buffer,
-    q: D::Buffer,
-    attended: D::Buffer,
-    hidden: D::Buffer,
+pub(super) struct Scratch<D: Device> {
+    pub x: D::Buffer,
+    pub q: D::Buffer,
+    pub attended: D::Buffer,
+    pub hidden: D::Buffer,
     /// [`MAX_OUTPUTS`] rows.
-    logits: D::Buffer,
+    pub logits: D::Buffer,
 }
 
-struct Transformer<D: Device> {
-    device: D,
-    info: ModelInfo,
-    device_info: DeviceInfo,
-    config: Config,
-    cache_shape: CacheShape,
-    embedding: D::Weight,
-    layers: Vec<Layer<D>>,
-    output_norm: D::Buffer,
+pub(super) struct Transformer<D: Device> {
+    pub device: D,
+    pub info: ModelInfo,
+    pub device_info: DeviceInfo,
+    pub config: Config,
+    pub cache_shape: CacheShape,
+    pub ring: Option<Ring>,
+    pub embedding: D::Weight,
+    pub layers: Vec<Layer<D>>,
+    pub output_norm: NormWeights<D>,
     /// `None` where the embedding table serves as the output matrix too.
-    head: Option<D::Weight>,
-    rope: D::Buffer,
-    cache: D::Cache,
-    scratch: Scratch<D>,
-}
-
-/// Reads tensors in order, checks their shapes, reports progress.
-struct Loader<'a, D: Device> {
-    device: &'a mut D,
-    file: &'a Arc<Gguf>,
-    bytes: u64,
-    total_bytes: u64,
-    progress: &'a mut dyn FnMut(LoadProgress),
-}
-
-impl<D: Device> Loader<'_, D> {
-    fn tensor(&self, name: &str, dims: &[usize]) -> Result<gguf::Tensor<'_>> {
-        let tensor = self.file.require(name)?;
-        if !tensor
-            .dims()
-            .iter()
-            .copied()
-            .eq(dims.iter().map(|&d| d as u64))
-        {
-            return Err(Error::Model {
-                file: self.file.path().to_owned(),
-                what: format!(
-                    "tensor {name} has dimensions {:?}, expected {dims:?} from the metadata",
-                    tensor.dims()
-                ),
-            });
-        }
-        Ok(tensor)
-    }
-
-    fn count(&mut self, bytes: usize) {
-        self.bytes += bytes as u64;
-        (self.progress)(LoadProgress {
-            bytes: self.bytes,
-            total_bytes: self.total_bytes,
-        });
-    }
-
-    fn matrix(&mut self, name: &str, cols: usize, rows: usize) -> Result<D::Weight> {
-        self.tensor(name, &[cols, rows])?;
-        let file = self.file;
-        let tensor = file.require(name)?;
-        let weight = self.device.load(tensor, file)?;
-        self.count(tensor.data().len());
-        Ok(weight)
-    }
-
-    fn values(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let tensor = self.tensor(name, &[len])?;
-        let mut values = vec![0.0; len];
-        tensor.dequantize_into(0, &mut values)?;
-        let bytes = tensor.data().len();
-        self.count(bytes);
-        Ok(values)
-    }
-
-    fn vector(&mut self, name: &str, len: usize) -> Result<D::Buffer> {
-        let values = self.values(name, len)?;
-        self.device.upload(&values)
-    }
-
-    fn projection(
-        &mut self,
-        name: &str,
-        cols: usize,
-        rows: usize,
-        bias: bool,
-    ) -> Result<Projection<D>> {
-        let weight = self.matrix(&format!("{name}.weight"), cols, rows)?;
-        let bias_name = format!("{name}.bias");
-        // A bias may be there without the architecture asking for it; leaving it out would be wrong.
-        let bias = if bias || self.file.tensor(&bias_name).is_some() {
-            Some(self.vector(&bias_name, rows)?)
-        } else {
-            None
-        };
-        Ok(Projection { weight, bias })
-    }
-}
-
-/// Plans memory, loads every weight, and makes the model ready for its first step.
-pub(super) fn load<D: Device>(
-    mut device: D,
-    file: &Arc<Gguf>,
-    config: Config,
-    options: &LoadOptions,
-    progress: &mut dyn FnMut(LoadProgress),
-) -> Result<Box<dyn Runner>> {
-    let context = match options.context {
-        None => config.context.min(DEFAULT_CONTEXT),
-        Some(n) if n >= 1 && n <= config.context => n,
-        Some(n) => {
-            return Err(Error::Request(format!(
-                "--ctx-size is {n}, expected 1 to {} (the model's own context)",
-                config.context
-            )));
-        }
-    };
-    let mut cache_shape = CacheShape {
-        layers: config.layers,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim,
-        blocks: context.div_ceil(BLOCK_TOKENS),
-    };
-    let q_dim = config.heads * config.head_dim;
-    let kv_dim = config.kv_heads * config.head_dim;
-    let total_bytes = file.tensors().map(|t| t.data().len() as u64).sum::<u64>();
-
-    let widths = config.embedding + 2 * q_dim + config.feed_forward;
-    let widest = (q_dim + 2 * kv_dim).max(config.feed_forward);
-    let scratch_bytes = 4 * (D::STEP_ROWS * widths + MAX_OUTPUTS * config.vocabulary) as u64
-        + device.working_bytes(widest);
-    let rope_bytes = 4 * (context * config.rope_dims) as u64;
-    let free = device.free_bytes()?;
-    let beside = total_bytes + scratch_bytes + rope_bytes;
-    let bytes_of = |shape: CacheShape| (2 * shape.elements() * device.cache_element_bytes()) as u64;
-    let block_bytes = bytes_of(CacheShape {
-        blocks: 1,
-        ..cache_shape
-    });
-    let wanted = match options.cache {
-        CacheSize::Context => 0,
-        CacheSize::Bytes(bytes) => bytes / block_bytes,
-        CacheSize::UpTo(tokens) => {
-            let quarter = free.saturating_sub(beside) / 4 / block_bytes;
-            (tokens.div_ceil(BLOCK_TOKENS) as u64).min(quarter)
-        }
-    };
-    // Block numbers are 32 bits wide.
-    let wanted = wanted.min(u64::from(u32::MAX)) as usize;
-    cache_shape.blocks = cache_shape.blocks.max(wanted);
-    let cache_bytes = bytes_of(cache_shape);
-    let required = beside + cache_bytes;
-    if required > free {
-        return Err(Error::OutOfMemory {
-            device: device.info().name.clone(),
-            what: format!(
-                "{} (weights {} MiB, KV cache for {} tokens {} MiB, working memory {} MiB)",
-                file.path().display(),
-                total_bytes >> 20,
-                cache_shape.blocks * BLOCK_TOKENS,
-                cache_bytes >> 20,
-                (scratch_bytes + rope_bytes) >> 20
-            ),
-            required: required >> 20,
-            free: free >> 20,
-        });
-    }
-
-    let mut loader = Loader {
-        device: &mut device,
-        file,
-        bytes: 0,
-        total_bytes,
-        progress,
-    };
-    // Tells when the device was open.
-    loader.count(0);
-    loader.device.begin_loading(file)?;
-    let (d, ff) = (config.embedding, config.feed_forward);
-    let bias = config.architecture.qkv_bias;
-    let embedding = loader.matrix("token_embd.weight", d, config.vocabulary)?;
-    let layers = (0..config.layers)
-        .map(|i| {
-            let name = |part: &str| format!("blk.{i}.{part}");
-            Ok(Layer {
-                attention_norm: loader.vector(&name("attn_norm.weight"), d)?,
-                q: loader.projection(&name("attn_q"), d, q_dim, bias)?,
-                k: loader.projection(&name("attn_k"), d, kv_dim, bias)?,
-                v: loader.projection(&name("attn_v"), d, kv_dim, bias)?,
-                output: loader.projection(&name("attn_output"), q_dim, d, false)?,
-                feed_forward_norm: loader.vector(&name("ffn_norm.weight"), d)?,
-                gate: loader.projection(&name("ffn_gate"), d, ff, false)?,
-                up: loader.projection(&name("ffn_up"), d, ff, false)?,
-                down: loader.projection(&name("ffn_down"), ff, d, false)?,
-            })
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let output_norm = loader.vector("output_norm.weight", d)?;
-    let head = match file.tensor("output.weight") {
-        Some(_) => Some(loader.matrix("output.weight", d, config.vocabulary)?),
-        None => None,
-    };
-    let factors = match file.tensor("rope_freqs.weight") {
-        Some(_) => Some(loader.values("rope_freqs.weight", config.rope_dims / 2)?),
-        None => None,
-    };
-    loader.device.finish_loading()?;
-    loader.count(0);
-
-    let rope = device.upload(&config.rope_table(context, factors.as_deref()))?;
-    let cache = device.alloc_cache(cache_shape)?;
-    let scratch = Scratch {
-        x: device.alloc(D::STEP_ROWS * d)?,
-        q: device.alloc(D::STEP_ROWS * q_dim)?,
-        attended: device.alloc(D::STEP_ROWS * q_dim)?,
-        hidden: device.alloc(D::STEP_ROWS * ff)?,
-        logits: device.alloc(MAX_OUTPUTS * config.vocabulary)?,
-    };
-    let info = ModelInfo {
-        name: match file.metadata().opt_str("general.name")? {
-            Some(name) => name.to_owned(),
-            None => file
-                .path()
-                .file_stem()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned(),
-        },
-        architecture: config.architecture.name.to_owned(),
-        path: file.path().to_owned(),
-        file_bytes: file.file_bytes(),
-        parameters: file.tensors().map(|t| t.elements()).sum(),
-        vocabulary: config.vocabulary,
-        trained_context: config.context,
-        context,
-        layers: config.layers,
-        pooling: pooling(file, config.architecture.name)?,
-    };
-    let device_info = device.info().clone();
-    Ok(Box::new(Transformer {
-        device,
-        info,
-        device_info,
-        config,
-        cache_shape,
-        embedding,
-        layers,
-        output_norm,
-        head,
-        rope,
-        cache,
-        scratch,
-    }))
-}
-
-/// `ARCHITECTURE.pooling_type`, as files number them.
-fn pooling(file: &Gguf, architecture: &str) -> Result<Option<Pooling>> {
-    let key = format!("{architecture}.pooling_type");
-    Ok(match file.metadata().opt_u64(&key)? {
-        Some(1) => Some(Pooling::Mean),
-        Some(3) => Some(Pooling::Last),
-        _ => None,
-    })
+    pub head: Option<Projection<D>>,
+    pub ropes: Vec<RopeTables<D>>,
+    pub cache: D::Cache,
+    pub scratch: Scratch<D>,
 }
 
 impl<D: Device> Transformer<D> {
@@ -326,9 +115,9 @@ impl<D: Device> Transformer<D> {
         if let Some(id) = batch
             .tokens
             .iter()
-            .find(|&&id| id as usize >= self.config.vocabulary)
+            .find(|&&id| id as usize >= self.config.shape.vocabulary)
         {
-            let limit = self.config.vocabulary;
+            let limit = self.config.shape.vocabulary;
             return bad(format!(
                 "token id {id} is outside the vocabulary of {limit}"
             ));
@@ -358,11 +147,114 @@ impl<D: Device> Transformer<D> {
             {
                 return bad(format!("blocks {:?} do not hold {end} tokens", span.blocks));
             }
+            if let Some(ring) = self.ring {
+                let needed = end.div_ceil(BLOCK_TOKENS).min(ring.len);
+                let outside = |&b: &u32| b as usize >= ring.blocks;
+                if span.ring.len() < needed || span.ring.iter().any(outside) {
+                    return bad(format!(
+                        "blocks {:?} do not hold the window of {end} tokens",
+                        span.ring
+                    ));
+                }
+            }
         }
         if next != rows || batch.outputs.iter().any(|&row| row >= rows) {
             return bad(format!("spans cover {next} of {rows} rows"));
         }
         Ok(())
+    }
+}
+
+/// Makes operations of a layer's weights.
+struct Parts<'a, D: Device> {
+    config: &'a Config,
+    ropes: &'a [RopeTables<D>],
+}
+
+impl<'a, D: Device> Parts<'a, D> {
+    fn blueprint(&self) -> &'a Blueprint {
+        &self.config.blueprint
+    }
+
+    fn norm(&self, weights: &'a NormWeights<D>) -> Norm<'a, D> {
+        Norm {
+            kind: self.blueprint().norm,
+            weight: &weights.weight,
+            bias: weights.bias.as_ref(),
+            eps: self.blueprint().eps,
+        }
+    }
+
+    fn head_norm(
+        &self,
+        weights: &'a Option<NormWeights<D>>,
+        heads: usize,
+    ) -> Option<HeadNorm<'a, D>> {
+        let norm = self.norm(weights.as_ref()?);
+        let len = match self.blueprint().head_norms? {
+            HeadNorms::Head => self.config.shape.head_dim,
+            HeadNorms::Row => heads * self.config.shape.head_dim,
+        };
+        Some(HeadNorm { norm, len })
+    }
+
+    fn heads(&self) -> Heads {
+        let shape = &self.config.shape;
+        Heads {
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            scale: self.blueprint().attention_scale,
+        }
+    }
+
+    fn qkv(&self, layer: &'a Layer<D>) -> Qkv<'a, D> {
+        let shape = &self.config.shape;
+        let rope = layer.plan.rotation.map(|i| Rope {
+            table: &self.ropes[i].table,
+            long: self.ropes[i]
+                .long
+                .as_ref()
+                .map(|(table, above)| (table, *above)),
+            dims: shape.rope_dims,
+            layout: self.blueprint().rope_layout,
+        });
+        Qkv {
+            norm: layer.attention_norm.as_ref().map(|n| self.norm(n)),
+            q: layer.q.linear(),
+            k: layer.k.linear(),
+            v: layer.v.linear(),
+            q_norm: self.head_norm(&layer.q_norm, shape.heads),
+            k_norm: self.head_norm(&layer.k_norm, shape.kv_heads),
+            rope,
+            heads: self.heads(),
+        }
+    }
+
+    fn attention(&self, layer: &'a Layer<D>) -> Attention<'a, D> {
+        Attention {
+            heads: self.heads(),
+            window: layer.plan.window,
+            soft_cap: self.blueprint().soft_cap,
+            sinks: layer.sinks.as_ref(),
+        }
+    }
+
+    fn residual(&self, norm: &'a Option<NormWeights<D>>) -> Residual<'a, D> {
+        Residual {
+            norm: norm.as_ref().map(|n| self.norm(n)),
+            scale: self.blueprint().residual_scale,
+        }
+    }
+
+    /// The norm before a layer's feed-forward part.
+    fn feed_forward_norm(&self, layer: &'a Layer<D>) -> Option<Norm<'a, D>> {
+        let shared = layer
+            .attention_norm
+            .as_ref()
+            .filter(|_| self.blueprint().parallel);
+        let norm = layer.feed_forward_norm.as_ref().or(shared)?;
+        Some(self.norm(norm))
     }
 }
 
@@ -377,6 +269,10 @@ impl<D: Device> Runner for Transformer<D> {
 
     fn cache_blocks(&self) -> usize {
         self.cache_shape.blocks
+    }
+
+    fn ring(&self) -> Option<Ring> {
+        self.ring
     }
 
     fn step_rows(&self) -> usize {
@@ -396,55 +292,84 @@ impl<D: Device> Runner for Transformer<D> {
             layers,
             output_norm,
             head,
-            rope,
+            ropes,
             cache,
-            scratch,
+            scratch: s,
             ..
         } = self;
-        let heads = Heads {
-            heads: config.heads,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-            scale: 1.0 / (config.head_dim as f32).sqrt(),
-        };
-        let norm = |weight| Norm {
-            weight,
-            eps: config.rms_eps,
-        };
-        let s = scratch;
+        let parts = Parts { config, ropes };
+        let blueprint = &config.blueprint;
         device.step(batch, &mut |device: &mut D| {
-            device.embed(embedding, 1.0, &mut s.x)?;
-            for (i, layer) in layers.iter().enumerate() {
-                let qkv = Qkv {
-                    norm: norm(&layer.attention_norm),
-                    q: layer.q.linear(),
-                    k: layer.k.linear(),
-                    v: layer.v.linear(),
-                    rope: Rope {
-                        table: rope,
-                        dims: config.rope_dims,
-                        layout: config.architecture.rope_layout,
-                    },
-                    heads,
+            device.embed(embedding, blueprint.embedding_scale, &mut s.x)?;
+            for layer in &*layers {
+                let place = layer.place;
+                device.norm_qkv(&s.x, &parts.qkv(layer), cache, place, &mut s.q)?;
+                let gate_up = match &layer.feed_forward {
+                    FeedForward::Dense { gate, up, .. } => Some(GateUp {
+                        norm: parts.feed_forward_norm(layer),
+                        gate: gate.as_ref().map(Projection::linear),
+                        up: up.linear(),
+                        activation: blueprint.activation,
+                    }),
+                    FeedForward::Experts { .. } => None,
                 };
-                device.norm_qkv(&s.x, &qkv, cache, i, &mut s.q)?;
-                device.attend(&s.q, cache, i, heads, &mut s.attended)?;
-                device.linear_add(layer.output.linear(), &s.attended, &mut s.x)?;
-                device.norm_gate_up(
-                    &s.x,
-                    norm(&layer.feed_forward_norm),
-                    layer.gate.linear(),
-                    layer.up.linear(),
-                    &mut s.hidden,
-                )?;
-                device.linear_add(layer.down.linear(), &s.hidden, &mut s.x)?;
+                // Side by side with attention, it reads what attention read.
+                if blueprint.parallel
+                    && let Some(op) = &gate_up
+                {
+                    device.norm_gate_up(&s.x, op, &mut s.hidden)?;
+                }
+                device.attend(&s.q, cache, place, &parts.attention(layer), &mut s.attended)?;
+                let residual = parts.residual(&layer.post_attention_norm);
+                device.linear_add(layer.output.linear(), &s.attended, &residual, &mut s.x)?;
+                if !blueprint.parallel
+                    && let Some(op) = &gate_up
+                {
+                    device.norm_gate_up(&s.x, op, &mut s.hidden)?;
+                }
+                let residual = parts.residual(&layer.post_feed_forward_norm);
+                match &layer.feed_forward {
+                    FeedForward::Dense { down, .. } => {
+                        device.linear_add(down.linear(), &s.hidden, &residual, &mut s.x)?;
+                    }
+                    FeedForward::Experts {
+                        router,
+                        gate,
+                        up,
+                        down,
+                    } => {
+                        let Some(plan) = blueprint.experts else {
+                            continue;
+                        };
+                        let op = Experts {
+                            norm: parts.feed_forward_norm(layer),
+                            router: router.linear(),
+                            gate: gate.linear(),
+                            up: up.linear(),
+                            down: down.linear(),
+                            activation: blueprint.activation,
+                            count: plan.count,
+                            used: plan.used,
+                            renormalise: plan.renormalise,
+                            residual,
+                        };
+                        device.experts(&op, &mut s.x)?;
+                    }
+                }
             }
             if !batch.outputs.is_empty() {
-                let head = Linear {
-                    weight: head.as_ref().unwrap_or(embedding),
+                let tied = Linear {
+                    weight: embedding,
                     bias: None,
+                    adapters: &[],
                 };
-                device.norm_head(&s.x, norm(output_norm), head, &mut s.logits)?;
+                let op = Head {
+                    norm: parts.norm(output_norm),
+                    output: head.as_ref().map_or(tied, Projection::linear),
+                    scale: blueprint.logit_scale,
+                    soft_cap: blueprint.logit_cap,
+                };
+                device.norm_head(&s.x, &op, &mut s.logits)?;
             }
             Ok(())
         })
@@ -452,25 +377,38 @@ impl<D: Device> Runner for Transformer<D> {
 
     fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<u32>> {
         self.device
-            .sample(&self.scratch.logits, self.config.vocabulary, rows)
+            .sample(&self.scratch.logits, self.config.shape.vocabulary, rows)
     }
 
     fn hidden(&mut self, row: usize) -> Result<Vec<f32>> {
-        let n = self.config.embedding;
-        let (mut x, mut weight) = (vec![0.0; n], vec![0.0; n]);
-        self.device.read(&self.scratch.x, row * n, &mut x)?;
-        self.device.read(&self.output_norm, 0, &mut weight)?;
+        let n = self.config.shape.embedding;
+        let mut read = |buffer: &D::Buffer, offset: usize| -> Result<Vec<f64>> {
+            let mut values = vec![0.0; n];
+            self.device.read(buffer, offset, &mut values)?;
+            Ok(values.into_iter().map(f64::from).collect())
+        };
+        let mut x = read(&self.scratch.x, row * n)?;
+        let weight = read(&self.output_norm.weight, 0)?;
+        let bias = match &self.output_norm.bias {
+            Some(bias) => read(bias, 0)?,
+            None => vec![0.0; n],
+        };
         // Once for each row of a text, so the host does it.
-        let squares: f64 = x.iter().map(|&v| f64::from(v).powi(2)).sum();
-        let scale = 1.0 / (squares / n as f64 + f64::from(self.config.rms_eps)).sqrt();
-        let normed = x.iter().zip(&weight);
+        let blueprint = &self.config.blueprint;
+        if blueprint.norm == NormKind::Layer {
+            let mean = x.iter().sum::<f64>() / n as f64;
+            x.iter_mut().for_each(|v| *v -= mean);
+        }
+        let squares: f64 = x.iter().map(|v| v * v).sum();
+        let scale = 1.0 / (squares / n as f64 + f64::from(blueprint.eps)).sqrt();
+        let normed = x.iter().zip(weight).zip(bias);
         Ok(normed
-            .map(|(&v, &w)| (f64::from(v) * scale) as f32 * w)
+            .map(|((v, w), b)| (v * scale * w + b) as f32)
             .collect())
     }
 
     fn logits(&mut self, output: usize) -> Result<Vec<f32>> {
-        let n = self.config.vocabulary;
+        let n = self.config.shape.vocabulary;
         let mut logits = vec![0.0; n];
         self.device
             .read(&self.scratch.logits, output * n, &mut logits)?;

@@ -20,17 +20,25 @@ pub(super) fn merges(metadata: &gguf::Metadata) -> Result<&[String], Error> {
     Ok(metadata.strings("tokenizer.ggml.merges")?)
 }
 
+/// How the file's text is cut into words.
+pub(super) fn pre_tokenizer(
+    metadata: &gguf::Metadata,
+    vocab: &Vocab<'_>,
+) -> Result<PreTokenizer, Error> {
+    let name = metadata.opt_str("tokenizer.ggml.pre")?.unwrap_or_else(|| {
+        tracing::warn!(
+            "{}: tokenizer.ggml.pre is missing; \"default\" is used, as for all files from before \
+                 the key existed, and may give tokens that the model was not trained on",
+            vocab.file.display()
+        );
+        "default"
+    });
+    PreTokenizer::by_name(name, vocab)
+}
+
 impl Bpe {
     pub fn new(metadata: &gguf::Metadata, vocab: &Vocab<'_>) -> Result<Self, Error> {
-        let name = metadata.opt_str("tokenizer.ggml.pre")?.unwrap_or_else(|| {
-            tracing::warn!(
-                "{}: tokenizer.ggml.pre is missing; \"default\" is used, as for all files from before \
-                 the key existed, and may give tokens that the model was not trained on",
-                vocab.file.display()
-            );
-            "default"
-        });
-        let pre = PreTokenizer::by_name(name, vocab)?;
+        let pre = pre_tokenizer(metadata, vocab)?;
         let merges = merges(metadata)?;
         let ids = ids(vocab);
         let missing = (0..=255)

@@ -131,6 +131,19 @@ pub fn check(metadata: &gguf::Metadata) -> Result<(), Error> {
     NamedIds::read(metadata, &vocab).map(drop)
 }
 
+/// [`check`], and that text can be cut into words.
+///
+/// # Errors
+/// As [`Tokenizer::from_gguf`].
+pub fn check_text(metadata: &gguf::Metadata) -> Result<(), Error> {
+    check(metadata)?;
+    let vocab = Vocab::read(metadata)?;
+    match Kind::read(metadata, &vocab)? {
+        Kind::Bpe => bpe::pre_tokenizer(metadata, &vocab).map(drop),
+        Kind::Spm => Ok(()),
+    }
+}
+
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tokenizer")
@@ -169,6 +182,9 @@ impl Tokenizer {
         let NamedIds { bos, eos, ends } = NamedIds::read(metadata, &vocab)?;
         let mut ends: BTreeSet<u32> = ends.into_iter().chain([eos]).flatten().collect();
         eog::extend_by_name(&mut ends, &vocab);
+        if ends.len() < 2 {
+            eog::extend_by_template(&mut ends, metadata, &vocab);
+        }
 
         let specials = Specials::new(&vocab)?;
         let bytes = match &model {

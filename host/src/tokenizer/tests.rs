@@ -121,6 +121,13 @@ fn generation_ends_at_eos_eot_eom_and_known_control_tokens() {
     set(&mut entries, "tokenizer.ggml.eot_token_id", 5u32.into());
     set(&mut entries, "tokenizer.ggml.eom_token_id", 7u32.into());
     assert_eq!(load(entries).unwrap().end_of_generation(), [5, 7, 259]);
+    // A family that is not known by name: what its template puts after an answer.
+    let extra: Extra<'_> = &[("[TURN]", 3), ("[TURN-END]", 3), ("[OTHER]", 3)];
+    let mut entries = bpe_entries(extra, &[]);
+    set(&mut entries, "tokenizer.ggml.eos_token_id", 258u32.into());
+    let template = "{% for m in messages %}[TURN]{{ m.content }}\n[TURN-END]\n{% endfor %}";
+    set(&mut entries, "tokenizer.chat_template", template.into());
+    assert_eq!(load(entries).unwrap().end_of_generation(), [257, 258]);
     // gpt-oss: a message's end is not the answer's.
     let extra: Extra<'_> = &[("<|end|>", 3), ("<|return|>", 3), ("<|call|>", 3)];
     let t = load(bpe_entries(extra, &[])).unwrap();

@@ -95,3 +95,18 @@ pub const fn sub_bytes(a: u32, b: u32) -> u32 {
     const TOP: u32 = 0x8080_8080;
     ((a | TOP) - (b & !TOP)) ^ ((a ^ !b) & TOP)
 }
+
+/// `x`, which the compiler takes for any number: a loop that steps by it is not unrolled.
+#[inline(always)]
+pub fn opaque(x: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        let y: u32;
+        asm!("mov.u32 {0}, {1};", out(reg32) y, in(reg32) x, options(pure, nomem, nostack, preserves_flags));
+        y
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        x
+    }
+}

@@ -130,6 +130,8 @@ load! {
     ldg_u32 -> u32 = "ld.global.nc.u32", reg32 u32, pure;
     /// As [`ldg_u32`], at the place where it is written.
     ldg_u32_here -> u32 = "ld.global.nc.u32", reg32 u32;
+    /// As [`ldg_u8`], at the place where it is written.
+    ldg_u8_here -> u8 = "ld.global.nc.u8", reg16 u16;
     /// As [`ldg_u16`], at the place where it is written.
     ldg_u16_here -> u16 = "ld.global.nc.u16", reg16 u16;
     /// Loads a read-only integer.
@@ -344,7 +346,7 @@ pub unsafe fn prefetch_l2<T>(pointer: *const T) {
 }
 
 /// Loads four words that other blocks may write meanwhile: each is whole, their order is free. In a loop
-/// that waits, call [`crate::thread::nanosleep`] or [`crate::thread::wait_until`].
+/// that waits, call [`crate::thread::nanosleep`] or [`crate::thread::wait_since`].
 ///
 /// # Safety
 /// `pointer` is valid for 16 bytes and 16-byte aligned.

@@ -153,15 +153,30 @@ pub fn clock64() -> u64 {
     }
 }
 
-/// Spins until [`clock64`] has come to `clock`: finer than [`nanosleep`]. In the emulator it lets others run
-/// once, as that does.
+/// The low half of [`clock64`].
 #[inline(always)]
-pub fn wait_until(clock: u64) {
+pub fn clock() -> u32 {
     #[cfg(target_arch = "nvptx64")]
-    while (clock64().wrapping_sub(clock) as i64) < 0 {}
+    unsafe {
+        let clock: u32;
+        asm!("mov.u32 {}, %clock;", out(reg32) clock, options(nomem, nostack));
+        clock
+    }
     #[cfg(not(target_arch = "nvptx64"))]
     {
-        let _ = clock;
+        globaltimer() as u32
+    }
+}
+
+/// Spins until `cycles` after [`clock`] was `start`: finer than [`nanosleep`]. In the emulator it lets others run
+/// once, as that does.
+#[inline(always)]
+pub fn wait_since(start: u32, cycles: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    while clock().wrapping_sub(start) < cycles {}
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let _ = (start, cycles);
         emulator::spin();
     }
 }

@@ -2,11 +2,11 @@
 
 use super::seal::Seal;
 use super::{Coming, Current, DecodeArgs, Warp, get};
-use crate::types::{GROUP, Matrix, unpack};
+use crate::types::{GROUP, Matrix, unpack_four};
 use cuda_std::shared::SharedPtr;
 use cuda_std::thread::{block_idx_x, grid_dim_x, sync_threads, thread_idx_x};
 
-/// [`kind::EMBED`](super::kind::EMBED): a thread per group, neighbours in different blocks.
+/// [`kind::EMBED`](super::kind::EMBED): a thread for each four weights, neighbours in different blocks.
 #[inline(always)]
 pub unsafe fn embed(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
@@ -22,16 +22,17 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current, w: &mut Warp) {
             },
         );
         let (len, scale, out) = (get!(op, input.len), get!(op, scale), get!(op, out));
-        let mut g = thread_idx_x() * grid_dim_x() + block_idx_x();
-        while g < groups {
-            let v = unpack(&*table, a.token as usize, g as usize);
-            for i in 0..GROUP as u32 {
-                let at = g * GROUP as u32 + i;
+        let mut i = thread_idx_x() * grid_dim_x() + block_idx_x();
+        while i < groups * (GROUP as u32 / 4) {
+            let (g, word) = (i as usize / (GROUP / 4), i as usize % (GROUP / 4));
+            let v = unpack_four(&*table, a.token as usize, g, word);
+            for k in 0..4 {
+                let at = 4 * i + k;
                 if at < len {
-                    seal.write(out.add(at as usize), v[i as usize] * scale);
+                    seal.write(out.add(at as usize), v[k as usize] * scale);
                 }
             }
-            g += super::THREADS * grid_dim_x();
+            i += super::THREADS * grid_dim_x();
         }
         coming.store();
         sync_threads();

@@ -32,7 +32,7 @@ use cuda_std::kernel;
 use cuda_std::memory::{ldg_v4_u32, prefetch_l2};
 use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{
-    block_idx_x, clock64, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
+    block_idx_x, clock, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
 };
 use ring::Ring;
 
@@ -76,6 +76,8 @@ pub struct Input {
     pub from: u32,
     pub eps: f32,
     pub len: u32,
+    /// `1 / len`, for the norm.
+    pub inverse_len: f32,
     /// Whether f32 values are kept too, for matrices of float types.
     pub keep_f32: u32,
     pub splits: u32,
@@ -329,7 +331,7 @@ unsafe fn prefetch(op: Current) {
         };
         match thread_idx_x() / 32 {
             12 => ask(get!(op, input.norm), get!(op, input.len)),
-            w if w < 12 && w >= 9 => {
+            w if w >= 9 && w < 12 => {
                 let rows = core::mem::offset_of!(Matrix, rows) as u32;
                 ask(op.bias(w - 9), u32::load(op.matrix(w - 9) + rows));
             }
@@ -343,8 +345,8 @@ struct Warp {
     /// Index of the current operation.
     index: u32,
     ring: Ring,
-    /// [`clock64`] at the end of the last operation.
-    since: u64,
+    /// [`clock`] at the end of the last operation.
+    since: u32,
 }
 
 /// Carries `ops` in order over one row. The launch is cooperative, with [`shared_bytes`].
@@ -360,7 +362,7 @@ pub unsafe fn decode(a: DecodeArgs) {
         let mut w = Warp {
             index: 0,
             ring: Ring::new(&a),
-            since: clock64(),
+            since: clock(),
         };
         w.ring.fill(&a, AHEAD - 1);
         while w.index < a.count {
@@ -372,7 +374,7 @@ pub unsafe fn decode(a: DecodeArgs) {
                 _ => product::product(&a, op, &mut w),
             }
             note(&a, w.index, point::OUTPUT);
-            w.since = clock64();
+            w.since = clock();
             if w.index + 2 < a.count {
                 prefetch(Current::at(w.index + 2));
             }
@@ -401,6 +403,7 @@ pub const NO_OP: Op = Op {
         from: PLAIN,
         eps: 0.0,
         len: 0,
+        inverse_len: 0.0,
         keep_f32: 0,
         splits: 0,
         head_dim: 0,

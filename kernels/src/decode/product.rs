@@ -5,25 +5,17 @@ use super::row::{Group, Row};
 use super::seal::{Seal, pause};
 use super::{AHEAD, Coming, Current, DecodeArgs, PLAIN, WARPS, Warp, get, kind, note, point};
 use crate::for_each_type;
-use crate::rows::{BLOCK_TOKENS, Rotation, silu};
+use crate::rows::{BLOCK_TOKENS, Rotation};
 use crate::sample::{block_max, max_u64, rank};
 use crate::types::*;
 use core::mem::offset_of;
-use cuda_std::int::dp4a_us;
+use cuda_std::int::{dp4a_us, opaque};
 use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
 };
 use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id, sync_threads, thread_idx_x};
-use cuda_std::{half, warp};
-
-/// A run of one matrix row's groups.
-#[derive(Clone, Copy)]
-struct Run {
-    /// First group, of a whole tile.
-    first: u32,
-    len: u32,
-}
+use cuda_std::{float, half, warp};
 
 /// Two matrix rows (the number of a matrix of the operation, and a row of it), or one twice.
 #[derive(Clone, Copy)]
@@ -32,8 +24,7 @@ pub struct Task {
     pub r0: u32,
     pub m1: u32,
     pub r1: u32,
-    /// A [`kind::QKV`]'s head and pair of elements within its matrix, and whether they rotate.
-    head: u32,
+    /// A [`kind::QKV`]'s pair of elements within its head, and whether they rotate.
     pair: u32,
     rotates: bool,
 }
@@ -59,7 +50,6 @@ impl Task {
             r0: index,
             m1: 0,
             r1: index,
-            head: 0,
             pair: 0,
             rotates: false,
         };
@@ -99,7 +89,6 @@ impl Task {
                         r0: head * head_dim + e0 as u32,
                         m1: which,
                         r1: head * head_dim + e1 as u32,
-                        head,
                         pair,
                         rotates,
                     };
@@ -108,35 +97,6 @@ impl Task {
             }
         }
         task
-    }
-
-    /// The two runs; the second is at most as long as the first.
-    #[inline(always)]
-    unsafe fn runs(&self, op: Current) -> [Run; 2] {
-        unsafe {
-            let groups = matrix_field(op, 0, offset_of!(Matrix, cols)) / GROUP as u32;
-            let whole = Run {
-                first: 0,
-                len: groups,
-            };
-            if get!(op, split) == 0 {
-                return [whole, whole];
-            }
-            let half = half(groups.div_ceil(TILE as u32)) * TILE as u32;
-            if half >= groups {
-                return [whole, Run { first: 0, len: 0 }];
-            }
-            [
-                Run {
-                    first: 0,
-                    len: half,
-                },
-                Run {
-                    first: half,
-                    len: groups - half,
-                },
-            ]
-        }
     }
 
     /// The bytes of both runs.
@@ -154,7 +114,8 @@ impl Task {
             };
             let (mut first, mut second) = (row(self.m0, self.r0), row(self.m1, self.r1));
             if get!(op, split) != 0 {
-                let bytes = half(first.bytes.div_ceil(first.tile)) * first.tile;
+                let tile = matrix_field(op, self.m0, offset_of!(Matrix, tile_bytes));
+                let bytes = half(first.bytes.div_ceil(tile)) * tile;
                 let bytes = if bytes < first.bytes {
                     bytes
                 } else {
@@ -166,6 +127,21 @@ impl Task {
             }
             [first, second]
         }
+    }
+}
+
+/// Groups of both runs of a task: whole rows, or a row's halves.
+#[inline(always)]
+unsafe fn runs(op: Current, apart: bool) -> (u32, u32) {
+    let groups = unsafe { matrix_field(op, 0, offset_of!(Matrix, cols)) } / GROUP as u32;
+    if !apart {
+        return (groups, groups);
+    }
+    let first = half(groups.div_ceil(TILE as u32)) * TILE as u32;
+    if first < groups {
+        (first, groups - first)
+    } else {
+        (groups, 0)
     }
 }
 
@@ -185,43 +161,59 @@ unsafe fn rows(op: Current, m: u32) -> u32 {
     unsafe { matrix_field(op, m, offset_of!(Matrix, rows)) }
 }
 
-/// What a task's end needs besides the sums. The first lane of each half of the warp has its row's; the rest
-/// ask for the same.
+/// Tasks that a warp brings to an end together.
+const BATCH: u32 = 4;
+
+/// An output that a lane brings to an end: of task `lane / 4 % BATCH` of a batch, the first row's in the lower
+/// half of the warp, the second's in the upper. Of four neighbours with the same output the first writes it.
 #[derive(Clone, Copy)]
-struct Extras {
+struct Output {
+    /// Its matrix and row.
+    m: u32,
+    r: u32,
+    exists: bool,
     bias: f32,
-    /// Cosine and sine of a rotation's angle, or the word that is added to.
+    /// Cosine and sine of a rotation's angle; or the bits of the word that is added to.
     turn: (f32, f32),
-    before: u32,
 }
 
-impl Extras {
+impl Output {
+    /// Of the batch that begins with task `index`. What it asks for comes while the input is awaited.
     #[inline(always)]
-    unsafe fn load(a: &DecodeArgs, op: Current, task: &Task) -> Extras {
+    unsafe fn of(a: &DecodeArgs, op: Current, index: u32) -> Output {
         unsafe {
-            let low = lane_id() < 16;
-            let (m, r) = if low {
+            let (lane, count) = (lane_id(), get!(op, tasks));
+            let index = index + lane / 4 % BATCH * task_stride();
+            let exists = index < count;
+            let task = Task::of(op, if exists { index } else { 0 });
+            let (m, r) = if lane < 16 {
                 (task.m0, task.r0)
             } else {
                 (task.m1, task.r1)
             };
-            let mut extras = Extras {
+            let mut output = Output {
+                m,
+                r,
+                // A matrix's last row may be without a second.
+                exists: exists && (lane < 16 || (task.m0, task.r0) != (task.m1, task.r1)),
                 bias: 0.0,
                 turn: (1.0, 0.0),
-                before: 0,
             };
-            let bias = op.bias(m);
-            if !bias.is_null() {
-                extras.bias = ldg_f32(bias.add(r as usize));
+            if exists {
+                let bias = op.bias(m);
+                if !bias.is_null() {
+                    output.bias = ldg_f32(bias.add(r as usize));
+                }
+                if task.rotates {
+                    let table = get!(op, rotation.table);
+                    let at = (a.position * (get!(op, rotation.dims) / 2) + task.pair) as usize * 2;
+                    output.turn = (ldg_f32(table.add(at)), ldg_f32(table.add(at + 1)));
+                } else if get!(op, add) != 0 {
+                    let word = ld_relaxed_u32(get!(op, out).add(r as usize).cast());
+                    output.turn.0 = f32::from_bits(word);
+                }
             }
-            if task.rotates {
-                let table = get!(op, rotation.table);
-                let at = (a.position * (get!(op, rotation.dims) / 2) + task.pair) as usize * 2;
-                extras.turn = (ldg_f32(table.add(at)), ldg_f32(table.add(at + 1)));
-            } else if get!(op, add) != 0 {
-                extras.before = ld_relaxed_u32(get!(op, out).add(r as usize).cast());
-            }
-            extras
+            output
         }
     }
 }
@@ -236,14 +228,13 @@ fn dot_group<T: Quantised>(raw: T::Raw, g: u32, x: &Group) -> f32 {
         first = dp4a_us(levels[w], x.low[w], first);
         last = dp4a_us(levels[w + 4], x.high[w], last);
     }
-    let v = if T::UNIFORM {
-        a.d[0] * (first + last) as f32 + a.m[0] * (x.sums[0] + x.sums[1]) as f32
+    if T::UNIFORM {
+        a.d[0] * (x.d * (first + last) as f32) + a.m[0] * x.sum
     } else {
-        a.d[0] * first as f32
-            + a.m[0] * x.sums[0] as f32
-            + (a.d[1] * last as f32 + a.m[1] * x.sums[1] as f32)
-    };
-    x.d * v
+        a.d[0] * (x.d * first as f32)
+            + a.d[1] * (x.d * last as f32)
+            + (a.m[0] * x.sums[0] + a.m[1] * x.sums[1])
+    }
 }
 
 /// A turn.
@@ -279,6 +270,31 @@ unsafe fn turn_quantised<T: Quantised>(row: &Row, turn: &Turn) -> (f32, f32) {
             if lane < turn.groups[0] { v0 } else { 0.0 },
             if lane < turn.groups[1] { v1 } else { 0.0 },
         )
+    }
+}
+
+/// The same, one product after the other through the same code: for types that take more registers than
+/// loads in flight are worth.
+#[inline(always)]
+unsafe fn turn_looked_up<T: Quantised>(row: &Row, turn: &Turn) -> (f32, f32) {
+    unsafe {
+        let lane = lane_id();
+        let (mut first, mut last) = (0.0, 0.0);
+        let mut i = 0;
+        while i < 2 {
+            let (tile, groups, at) = if i == 0 {
+                (turn.tiles[0], turn.groups[0], turn.at[0])
+            } else {
+                (turn.tiles[1], turn.groups[1], turn.at[1])
+            };
+            let w = T::load(&Tile::<T>::new(tile, groups), lane as usize);
+            let v = dot_group::<T>(w, lane, &row.group(at + lane));
+            first = last;
+            last = if lane < groups { v } else { 0.0 };
+            // Not unrolled.
+            i += opaque(1);
+        }
+        (first, last)
     }
 }
 
@@ -323,6 +339,7 @@ macro_rules! turn_by_type {
         }
     };
     (@quantised $name:ident, $($arg:expr),*) => { turn_quantised::<$name>($($arg),*) };
+    (@looked_up $name:ident, $($arg:expr),*) => { turn_looked_up::<$name>($($arg),*) };
     (@float $name:ident, $($arg:expr),*) => { turn_float::<$name>($($arg),*) };
 }
 for_each_type!(turn_by_type);
@@ -335,9 +352,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         let row = Row::new(a, op, w.index);
         let count = get!(op, tasks);
         let mut index = first_task();
-        let mut task = Task::of(op, if index < count { index } else { 0 });
-        // What the end needs is asked for first, and comes while the input is awaited.
-        let mut extras = Extras::load(a, op, &task);
+        let mut output = Output::of(a, op, index);
         if block_idx_x() < count {
             row.fill(a, op, w);
         }
@@ -348,13 +363,23 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         let scale = row.scale(op);
         let mut best = 0;
         while index < count {
-            let last = index + task_stride() >= count;
-            let sums = multiply(a, op, w, &row, &task, last, limit);
-            best = max_u64(best, finish(a, op, &task, &extras, sums, scale));
-            index += task_stride();
-            if !last {
-                task = Task::of(op, index);
-                extras = Extras::load(a, op, &task);
+            // A lane's sum of each task of the batch, of its half's row.
+            let mut sums = [0.0f32; BATCH as usize];
+            let mut k = 0;
+            while k < BATCH && index < count {
+                let which = warp::shuffle_idx(output.m, 4 * k);
+                index += task_stride();
+                let sum = multiply(a, op, w, &row, which, index >= count, limit);
+                for i in 0..BATCH as usize {
+                    if i as u32 == k {
+                        sums[i] = sum;
+                    }
+                }
+                k += 1;
+            }
+            best = max_u64(best, finish(a, op, &output, sums, scale));
+            if index < count {
+                output = Output::of(a, op, index);
             }
         }
         if get!(op, choose) != 0 {
@@ -363,85 +388,103 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
     }
 }
 
-/// This lane's parts of a task's two products. The place of the very last turn of an operation is not filled
-/// again yet: the result goes out first.
+/// This lane's sum of the products of a task, the next of the ring: of the first row in the lower half of the warp, of
+/// the second in the upper. The place of the very last turn of an operation is not filled again yet: the result
+/// goes out first.
 #[inline(always)]
 unsafe fn multiply(
     a: &DecodeArgs,
     op: Current,
     w: &mut Warp,
     row: &Row,
-    task: &Task,
+    which: u32,
     last: bool,
     limit: u32,
-) -> (f32, f32) {
+) -> f32 {
     unsafe {
-        let [a0, b0] = task.runs(op);
-        let ty = offset_of!(Matrix, ty);
-        let (ty0, ty1) = (matrix_field(op, task.m0, ty), matrix_field(op, task.m1, ty));
         let apart = get!(op, split) != 0;
+        let (first, second) = runs(op, apart);
+        let ty = offset_of!(Matrix, ty);
+        let other = if get!(op, kind) == kind::GATE_UP {
+            1
+        } else {
+            which
+        };
+        let (ty0, ty1) = (matrix_field(op, which, ty), matrix_field(op, other, ty));
+        let left = |len: u32, at: u32| {
+            let left = if at < len { len - at } else { 0 };
+            if left < TILE as u32 {
+                left
+            } else {
+                TILE as u32
+            }
+        };
         let mut sums = (0.0, 0.0);
         let mut at = 0;
-        while at < a0.len {
+        while at < first {
             let tile = w.ring.wait(a, limit);
             let mut turn = Turn {
                 tiles: [tile, tile + a.tile_bytes],
-                groups: [groups_left(a0.len, at), groups_left(b0.len, at)],
-                at: [at, b0.first + at],
+                groups: [left(first, at), left(second, at)],
+                at: [at, if apart { first + at } else { at }],
                 apart,
             };
             let v = turn_of(ty0, row, &turn);
             sums.0 += v.0;
-            let mut second = v.1;
+            let mut v1 = v.1;
             if ty0 != ty1 {
                 // Rare (a gate and an up of a hand-made mix): through the same code again.
                 turn.tiles[0] = turn.tiles[1];
                 turn.groups[0] = turn.groups[1];
-                second = turn_of(ty1, row, &turn).0;
+                v1 = turn_of(ty1, row, &turn).0;
             }
-            sums.1 += second;
-            w.ring.release();
+            sums.1 += v1;
+            w.ring.release(a);
             at += TILE as u32;
-            if !(last && at >= a0.len) {
+            if !(last && at >= first) {
                 w.ring.fill(a, limit);
             }
         }
-        sums
+        let low = lane_id() < 16;
+        let (mine, other) = if low { sums } else { (sums.1, sums.0) };
+        mine + warp::shuffle_xor(other, 16)
     }
 }
 
-/// Groups of the tile that begins at group `at` of a run.
+/// `x / (1 + exp(-x))` in two instructions of the hardware: far finer than the 8 bits that it is rounded to.
 #[inline(always)]
-fn groups_left(len: u32, at: u32) -> u32 {
-    let left = if at < len { len - at } else { 0 };
-    if left < TILE as u32 {
-        left
-    } else {
-        TILE as u32
-    }
+fn silu(x: f32) -> f32 {
+    x * float::rcp_approx(1.0 + float::exp2_approx(-x * core::f32::consts::LOG2_E))
 }
 
-/// Adds up the lanes' parts and writes what the task is for; returns the rank of logits.
+/// Adds up the lanes' parts of a batch and writes what its tasks are for; returns the rank of logits.
 #[inline(always)]
 unsafe fn finish(
     a: &DecodeArgs,
     op: Current,
-    task: &Task,
-    extras: &Extras,
-    sums: (f32, f32),
+    output: &Output,
+    sums: [f32; BATCH as usize],
     scale: f32,
 ) -> u64 {
     unsafe {
-        // The lower half of the warp adds up the first product, the upper the second.
+        // At each of the first two steps a lane passes on what is not of its task, and has half as many.
         let lane = lane_id();
-        let low = lane < 16;
-        let (mine, other) = if low { sums } else { (sums.1, sums.0) };
-        let mut v = mine + warp::shuffle_xor(other, 16);
-        v += warp::shuffle_xor(v, 8);
-        v += warp::shuffle_xor(v, 4);
+        let up = lane & 8 != 0;
+        let keep = |i: usize| if up { sums[i + 2] } else { sums[i] };
+        let pass = |i: usize| if up { sums[i] } else { sums[i + 2] };
+        let two = [
+            keep(0) + warp::shuffle_xor(pass(0), 8),
+            keep(1) + warp::shuffle_xor(pass(1), 8),
+        ];
+        let (keep, pass) = if lane & 4 != 0 {
+            (two[1], two[0])
+        } else {
+            (two[0], two[1])
+        };
+        let mut v = keep + warp::shuffle_xor(pass, 4);
         v += warp::shuffle_xor(v, 2);
         v += warp::shuffle_xor(v, 1);
-        v *= scale;
+        let low = lane < 16;
         let op_kind = get!(op, kind);
         let number = if get!(op, sealed) != 0 {
             get!(op, number)
@@ -449,38 +492,39 @@ unsafe fn finish(
             PLAIN
         };
         let seal = Seal::of(a, number);
-        let out = get!(op, out);
-        let r = if low { task.r0 } else { task.r1 };
-        let first = lane % 16 == 0;
+        let writes = output.exists && lane % 4 == 0;
+        let to = get!(op, out).add(output.r as usize);
+        v = v * scale + output.bias;
         let mut best = 0;
         if op_kind == kind::PRODUCT {
+            let mut writes = writes;
             if get!(op, split) != 0 {
-                v += warp::shuffle_xor(v, 16);
+                // Both halves have the bias.
+                v += warp::shuffle_xor(v, 16) - output.bias;
+                writes = writes && low;
             }
-            if first && (low || task.r1 > task.r0) {
-                v += extras.bias;
-                best = rank(v, r as usize);
+            if writes {
+                best = rank(v, output.r as usize);
                 if get!(op, add) != 0 {
                     let before = Seal::of(a, get!(op, add_from));
-                    v += before.await_word(out.add(r as usize), extras.before);
+                    v += before.await_word(to, output.turn.0.to_bits());
                 }
-                seal.write(out.add(r as usize), v);
+                seal.write(to, v);
             }
-        } else {
-            v += extras.bias;
-            let other = warp::shuffle_xor(v, 16);
-            if op_kind == kind::GATE_UP {
-                if lane == 0 {
-                    seal.write(out.add(r as usize), silu(v) * other);
-                }
-            } else if first {
-                let (cos, sin) = extras.turn;
-                let v = v * cos + if low { -other } else { other } * sin;
-                if task.m0 == 0 {
-                    seal.write(out.add(r as usize), v);
-                } else {
-                    write_cache(a, op, task, r, v, seal);
-                }
+            return best;
+        }
+        let other = warp::shuffle_xor(v, 16);
+        if op_kind == kind::GATE_UP {
+            if writes && low {
+                seal.write(to, silu(v) * other);
+            }
+        } else if writes {
+            let (cos, sin) = output.turn;
+            let v = v * cos + if low { -other } else { other } * sin;
+            if output.m == 0 {
+                seal.write(to, v);
+            } else {
+                write_cache(a, op, output, v, seal);
             }
         }
         best
@@ -489,14 +533,16 @@ unsafe fn finish(
 
 /// Writes an element of the new key or value.
 #[inline(always)]
-unsafe fn write_cache(a: &DecodeArgs, op: Current, task: &Task, r: u32, v: f32, seal: Seal) {
+unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal: Seal) {
     unsafe {
-        let (base, which) = if task.m0 == 1 {
+        let r = output.r;
+        let (base, which) = if output.m == 1 {
             (get!(op, cache.keys), 0)
         } else {
             (get!(op, cache.values), 1)
         };
         let (kv_heads, head_dim) = (get!(op, cache.kv_heads), get!(op, cache.head_dim));
+        let head = r / head_dim;
         let bits = to_f16(v);
         let fresh = get!(op, fresh);
         if !fresh.is_null() {
@@ -506,9 +552,9 @@ unsafe fn write_cache(a: &DecodeArgs, op: Current, task: &Task, r: u32, v: f32, 
         }
         let tokens = BLOCK_TOKENS as u32;
         let block = ldg_u32(a.table.add((a.position / tokens) as usize));
-        let at = (block * kv_heads + task.head) * tokens + a.position % tokens;
+        let at = (block * kv_heads + head) * tokens + a.position % tokens;
         let to = base.cast::<u16>().add(at as usize * head_dim as usize);
-        to.add((r - task.head * head_dim) as usize).write(bits);
+        to.add((r - head * head_dim) as usize).write(bits);
     }
 }
 

@@ -14,7 +14,7 @@ use cuda_std::thread::{lane_id, thread_idx_x};
 use cuda_std::warp;
 
 /// How many turns a ring may have: what [`Ring::wait`] knows to wait for.
-pub const TURNS: [u32; 5] = [8, 6, 4, 2, 1];
+pub const TURNS: [u32; 6] = [8, 6, 4, 3, 2, 1];
 
 /// A quantised tile in shared memory.
 pub(super) struct Tile<T> {
@@ -63,6 +63,11 @@ impl<T: Quantised> Planes for Tile<T> {
     unsafe fn half_word(&self, plane: usize, index: usize) -> u16 {
         unsafe { self.at::<u16>(plane, index).load() }
     }
+
+    #[inline(always)]
+    unsafe fn single(&self, plane: usize, index: usize) -> u8 {
+        unsafe { self.at::<u8>(plane, index).load() }
+    }
 }
 
 /// What is still to be copied of a run.
@@ -107,9 +112,6 @@ impl Rest {
 /// A warp's ring, and how far it has come.
 pub struct Ring {
     start: u32,
-    end: u32,
-    turn_bytes: u32,
-    turns: u32,
     /// Turns under way or ready.
     full: u32,
     /// Addresses of the next turn to be taken, and to be filled.
@@ -129,15 +131,11 @@ impl Ring {
             bytes: 0,
             tile: 0,
         };
-        let turn_bytes = 2 * a.tile_bytes;
         let warp = thread_idx_x() / 32;
-        let start = ROWS_AT + 2 * a.row_bytes + warp * a.turns * turn_bytes;
+        let start = ROWS_AT + 2 * a.row_bytes + warp * a.turns * turn_bytes(a);
         let start = shared::at::<u8>(start).addr();
         Self {
             start,
-            end: start + a.turns * turn_bytes,
-            turn_bytes,
-            turns: a.turns,
             full: 0,
             take: start,
             put: start,
@@ -152,12 +150,12 @@ impl Ring {
     pub unsafe fn fill(&mut self, a: &DecodeArgs, limit: u32) {
         let limit = if limit < a.count { limit } else { a.count - 1 };
         unsafe {
-            while self.full < self.turns && self.seek(limit) {
+            while self.full < a.turns && self.seek(limit) {
                 self.rest[0].copy_tile(self.put);
-                self.rest[1].copy_tile(self.put + self.turn_bytes / 2);
+                self.rest[1].copy_tile(self.put + a.tile_bytes);
                 cp_async_commit();
                 self.full += 1;
-                self.put = self.next(self.put);
+                self.put = self.next(a, self.put);
             }
         }
     }
@@ -184,12 +182,16 @@ impl Ring {
     }
 
     #[inline(always)]
-    fn next(&self, place: u32) -> u32 {
-        let next = place + self.turn_bytes;
-        if next == self.end { self.start } else { next }
+    fn next(&self, a: &DecodeArgs, place: u32) -> u32 {
+        let next = place + turn_bytes(a);
+        if next == self.start + a.turns * turn_bytes(a) {
+            self.start
+        } else {
+            next
+        }
     }
 
-    /// Waits for the next turn: the address of its first tile; the second is [`DecodeArgs::tile_bytes`] behind.
+    /// Waits for the next turn: the address of its first tile; the second run's is [`DecodeArgs::tile_bytes`] behind.
     #[inline(always)]
     pub unsafe fn wait(&mut self, a: &DecodeArgs, limit: u32) -> u32 {
         if self.full == 0 {
@@ -201,7 +203,9 @@ impl Ring {
             cp_async_wait::<5>();
         } else if self.full >= 4 {
             cp_async_wait::<3>();
-        } else if self.full >= 2 {
+        } else if self.full == 3 {
+            cp_async_wait::<2>();
+        } else if self.full == 2 {
             cp_async_wait::<1>();
         } else {
             cp_async_wait::<0>();
@@ -213,11 +217,17 @@ impl Ring {
 
     /// Gives the place of the turn that [`Ring::wait`] returned back, once all lanes have read it.
     #[inline(always)]
-    pub fn release(&mut self) {
+    pub fn release(&mut self, a: &DecodeArgs) {
         warp::sync_warp();
         self.full -= 1;
-        self.take = self.next(self.take);
+        self.take = self.next(a, self.take);
     }
+}
+
+/// Bytes of a turn.
+#[inline(always)]
+fn turn_bytes(a: &DecodeArgs) -> u32 {
+    2 * a.tile_bytes
 }
 
 const _: () = assert!(TILE == 32, "a lane takes a group of a tile");

@@ -5,28 +5,29 @@ use super::{Current, DecodeArgs, ROWS_AT, THREADS, WARPS, Warp, get};
 use crate::attention::NONE;
 use crate::types::GROUP;
 use crate::unrolled;
+use cuda_std::int::dp4a;
 use cuda_std::memory::{ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::{thread_idx_x, wait_until};
+use cuda_std::thread::{lane_id, thread_idx_x, wait_since};
 use cuda_std::{float, warp};
 
-/// Cycles from a warp's last operation to its first look for the next input: what it takes a word to come
-/// from another block. Looks that come too early delay what they look for.
-const FIRST_LOOK: u64 = 500;
+/// Cycles from a warp's last operation to its first look for the next input: looks that come too early delay what
+/// they look for.
+const FIRST_LOOK: u32 = 500;
 
 /// Shared memory for an input row of `cols` values (a multiple of 32); `float` where any matrix is of
 /// a float type.
 pub const fn row_bytes(cols: u32, float: bool) -> u32 {
-    cols + cols / 4 + if float { 4 * cols } else { 0 }
+    cols + cols / 2 + if float { 4 * cols } else { 0 }
 }
 
 /// An input row in shared memory. Quantised values: the first 16 of every group, then the last 16, so
-/// that 16-byte loads of neighbouring lanes fall into different banks; then, if kept, the values as f32; then for each
-/// group `d` and the sums of its halves' integers (`x ≈ d * q`).
+/// that 16-byte loads of neighbouring lanes fall into different banks; then for each group `d` (`x ≈ d * q`), the sum of its `d * q` and those of its halves;
+/// then, if kept, the values as f32.
 #[derive(Clone, Copy)]
 pub struct Row {
     low: SharedPtr<u32>,
-    meta: SharedPtr<u32>,
+    meta: SharedPtr<f32>,
     pub groups: u32,
     squares: SharedPtr<f32>,
 }
@@ -37,8 +38,9 @@ pub struct Group {
     pub low: [u32; 4],
     pub high: [u32; 4],
     pub d: f32,
-    /// Sums of the integers in `low` and in `high`.
-    pub sums: [i32; 2],
+    /// The sum of what `low` and `high` stand for, and of each.
+    pub sum: f32,
+    pub sums: [f32; 2],
 }
 
 /// Vectors of four values that a thread looks for at once.
@@ -54,11 +56,9 @@ impl Row {
         unsafe {
             let cols = get!(op, input.len).next_multiple_of(GROUP as u32);
             let start = ROWS_AT + index % 2 * a.row_bytes;
-            let keep = get!(op, input.keep_f32) != 0;
             Row {
                 low: shared::at(start),
-                // Last, as it is aligned to eight bytes only.
-                meta: shared::at(start + cols + if keep { 4 * cols } else { 0 }),
+                meta: shared::at(start + cols),
                 groups: cols / GROUP as u32,
                 squares: shared::at(index % 2 * (4 * WARPS)),
             }
@@ -73,18 +73,19 @@ impl Row {
     /// The values themselves.
     #[inline(always)]
     pub fn values(&self) -> SharedPtr<f32> {
-        self.low.byte_add(self.groups * GROUP as u32).cast()
+        self.meta.byte_add(self.groups * 16)
     }
 
     #[inline(always)]
     pub unsafe fn group(&self, g: u32) -> Group {
         unsafe {
-            let [d, sums] = self.meta.add(g * 2).load_v2();
+            let [d, sum, first, last] = self.meta.add(g * 4).load_v4();
             Group {
                 low: self.low.add(g * 4).load_v4(),
                 high: self.high().add(g * 4).load_v4(),
-                d: f32::from_bits(d),
-                sums: [i32::from(sums as i16), i32::from((sums >> 16) as i16)],
+                d,
+                sum,
+                sums: [first, last],
             }
         }
     }
@@ -97,33 +98,42 @@ impl Row {
             if get!(op, input.norm).is_null() {
                 return 1.0;
             }
+            let fillers = (self.groups * GROUP as u32).div_ceil(32 * 4);
             let mut sum = 0.0;
             for i in 0..WARPS / 4 {
                 let v = self.squares.add(4 * i).load_v4();
-                sum += (v[0] + v[1]) + (v[2] + v[3]);
+                for k in 0..4 {
+                    if 4 * i + (k as u32) < fillers {
+                        sum += v[k];
+                    }
+                }
             }
-            float::rsqrt(sum / get!(op, input.len) as f32 + get!(op, input.eps))
+            float::rsqrt_approx(sum * get!(op, input.inverse_len) + get!(op, input.eps))
         }
     }
 
     /// Waits for the input of `op`, multiplies it by the norm weight, quantises and stores it. A barrier of
     /// the block must follow.
     ///
-    /// Each thread takes four values at a time, eight threads a group.
+    /// Each thread takes four values at a time, eight threads a group. Of a short row the first warps take all: they have
+    /// the most tasks, and come late enough to find the input there at the first look.
     #[inline(always)]
     pub unsafe fn fill(&self, a: &DecodeArgs, op: Current, w: &Warp) {
         unsafe {
             let seal = Seal::of(a, get!(op, input.from));
+            if !seal.plain() {
+                wait_since(w.since, FIRST_LOOK);
+            }
             let squares = if get!(op, input.splits) != 0 {
-                self.fill_combined(op, seal, w)
+                self.fill_combined(op, seal)
             } else if seal.plain() && get!(op, input.len) % 4 != 0 {
                 self.fill_short(op)
             } else {
-                self.fill_vectors(op, seal, w)
+                self.fill_vectors(op, seal)
             };
             if !get!(op, input.norm).is_null() {
                 let squares = warp::reduce_sum_f32(squares);
-                if thread_idx_x() % 32 == 0 {
+                if lane_id() == 0 {
                     self.squares.add(thread_idx_x() / 32).store(squares);
                 }
             }
@@ -131,7 +141,7 @@ impl Row {
     }
 
     #[inline(always)]
-    unsafe fn fill_vectors(&self, op: Current, seal: Seal, w: &Warp) -> f32 {
+    unsafe fn fill_vectors(&self, op: Current, seal: Seal) -> f32 {
         unsafe {
             let (x, norm) = (get!(op, input.x), get!(op, input.norm));
             let len = get!(op, input.len);
@@ -143,7 +153,6 @@ impl Row {
                 let at = |u: usize| base + 4 * (t + THREADS * u as u32);
                 // What is known beforehand comes while the rest is awaited.
                 let weights = unrolled!(4, |u| load_norm(norm, at(u), len));
-                wait_until(w.since + FIRST_LOOK);
                 let mut words = unrolled!(4, |u| if at(u) < len {
                     ld_relaxed_v4_u32(x.add(at(u) as usize))
                 } else {
@@ -207,11 +216,10 @@ impl Row {
 
     /// From attention's parts.
     #[inline(always)]
-    unsafe fn fill_combined(&self, op: Current, seal: Seal, w: &Warp) -> f32 {
+    unsafe fn fill_combined(&self, op: Current, seal: Seal) -> f32 {
         unsafe {
             let len = get!(op, input.len);
             let (t, cols) = (thread_idx_x(), self.groups * GROUP as u32);
-            wait_until(w.since + FIRST_LOOK);
             let mut base = 0;
             while base < cols {
                 let i = base + 4 * t;
@@ -237,28 +245,31 @@ impl Row {
             peak = peak.max(warp::shuffle_xor(peak, 1));
             peak = peak.max(warp::shuffle_xor(peak, 2));
             peak = peak.max(warp::shuffle_xor(peak, 4));
-            let d = peak / 127.0;
-            let inverse = if peak > 0.0 { 127.0 / peak } else { 0.0 };
+            let d = peak * (1.0 / 127.0);
+            // A peak so small that its inverse is infinite stands for nothing.
+            let inverse = if peak > 1e-30 {
+                127.0 * float::rcp_approx(peak)
+            } else {
+                0.0
+            };
             let round = |x: f32| float::round_to_i32(x * inverse);
             let q = [round(v[0]), round(v[1]), round(v[2]), round(v[3])];
-            let mut sum = q[0] + q[1] + q[2] + q[3];
+            let word = (q[0] as u32 & 0xff)
+                | ((q[1] as u32 & 0xff) << 8)
+                | ((q[2] as u32 & 0xff) << 16)
+                | ((q[3] as u32) << 24);
+            let mut sum = dp4a(word, 0x0101_0101, 0);
             sum += warp::shuffle_xor(sum, 1);
             sum += warp::shuffle_xor(sum, 2);
             let other = warp::shuffle_xor(sum, 4);
             if i < cols {
-                let word = (q[0] as u32 & 0xff)
-                    | ((q[1] as u32 & 0xff) << 8)
-                    | ((q[2] as u32 & 0xff) << 16)
-                    | ((q[3] as u32) << 24);
                 let (group, w) = (i / GROUP as u32, i % GROUP as u32 / 4);
-                if w < 4 {
-                    self.low.add(group * 4 + w).store(word);
-                } else {
-                    self.high().add(group * 4 + w - 4).store(word);
-                }
+                let part = if w < 4 { self.low } else { self.high() };
+                part.add(group * 4 + w % 4).store(word);
                 if w == 0 {
-                    let sums = (sum as u32 & 0xffff) | ((other as u32) << 16);
-                    self.meta.add(group * 2).store_v2([d.to_bits(), sums]);
+                    let (first, last) = (d * sum as f32, d * other as f32);
+                    let meta = self.meta.add(group * 4);
+                    meta.store_v4([d, d * (sum + other) as f32, first, last]);
                 }
                 if keep_f32 {
                     self.values().add(i).store_v4(v);

@@ -8,7 +8,7 @@
 
 use super::DecodeArgs;
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, st_relaxed_u32};
-use cuda_std::thread::{clock64, wait_until};
+use cuda_std::thread::{clock, wait_since};
 
 const BITS: u32 = 4;
 /// How many numbers there are. Two operations that write the same buffer, with none that does between
@@ -18,7 +18,7 @@ pub const NUMBERS: u32 = (1 << BITS) - 1;
 pub const PLAIN: u32 = u32::MAX;
 
 /// Cycles between two looks. Looking more often slows down what is waited for.
-const PAUSE: u64 = 150;
+const PAUSE: u32 = 150;
 
 /// What the words of a buffer carry.
 #[derive(Clone, Copy)]
@@ -107,5 +107,5 @@ impl Seal {
 /// Between two looks.
 #[inline(always)]
 pub fn pause() {
-    wait_until(clock64() + PAUSE);
+    wait_since(clock(), PAUSE);
 }

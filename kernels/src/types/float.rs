@@ -1,16 +1,9 @@
-//! F32, F16, BF16: rows padded with zeros to a multiple of 32, otherwise as the file has them.
+//! What F32, F16 and BF16 share: rows padded with zeros to a multiple of 32, otherwise as the file has them.
 
 use super::*;
 use cuda_std::half::{F16 as Half, pack_f16x2};
 
-/// f32.
-pub struct F32;
-/// IEEE half precision.
-pub struct F16;
-/// The upper half of an f32.
-pub struct Bf16;
-
-const fn layout(ty: u32, bytes: usize) -> Layout {
+pub const fn layout(ty: u32, bytes: usize) -> Layout {
     Layout {
         ty,
         block: 1,
@@ -32,11 +25,46 @@ pub trait Sixteen: Weights {
 
     /// Them; zeros behind them.
     fn unpack_sixteen(words: [u32; 4]) -> [f32; 8];
+
+    /// The 32 weights of group `g` of row `r`.
+    #[inline(always)]
+    unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
+        let n = Self::WEIGHTS;
+        // Half as many with f16; the rest is never loaded.
+        let e = unrolled!(8, |k| if k < 32 / n {
+            Self::unpack_sixteen(unsafe { ldg_v4_u32_here(m.start(r).add(16 * (32 / n * g + k))) })
+        } else {
+            [0.0; 8]
+        });
+        unrolled!(32, |i| e[i / n][i % n])
+    }
+
+    /// Weights `4 w .. 4 w + 4` of group `g` of row `r`.
+    #[inline(always)]
+    unsafe fn unpack_four(m: &Matrix, r: usize, g: usize, w: usize) -> [f32; 4] {
+        let first = GROUP * g + 4 * w;
+        let v = Self::unpack_sixteen(unsafe {
+            ldg_v4_u32_here(m.start(r).add(16 * (first / Self::WEIGHTS)))
+        });
+        let high = first % Self::WEIGHTS != 0;
+        unrolled!(4, |i| if high { v[i + 4] } else { v[i] })
+    }
+
+    /// The same in f16, two to a word, rounded.
+    #[inline(always)]
+    unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
+        // A weight past f16's range saturates rather than turn into infinity.
+        let v = unsafe { Self::unpack(m, r, g) };
+        unrolled!(16, |i| pack_f16x2(
+            v[2 * i].clamp(-65504.0, 65504.0),
+            v[2 * i + 1].clamp(-65504.0, 65504.0)
+        ))
+    }
 }
 
 /// Copies `valid` values of `BYTES` bytes, and zeros up to 32.
 #[inline(always)]
-unsafe fn copy_padded<const BYTES: usize>(
+pub unsafe fn copy_padded<const BYTES: usize>(
     source: *const u8,
     m: &Matrix,
     r: usize,
@@ -53,67 +81,10 @@ unsafe fn copy_padded<const BYTES: usize>(
     }
 }
 
-impl Sixteen for F32 {
-    const WEIGHTS: usize = 4;
-
-    #[inline(always)]
-    fn unpack_sixteen(v: [u32; 4]) -> [f32; 8] {
-        unrolled!(8, |i| if i < 4 { f32::from_bits(v[i]) } else { 0.0 })
-    }
-}
-
-impl Sixteen for F16 {
-    const WEIGHTS: usize = 8;
-
-    #[inline(always)]
-    fn unpack_sixteen(v: [u32; 4]) -> [f32; 8] {
-        unrolled!(8, |i| read::f16((v[i / 2] >> (16 * (i % 2))) as u16))
-    }
-}
-
-impl Sixteen for Bf16 {
-    const WEIGHTS: usize = 8;
-
-    #[inline(always)]
-    fn unpack_sixteen(v: [u32; 4]) -> [f32; 8] {
-        unrolled!(8, |i| {
-            f32::from_bits(if i % 2 == 0 {
-                v[i / 2] << 16
-            } else {
-                v[i / 2] & 0xffff_0000
-            })
-        })
-    }
-}
-
 macro_rules! float_weights {
     ($name:ident, $ty:literal, $bytes:literal) => {
         impl Weights for $name {
             const LAYOUT: Layout = layout($ty, $bytes);
-
-            #[inline(always)]
-            unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
-                const N: usize = <$name as Sixteen>::WEIGHTS;
-                // Half as many with f16; the rest is never loaded.
-                let e = unrolled!(8, |k| if k < 32 / N {
-                    Self::unpack_sixteen(unsafe {
-                        ldg_v4_u32_here(m.start(r).add(16 * (32 / N * g + k)))
-                    })
-                } else {
-                    [0.0; 8]
-                });
-                unrolled!(32, |i| e[i / N][i % N])
-            }
-
-            #[inline(always)]
-            unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
-                // A weight past f16's range saturates rather than turn into infinity.
-                let v = unsafe { Self::unpack(m, r, g) };
-                unrolled!(16, |i| pack_f16x2(
-                    v[2 * i].clamp(-65504.0, 65504.0),
-                    v[2 * i + 1].clamp(-65504.0, 65504.0)
-                ))
-            }
 
             #[inline(always)]
             unsafe fn repack(source: *const u8, m: &Matrix, r: usize, block: usize, valid: usize) {
@@ -122,9 +93,7 @@ macro_rules! float_weights {
         }
     };
 }
-float_weights!(F32, 0, 4);
-float_weights!(F16, 1, 2);
-float_weights!(Bf16, 30, 2);
+pub(super) use float_weights;
 
 /// Rounds to f16; values past its range saturate.
 #[inline(always)]

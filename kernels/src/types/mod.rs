@@ -8,19 +8,20 @@
 //! and one for the last 16. Dot products, unpacking and the tensor-core tiles follow from these two for every
 //! type.
 //!
-//! A new type is one file here and one line in [`for_each_type!`].
+//! A new type is one file here and one line in [`type_list!`].
 
 use crate::unrolled;
 use core::marker::PhantomData;
-use cuda_std::memory::{ldg_u16_here, ldg_u32_here, ldg_v2_u32_here, ldg_v4_u32, ldg_v4_u32_here};
+use cuda_std::memory::{
+    ldg_u8_here, ldg_u16_here, ldg_u32_here, ldg_v2_u32_here, ldg_v4_u32, ldg_v4_u32_here,
+};
 
 mod float;
-mod k_quants;
-mod legacy;
+mod grid;
+mod read;
+mod write;
 
-pub use float::{Bf16, F16, F32, Sixteen, to_f16};
-pub use k_quants::{Q2K, Q3K, Q4K, Q5K, Q6K};
-pub use legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+pub use float::{Sixteen, to_f16};
 
 /// An array of 1 to 32 elements (a power of two), each written out with its index: what goes through a closure and a
 /// loop, as with `core::array::from_fn`, may end up in local memory instead of registers.
@@ -143,7 +144,7 @@ impl<T: Weights> MatrixRow<T> {
 /// A plane of a type's layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plane {
-    /// Bytes of an element: 2, 4, 8 or 16; of float types, whose element is a whole group, 64 or 128. Zero for no
+    /// Bytes of an element: 1, 2, 4, 8 or 16; of float types, whose element is a whole group, 64 or 128. Zero for no
     /// plane.
     pub bytes: usize,
     /// Whether an element belongs to a block of the file rather than to a group.
@@ -243,15 +244,29 @@ pub struct Affine {
     pub m: [f32; 2],
 }
 
+impl Affine {
+    /// The same scale and offset for both halves.
+    #[inline(always)]
+    fn uniform(d: f32, m: f32) -> Affine {
+        Affine {
+            d: [d, d],
+            m: [m, m],
+        }
+    }
+
+    /// `d * (level - offset)`.
+    #[inline(always)]
+    fn centred(d: [f32; 2], offset: f32) -> Affine {
+        Affine {
+            d,
+            m: [-offset * d[0], -offset * d[1]],
+        }
+    }
+}
+
 /// A type of weights.
 pub trait Weights {
     const LAYOUT: Layout;
-
-    /// The 32 weights of group `g` of row `r`.
-    unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32];
-
-    /// The same in f16, two to a word, rounded.
-    unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16];
 
     /// Writes block `block` of row `r` in the file, read at `source`, into the planes.
     ///
@@ -279,59 +294,204 @@ pub trait Quantised: Weights {
     const UNIFORM: bool;
 }
 
-/// Calls `$then!` with every type: `GGML number => Rust type, kind`.
-#[macro_export]
-macro_rules! for_each_type {
-    ($then:ident $(, $arg:tt)*) => {
-        $then! {
-            $(($arg))*
-            0 => F32, float;
-            1 => F16, float;
-            2 => Q4_0, quantised;
-            3 => Q4_1, quantised;
-            6 => Q5_0, quantised;
-            7 => Q5_1, quantised;
-            8 => Q8_0, quantised;
-            10 => Q2K, quantised;
-            11 => Q3K, quantised;
-            12 => Q4K, quantised;
-            13 => Q5K, quantised;
-            14 => Q6K, quantised;
-            30 => Bf16, float;
+macro_rules! quantised_weights {
+    ($(#[$doc:meta])* $name:ident, $ty:literal, block $block:literal of $bytes:literal, planes [$($per:ident $plane:literal),*],
+     uniform $uniform:literal,
+     load |$lm:ident, $lg:ident| -> $raw:ty { $load:expr }
+     levels |$lr:pat_param| $levels:expr,
+     affine |$ar:pat_param, $ag:pat_param| $affine:expr,
+     repack |$s:ident, $rm:ident, $rb:ident| $repack:expr) => {
+        $(#[$doc])*
+        pub struct $name;
+
+        impl Quantised for $name {
+            const UNIFORM: bool = $uniform;
+
+            type Raw = $raw;
+
+            #[inline(always)]
+            unsafe fn load<P: Planes>($lm: &P, $lg: usize) -> $raw {
+                unsafe { $load }
+            }
+
+            #[inline(always)]
+            fn levels($lr: $raw) -> [u32; 8] {
+                $levels
+            }
+
+            #[inline(always)]
+            fn affine($ar: $raw, $ag: usize) -> Affine {
+                $affine
+            }
+        }
+
+        impl Weights for $name {
+            const LAYOUT: Layout = Layout {
+                ty: $ty,
+                block: $block,
+                block_bytes: $bytes,
+                planes: {
+                    let planes = [$(Plane::$per($plane)),*];
+                    let mut all = [Plane::NONE; 4];
+                    let mut i = 0;
+                    while i < planes.len() {
+                        all[i] = planes[i];
+                        i += 1;
+                    }
+                    all
+                },
+                quantised: true,
+            };
+
+            #[inline(always)]
+            unsafe fn repack($s: *const u8, m: &Matrix, r: usize, $rb: usize, _valid: usize) {
+                unsafe {
+                    let $rm = &m.row::<Self>(r);
+                    $repack
+                }
+            }
         }
     };
 }
+
+/// Calls `$then!` with every type: `GGML number => file and Rust type, kind`. Kinds are `float`, `quantised`, and
+/// `looked_up`: quantised too, but with so much to do for each group that loads in flight gain less than they take.
+macro_rules! type_list {
+    ($then:ident $(, $arg:ident)*) => {
+        $then! {
+            $(($arg))*
+            0 => float32::F32, float;
+            1 => float16::F16, float;
+            2 => q4_0::Q4_0, quantised;
+            3 => q4_1::Q4_1, quantised;
+            6 => q5_0::Q5_0, quantised;
+            7 => q5_1::Q5_1, quantised;
+            8 => q8_0::Q8_0, quantised;
+            10 => q2_k::Q2K, quantised;
+            11 => q3_k::Q3K, quantised;
+            12 => q4_k::Q4K, quantised;
+            13 => q5_k::Q5K, quantised;
+            14 => q6_k::Q6K, quantised;
+            16 => iq2_xxs::Iq2Xxs, looked_up;
+            17 => iq2_xs::Iq2Xs, looked_up;
+            18 => iq3_xxs::Iq3Xxs, looked_up;
+            19 => iq1_s::Iq1S, looked_up;
+            20 => iq4_nl::Iq4Nl, looked_up;
+            21 => iq3_s::Iq3S, looked_up;
+            22 => iq2_s::Iq2S, looked_up;
+            23 => iq4_xs::Iq4Xs, looked_up;
+            29 => iq1_m::Iq1M, looked_up;
+            30 => bfloat16::Bf16, float;
+            34 => tq1_0::Tq1_0, looked_up;
+            35 => tq2_0::Tq2_0, looked_up;
+            39 => mxfp4::Mxfp4, looked_up;
+        }
+    };
+}
+pub(crate) use type_list;
+
+/// Passes a list of types on without their files.
+macro_rules! without_files {
+    (($then:ident) $($ty:literal => $module:ident::$name:ident, $kind:ident;)*) => {
+        $then! { $($ty => $name, $kind;)* }
+    };
+}
+pub(crate) use without_files;
+
+/// Calls `$then!` with every type: `GGML number => Rust type, kind`.
+macro_rules! for_each_type {
+    ($then:ident) => {
+        $crate::types::type_list!(without_files, $then);
+    };
+}
+pub(crate) use for_each_type;
+
+// rustfmt does not look into a macro's modules: format these files by name.
+macro_rules! files {
+    ($($ty:literal => $module:ident::$name:ident, $kind:ident;)*) => {$(
+        mod $module;
+        pub use $module::$name;
+    )*};
+}
+type_list!(files);
 
 macro_rules! layouts {
     ($($ty:literal => $name:ident, $kind:ident;)*) => {
         /// Every type that kernels can read.
         pub const LAYOUTS: &[Layout] = &[$($name::LAYOUT),*];
         $(const _: () = assert!($name::LAYOUT.ty == $ty);)*
+
+        /// Whether a type is of plain floats.
+        #[inline(always)]
+        const fn is_float(ty: u32) -> bool {
+            false $(|| (ty == $ty && !$name::LAYOUT.quantised))*
+        }
     };
 }
 for_each_type!(layouts);
 
-macro_rules! unpack_f16_by_type {
+macro_rules! by_type {
     ($($ty:literal => $name:ident, $kind:ident;)*) => {
-        /// [`Weights::unpack_f16`] of whatever type `m` has.
+        /// Levels and scales of a group of a quantised type. Types come together here rather than at weights,
+        /// which would take four times the registers and, for each type, code of its own.
         #[inline(always)]
-        pub unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
+        unsafe fn levels(m: &Matrix, r: usize, g: usize) -> ([u32; 8], Affine) {
             unsafe {
                 match m.ty {
-                    $($ty => $name::unpack_f16(m, r, g),)*
-                    _ => [0; 16],
+                    $($ty => by_type!(@$kind levels $name, m, r, g),)*
+                    _ => ([0; 8], Affine::uniform(0.0, 0.0)),
                 }
             }
         }
 
-        /// [`Weights::unpack`] of whatever type `m` has.
+        /// The 32 weights of group `g` of row `r`.
         #[inline(always)]
         pub unsafe fn unpack(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
             unsafe {
-                match m.ty {
-                    $($ty => $name::unpack(m, r, g),)*
-                    _ => [0.0; 32],
+                if is_float(m.ty) {
+                    return match m.ty {
+                        $($ty => by_type!(@$kind unpack $name, m, r, g, [0.0; 32]),)*
+                        _ => [0.0; 32],
+                    };
                 }
+                let (levels, affine) = levels(m, r, g);
+                weights(levels, affine)
+            }
+        }
+
+        /// The same in f16, two to a word, rounded.
+        #[inline(always)]
+        pub unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
+            unsafe {
+                if is_float(m.ty) {
+                    return match m.ty {
+                        $($ty => by_type!(@$kind unpack_f16 $name, m, r, g, [0; 16]),)*
+                        _ => [0; 16],
+                    };
+                }
+                let (levels, affine) = levels(m, r, g);
+                weights_f16(levels, affine)
+            }
+        }
+
+        /// Weights `4 w .. 4 w + 4` of group `g` of row `r`.
+        #[inline(always)]
+        pub unsafe fn unpack_four(m: &Matrix, r: usize, g: usize, w: usize) -> [f32; 4] {
+            unsafe {
+                if is_float(m.ty) {
+                    return match m.ty {
+                        $($ty => by_type!(@$kind unpack_four $name, m, r, g, w, [0.0; 4]),)*
+                        _ => [0.0; 4],
+                    };
+                }
+                let (levels, a) = levels(m, r, g);
+                // Not indexed, for which they would go to local memory.
+                let mut word = levels[0];
+                for i in 1..8 {
+                    word = if i == w { levels[i] } else { word };
+                }
+                let (d, m) = if w < 4 { (a.d[0], a.m[0]) } else { (a.d[1], a.m[1]) };
+                unrolled!(4, |i| d * ((word >> (8 * i)) & 0xff) as f32 + m)
             }
         }
 
@@ -346,8 +506,21 @@ macro_rules! unpack_f16_by_type {
             }
         }
     };
+    (@float levels $name:ident, $($arg:expr),*) => { ([0; 8], Affine::uniform(0.0, 0.0)) };
+    ($(@quantised)? $(@looked_up)? levels $name:ident, $m:expr, $r:expr, $g:expr) => {{
+        let raw = $name::load(&$m.row::<$name>($r), $g);
+        ($name::levels(raw), $name::affine(raw, $g))
+    }};
+    (@float unpack_four $name:ident, $m:expr, $r:expr, $g:expr, $w:expr, $none:expr) => {
+        $name::unpack_four($m, $r, $g, $w)
+    };
+    ($(@quantised)? $(@looked_up)? unpack_four $name:ident, $m:expr, $r:expr, $g:expr, $w:expr, $none:expr) => {
+        $none
+    };
+    (@float $unpack:ident $name:ident, $m:expr, $r:expr, $g:expr, $none:expr) => { $name::$unpack($m, $r, $g) };
+    ($(@quantised)? $(@looked_up)? $unpack:ident $name:ident, $m:expr, $r:expr, $g:expr, $none:expr) => { $none };
 }
-for_each_type!(unpack_f16_by_type);
+for_each_type!(by_type);
 
 /// Arguments of [`repack_kernel`].
 #[repr(C)]
@@ -392,6 +565,7 @@ pub trait Planes {
     unsafe fn words2(&self, plane: usize, index: usize) -> [u32; 2];
     unsafe fn word(&self, plane: usize, index: usize) -> u32;
     unsafe fn half_word(&self, plane: usize, index: usize) -> u16;
+    unsafe fn single(&self, plane: usize, index: usize) -> u8;
 }
 
 impl<T: Weights> Planes for MatrixRow<T> {
@@ -414,142 +588,29 @@ impl<T: Weights> Planes for MatrixRow<T> {
     unsafe fn half_word(&self, plane: usize, index: usize) -> u16 {
         unsafe { ldg_u16_here(self.at(plane, index).cast()) }
     }
-}
-
-/// Reads that the types share.
-mod read {
-    use super::*;
 
     #[inline(always)]
-    pub unsafe fn words4(m: &impl Planes, plane: usize, index: usize) -> [u32; 4] {
-        unsafe { m.words4(plane, index) }
-    }
-
-    #[inline(always)]
-    pub unsafe fn words2(m: &impl Planes, plane: usize, index: usize) -> [u32; 2] {
-        unsafe { m.words2(plane, index) }
-    }
-
-    #[inline(always)]
-    pub unsafe fn word(m: &impl Planes, plane: usize, index: usize) -> u32 {
-        unsafe { m.word(plane, index) }
-    }
-
-    #[inline(always)]
-    pub unsafe fn half_word(m: &impl Planes, plane: usize, index: usize) -> u16 {
-        unsafe { m.half_word(plane, index) }
-    }
-
-    #[inline(always)]
-    pub fn f16(bits: u16) -> f32 {
-        cuda_std::half::F16::from_bits(bits).to_f32()
-    }
-
-    /// Nibbles of 16 bytes: low nibbles are weights 0..16, high ones 16..32.
-    #[inline(always)]
-    pub fn nibbles(v: [u32; 4]) -> [u32; 8] {
-        unrolled!(8, |w| (v[w % 4] >> (4 * (w / 4))) & 0x0f0f_0f0f)
-    }
-
-    /// Bit `8b + w` is one bit of weight `4w + b`.
-    #[inline(always)]
-    pub fn bits(v: u32) -> [u32; 8] {
-        unrolled!(8, |w| (v >> w) & 0x0101_0101)
-    }
-
-    /// Two bits of each weight: weight `4w + b` has bits `8b + 2(w % 4)` of word `w / 4`.
-    #[inline(always)]
-    pub fn pairs(v: [u32; 2]) -> [u32; 8] {
-        unrolled!(8, |w| (v[w / 4] >> (2 * (w % 4))) & 0x0303_0303)
-    }
-
-    #[inline(always)]
-    pub fn byte(words: &[u32; 8], i: usize) -> u32 {
-        (words[i / 4] >> (8 * (i % 4))) & 0xff
+    unsafe fn single(&self, plane: usize, index: usize) -> u8 {
+        unsafe { ldg_u8_here(self.at(plane, index)) }
     }
 }
 
-/// Writes of [`Weights::repack`]: each takes `level(i)`, a weight's unsigned level.
-mod write {
-    use super::*;
+/// Groups of a block of 256 weights.
+const BLOCK_GROUPS: usize = 256 / GROUP;
 
-    #[inline(always)]
-    pub unsafe fn word<T: Weights>(m: &MatrixRow<T>, plane: usize, index: usize, value: u32) {
-        unsafe { m.part::<u32>(plane, index).write(value) }
-    }
-
-    #[inline(always)]
-    pub unsafe fn half_word<T: Weights>(m: &MatrixRow<T>, plane: usize, index: usize, value: u16) {
-        unsafe { m.part::<u16>(plane, index).write(value) }
-    }
-
-    /// What [`read::nibbles`] reads.
-    #[inline(always)]
-    pub unsafe fn nibbles<T: Weights>(m: &MatrixRow<T>, g: usize, level: impl Fn(usize) -> u32) {
-        for w in 0..4 {
-            let mut v = 0;
-            for b in 0..4 {
-                let i = 4 * w + b;
-                v |= ((level(i) & 15) | ((level(i + 16) & 15) << 4)) << (8 * b);
-            }
-            unsafe { word(m, 0, g * 4 + w, v) }
-        }
-    }
-
-    /// What [`read::bits`] reads; `level` gives 0 or 1.
-    #[inline(always)]
-    pub unsafe fn bits<T: Weights>(
-        m: &MatrixRow<T>,
-        plane: usize,
-        index: usize,
-        level: impl Fn(usize) -> u32,
-    ) {
-        let mut v = 0;
-        for w in 0..8 {
-            for b in 0..4 {
-                v |= (level(4 * w + b) & 1) << (8 * b + w);
-            }
-        }
-        unsafe { word(m, plane, index, v) }
-    }
-
-    /// What [`read::pairs`] reads; `level` gives 0 to 3.
-    #[inline(always)]
-    pub unsafe fn pairs<T: Weights>(
-        m: &MatrixRow<T>,
-        plane: usize,
-        index: usize,
-        level: impl Fn(usize) -> u32,
-    ) {
-        for half in 0..2 {
-            let mut v = 0;
-            for w in 0..4 {
-                for b in 0..4 {
-                    v |= (level(16 * half + 4 * w + b) & 3) << (8 * b + 2 * w);
-                }
-            }
-            unsafe { word(m, plane, index * 2 + half, v) }
-        }
-    }
-}
-
-/// [`Weights::unpack`] of a quantised type.
+/// `d * level + m` of a group.
 #[inline(always)]
-unsafe fn unpack_quantised<T: Quantised>(m: &Matrix, r: usize, g: usize) -> [f32; 32] {
-    let raw = unsafe { T::load(&m.row::<T>(r), g) };
-    let (levels, a) = (T::levels(raw), T::affine(raw, g));
+fn weights(levels: [u32; 8], a: Affine) -> [f32; 32] {
     unrolled!(32, |i| a.d[i / 16] * read::byte(&levels, i) as f32
         + a.m[i / 16])
 }
 
-/// [`Weights::unpack_f16`] of a quantised type: a byte `q` set into the mantissa of 1024 is the f16
-/// `1024 + q`; subtracting 1024 is exact, and one fused multiply-add applies the scales.
+/// The same in f16: a byte `q` set into the mantissa of 1024 is the f16 `1024 + q`; subtracting 1024 is exact,
+/// and one fused multiply-add applies the scales.
 #[inline(always)]
-unsafe fn unpack_f16_quantised<T: Quantised>(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
+fn weights_f16(levels: [u32; 8], a: Affine) -> [u32; 16] {
     use cuda_std::half::{Half2, hfma2, hsub2};
     use cuda_std::int::prmt;
-    let raw = unsafe { T::load(&m.row::<T>(r), g) };
-    let (levels, a) = (T::levels(raw), T::affine(raw, g));
     let d = [
         Half2::from_f32(a.d[0], a.d[0]),
         Half2::from_f32(a.d[1], a.d[1]),
@@ -580,4 +641,10 @@ pub unsafe fn ldg_v4_f32(p: *const f32) -> [f32; 4] {
 #[inline(always)]
 unsafe fn u16_at(source: *const u8, offset: usize) -> u16 {
     unsafe { u16::from_le_bytes([*source.add(offset), *source.add(offset + 1)]) }
+}
+
+/// An unaligned little-endian u32.
+#[inline(always)]
+unsafe fn u32_at(source: *const u8, offset: usize) -> u32 {
+    unsafe { u32::from(u16_at(source, offset)) | (u32::from(u16_at(source, offset + 2)) << 16) }
 }

@@ -5,6 +5,7 @@ use super::gemm::ROWS;
 use super::pool::{Parts, Pool};
 use super::quant::{Kernels, Quant, UNIT};
 use super::simd::{Level, Set, Simd, multiversion};
+use crate::device::Activation;
 use gguf::GgmlType;
 
 /// Rows are padded with zeros to a multiple of this, the most lanes of any vector.
@@ -259,26 +260,89 @@ fn rms_norm_generic<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32
     }
 }
 
+/// `out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`.
+pub(super) fn layer_norm(
+    x: &[f32],
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    eps: f32,
+    out: &mut [f32],
+) {
+    let n = x.len() as f32;
+    let mean = x.iter().sum::<f32>() / n;
+    let variance = x.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>() / n;
+    let scale = 1.0 / (variance + eps).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = (x - mean) * scale * weight;
+    }
+    if let Some(bias) = bias {
+        out.iter_mut()
+            .zip(bias)
+            .for_each(|(out, bias)| *out += bias);
+    }
+}
+
 multiversion! {
-    /// `gate = silu(gate) * up` over a tile's products; `silu(x) = x / (1 + exp(-x))`.
-    pub(super) fn silu_mul(gate: &mut [[f32; ROWS]], up: &[[f32; ROWS]]) = silu_mul_generic
+    /// The activation over a tile's products: `gate` becomes the result; without a gate, `gate` holds
+    /// what `up` would.
+    pub(super) fn activate(
+        activation: Activation, gate: &mut [[f32; ROWS]], up: Option<&[[f32; ROWS]]>
+    ) = activate_generic
 }
 
 #[inline(always)]
-fn silu_mul_generic<S: Simd>(gate: &mut [[f32; ROWS]], up: &[[f32; ROWS]]) {
-    assert!(gate.len() == up.len());
-    for (gate, up) in gate.iter_mut().zip(up) {
+fn activate_generic<S: Simd>(
+    activation: Activation,
+    gate: &mut [[f32; ROWS]],
+    up: Option<&[[f32; ROWS]]>,
+) {
+    assert!(up.is_none_or(|up| gate.len() == up.len()));
+    for (row, gate) in gate.iter_mut().enumerate() {
         for i in (0..ROWS).step_by(S::LANES) {
             // SAFETY: the lanes divide the row; `multiversion!` checked the features.
             unsafe {
-                let x = S::load(gate.as_ptr().add(i));
+                let mut x = S::load(gate.as_ptr().add(i));
+                let up = up.map(|up| S::load(up[row].as_ptr().add(i)));
+                // All are `x * sigmoid(z)`; `tanh(u) = 2 sigmoid(2u) - 1`.
+                let (z, up) = match activation {
+                    Activation::Silu => (x, up),
+                    Activation::Gelu => {
+                        let cube = S::mul(S::mul(x, x), S::mul(x, S::splat(0.044_715)));
+                        let u = S::mul(S::add(x, cube), S::splat(2.0 * GELU));
+                        (u, up)
+                    }
+                    Activation::ClampedSwish => {
+                        x = min::<S>(x, LIMIT);
+                        let up = up.map(|up| {
+                            let up = min::<S>(S::max(up, S::splat(-LIMIT)), LIMIT);
+                            S::add(up, S::splat(1.0))
+                        });
+                        (S::mul(x, S::splat(SWISH)), up)
+                    }
+                };
                 // Beyond 88 exp would overflow, and the quotient is 0 beside any other number.
-                let minus = S::sub(S::splat(0.0), S::max(x, S::splat(-88.0)));
-                let one = S::splat(1.0);
-                let y = S::div(x, S::add(one, S::exp(minus)));
-                let y = S::mul(y, S::load(up.as_ptr().add(i)));
+                let minus = S::sub(S::splat(0.0), S::max(z, S::splat(-88.0)));
+                let y = S::div(x, S::add(S::splat(1.0), S::exp(minus)));
+                let y = up.map_or(y, |up| S::mul(y, up));
                 S::store(gate.as_mut_ptr().add(i), y);
             }
         }
+    }
+}
+
+/// `sqrt(2 / pi)`.
+const GELU: f32 = 0.797_884_6;
+/// Of [`Activation::ClampedSwish`].
+const LIMIT: f32 = 7.0;
+const SWISH: f32 = 1.702;
+
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+unsafe fn min<S: Simd>(x: S::V, most: f32) -> S::V {
+    // SAFETY: the caller's.
+    unsafe {
+        let zero = S::splat(0.0);
+        S::sub(zero, S::max(S::sub(zero, x), S::splat(-most)))
     }
 }

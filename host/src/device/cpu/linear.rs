@@ -16,6 +16,8 @@ pub struct Weight {
     file: Arc<Gguf>,
     name: String,
     ty: GgmlType,
+    /// Row of the tensor that is the matrix's first.
+    first: usize,
     pub(super) rows: usize,
     pub(super) cols: usize,
     row_bytes: usize,
@@ -23,13 +25,22 @@ pub struct Weight {
     kernels: Option<Kernels>,
 }
 
+/// Whether there are products with weights of this type.
+pub fn multiplies(ty: GgmlType) -> bool {
+    let plain = matches!(ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16);
+    plain || quant::kernels(ty).is_some()
+}
+
 impl Weight {
     /// # Errors
     /// A type that has no products here.
-    pub(super) fn new(tensor: gguf::Tensor<'_>, file: &Arc<Gguf>) -> Result<Weight> {
+    pub(super) fn new(
+        tensor: gguf::Tensor<'_>,
+        rows: Range<usize>,
+        file: &Arc<Gguf>,
+    ) -> Result<Weight> {
         let kernels = quant::kernels(tensor.ty());
-        let plain = matches!(tensor.ty(), GgmlType::F32 | GgmlType::F16 | GgmlType::BF16);
-        if kernels.is_none() && !plain {
+        if !multiplies(tensor.ty()) {
             let what = format!(
                 "tensor {} has type {}, which the CPU cannot multiply",
                 tensor.name(),
@@ -45,24 +56,27 @@ impl Weight {
             file: Arc::clone(file),
             name: tensor.name().to_owned(),
             ty: tensor.ty(),
-            rows: tensor.rows() as usize,
+            first: rows.start,
+            rows: rows.len(),
             cols: tensor.row_len() as usize,
             row_bytes: tensor.row_bytes() as usize,
             kernels,
         })
     }
 
-    /// The tensor in the file.
-    pub(super) fn tensor(&self) -> Result<gguf::Tensor<'_>> {
-        Ok(self.file.require(&self.name)?)
+    /// Writes a row as f32.
+    pub(super) fn row(&self, row: usize, out: &mut [f32]) -> Result<()> {
+        let tensor = self.file.require(&self.name)?;
+        Ok(tensor.dequantize_row((self.first + row) as u64, out)?)
     }
 
     /// The matrix, ready to be multiplied.
     pub(super) fn view(&self, exact: bool) -> Result<View<'_>> {
-        let data = self.tensor()?.data();
+        let data = self.file.require(&self.name)?.data();
         Ok(View {
             weight: self,
-            data,
+            data: &data[self.first * self.row_bytes..(self.first + self.rows) * self.row_bytes],
+            rows: self.rows,
             quantised: !exact && self.kernels.is_some(),
         })
     }
@@ -73,6 +87,7 @@ impl Weight {
 pub(super) struct View<'a> {
     weight: &'a Weight,
     data: &'a [u8],
+    rows: usize,
     /// Activations are taken in 8 bits.
     quantised: bool,
 }
@@ -120,17 +135,31 @@ pub(super) struct Scratch {
 
 impl View<'_> {
     pub fn rows(&self) -> usize {
-        self.weight.rows
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.weight.cols
+    }
+
+    /// These rows alone.
+    pub fn part(&self, rows: Range<usize>) -> Self {
+        let row_bytes = self.weight.row_bytes;
+        View {
+            data: &self.data[rows.start * row_bytes..rows.end * row_bytes],
+            rows: rows.len(),
+            ..*self
+        }
     }
 
     /// Tiles of [`ROWS`] rows.
     pub fn tiles(&self) -> usize {
-        self.weight.rows.div_ceil(ROWS)
+        self.rows.div_ceil(ROWS)
     }
 
     /// The rows of tile `tile`.
     pub fn tile_rows(&self, tile: usize) -> Range<usize> {
-        tile * ROWS..(tile * ROWS + ROWS).min(self.weight.rows)
+        tile * ROWS..(tile * ROWS + ROWS).min(self.rows)
     }
 
     /// Multiplies tile `tile` by the `n` rows of `input`; `scratch.out[row]` are the products, of

@@ -5,12 +5,15 @@
 //!   tiles for many ([`gemm`]: prompts). [`quant`] holds a file per weight type.
 //! - [`activations`]: activations in 8 bits, 32 to a scale. In exact mode, and for F32, F16 and BF16
 //!   weights, products are f32 throughout ([`float`]).
-//! - [`cache`]: the KV cache and attention.
+//! - [`cache`]: the KV cache and attention over its blocks; [`attend`]: rows and heads shared out.
+//! - [`experts`]: mixtures of experts.
 //! - [`pool`]: the threads; [`simd`]: instruction sets, chosen when the program runs.
 
 mod activations;
+mod attend;
 mod cache;
 mod dot;
+mod experts;
 mod float;
 #[allow(clippy::needless_range_loop)] // `g` is a group number, of weights and of sums alike.
 mod gemm;
@@ -27,16 +30,15 @@ mod testing;
 mod tests;
 
 pub use cache::Cache;
-pub use linear::Weight;
+pub use linear::{Weight, multiplies};
 pub use simd::Level;
 
-use self::cache::{Element, Job, Partial, Store};
 use self::gemm::ROWS;
 use self::linear::{Input, Scratch, View};
 use self::pool::{Parts, Pool};
 use super::{
-    BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo, Heads, Linear, Norm, Qkv, Rope,
-    RopeLayout, SampleRow,
+    Activation, Attention, Batch, CachePlace, CacheShape, Device, DeviceInfo, Experts, GateUp,
+    Head, Linear, Norm, NormKind, Qkv, Residual, SampleRow,
 };
 use crate::error::{Error, Result};
 use gguf::Gguf;
@@ -58,11 +60,12 @@ pub struct Cpu {
     input: Input,
     /// A thread's own.
     scratch: Vec<Scratch>,
-    partials: Vec<Partial>,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    /// Block numbers of each span, in the cache's own count.
-    blocks: Vec<Vec<usize>>,
+    attention: attend::Scratch,
+    /// Products between two steps of an operation.
+    between: [Vec<f32>; 2],
+    /// Products with the first matrices of adapters.
+    low: Vec<Vec<f32>>,
+    experts: experts::Scratch,
     logits: Vec<f32>,
 }
 
@@ -111,14 +114,14 @@ impl Cpu {
             level,
             exact,
             scratch: (0..threads).map(|_| Scratch::default()).collect(),
-            partials: Vec::new(),
+            attention: attend::Scratch::default(),
+            between: Default::default(),
+            low: Vec::new(),
+            experts: experts::Scratch::default(),
             pool,
             batch: Batch::default(),
             places: Vec::new(),
             input: Input::default(),
-            keys: Vec::new(),
-            values: Vec::new(),
-            blocks: Vec::new(),
             logits: Vec::new(),
         })
     }
@@ -177,23 +180,19 @@ fn biased(product: f32, bias: Option<&[f32]>, row: usize) -> f32 {
     bias.map_or(product, |bias| product + bias[row])
 }
 
-/// Rotates one head at the position whose `(cos, sin)` pairs these are.
-fn rotate(head: &mut [f32], layout: RopeLayout, pairs: &[f32]) {
-    let half = pairs.len() / 2;
-    for (i, pair) in pairs.chunks_exact(2).enumerate() {
-        let (a, b) = match layout {
-            RopeLayout::Interleaved => (2 * i, 2 * i + 1),
-            RopeLayout::Halves => (i, i + half),
-        };
-        let (x, y) = (head[a], head[b]);
-        head[a] = x * pair[0] - y * pair[1];
-        head[b] = x * pair[1] + y * pair[0];
+/// One row's norm.
+fn norm_row(level: Level, norm: &Norm<'_, Cpu>, x: &[f32], weight: Range<usize>, out: &mut [f32]) {
+    let bias = norm.bias.map(|b| &b.0[weight.clone()]);
+    let weight = &norm.weight.0[weight];
+    match norm.kind {
+        NormKind::Rms => float::rms_norm(level, x, weight, norm.eps, out),
+        NormKind::Layer => float::layer_norm(x, weight, bias, norm.eps, out),
     }
 }
 
-/// The pairs of a position.
-fn rope_pairs<'a>(rope: &Rope<'a, Cpu>, position: usize) -> &'a [f32] {
-    &rope.table.0[position * rope.dims..(position + 1) * rope.dims]
+/// `cap * tanh(x / cap)`.
+fn soft_cap(x: f32, cap: f32) -> f32 {
+    cap * (x / cap).tanh()
 }
 
 impl Device for Cpu {
@@ -212,15 +211,17 @@ impl Device for Cpu {
         Ok(system::memory().map_or(u64::MAX, |(_, free)| free))
     }
 
-    fn cache_element_bytes(&self) -> usize {
-        if self.exact { 4 } else { 2 }
-    }
-
-    fn load(&mut self, tensor: gguf::Tensor<'_>, file: &Arc<Gguf>) -> Result<Weight> {
-        let weight = Weight::new(tensor, file)?;
+    fn load(
+        &mut self,
+        tensor: gguf::Tensor<'_>,
+        rows: Range<usize>,
+        file: &Arc<Gguf>,
+    ) -> Result<Weight> {
         // Nothing is copied: touching each page brings it in now rather than in the first pass.
         const PAGE: usize = 4096;
-        let data = tensor.data();
+        let row_bytes = tensor.row_bytes() as usize;
+        let data = &tensor.data()[rows.start * row_bytes..rows.end * row_bytes];
+        let weight = Weight::new(tensor, rows, file)?;
         self.pool
             .for_ranges(data.len().div_ceil(PAGE), 256, |_, range| {
                 for page in range {
@@ -247,7 +248,7 @@ impl Device for Cpu {
     }
 
     fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache> {
-        Ok(Cache::new(shape, self.exact))
+        Ok(Cache::new(shape))
     }
 
     fn step(
@@ -266,9 +267,8 @@ impl Device for Cpu {
 
     fn embed(&mut self, table: &Weight, scale: f32, out: &mut Buffer) -> Result<()> {
         let cols = table.cols;
-        let tensor = table.tensor()?;
         for (&token, out) in self.batch.tokens.iter().zip(out.0.chunks_exact_mut(cols)) {
-            tensor.dequantize_row(u64::from(token), out)?;
+            table.row(token as usize, out)?;
             if scale != 1.0 {
                 out.iter_mut().for_each(|x| *x *= scale);
             }
@@ -281,52 +281,22 @@ impl Device for Cpu {
         x: &Buffer,
         op: &Qkv<'_, Self>,
         cache: &mut Cache,
-        layer: usize,
+        place: CachePlace,
         q: &mut Buffer,
     ) -> Result<()> {
-        let linears = [&op.q, &op.k, &op.v];
-        let mut views = Vec::with_capacity(3);
-        for linear in linears {
-            views.push(linear.weight.view(self.exact)?);
-        }
         let n = self.rows();
-        self.take_normed(x, &op.norm, &views, None);
-
-        let q_dim = views[0].rows();
-        let kv_dim = views[1].rows();
-        let (mut keys, mut values) = (
-            std::mem::take(&mut self.keys),
-            std::mem::take(&mut self.values),
-        );
+        let kv_dim = op.heads.kv_heads * op.heads.head_dim;
+        let [mut keys, mut values] = std::mem::take(&mut self.between);
         keys.resize(n * kv_dim, 0.0);
         values.resize(n * kv_dim, 0.0);
-        let targets = [
+        let outs = [
             Parts::new(&mut q.0),
             Parts::new(&mut keys),
             Parts::new(&mut values),
         ];
-        let widths = [q_dim, kv_dim, kv_dim];
-        let biases = linears.map(bias);
-        self.products(&views, n, |view, rows, products| {
-            for (at, products) in products.iter().enumerate() {
-                let start = at * widths[view];
-                // SAFETY: a tile's columns of a row are written by one thread.
-                let out = unsafe { targets[view].get(start + rows.start..start + rows.end) };
-                for ((out, &product), row) in out.iter_mut().zip(products).zip(rows.clone()) {
-                    *out = biased(product, biases[view], row);
-                }
-            }
-        });
-
-        match &mut cache.store {
-            Store::Half { .. } => {
-                self.rotate_and_store::<u16>(op, cache, layer, q, &mut keys, &values)
-            }
-            Store::Single { .. } => {
-                self.rotate_and_store::<f32>(op, cache, layer, q, &mut keys, &values)
-            }
-        }
-        (self.keys, self.values) = (keys, values);
+        self.linears(&[op.q, op.k, op.v], Rows::Normed(x, &op.norm), &outs, false)?;
+        self.rotate_and_store(op, cache, place, q, &mut keys, &values);
+        self.between = [keys, values];
         Ok(())
     }
 
@@ -334,18 +304,11 @@ impl Device for Cpu {
         &mut self,
         q: &Buffer,
         cache: &Cache,
-        layer: usize,
-        heads: Heads,
+        place: CachePlace,
+        op: &Attention<'_, Self>,
         out: &mut Buffer,
     ) -> Result<()> {
-        match &cache.store {
-            Store::Half { keys, values } => {
-                self.attend_over(q, cache, keys, values, layer, heads, out)
-            }
-            Store::Single { keys, values } => {
-                self.attend_over(q, cache, keys, values, layer, heads, out)
-            }
-        }
+        self.attend_over(q, cache, place, op, out);
         Ok(())
     }
 
@@ -353,113 +316,56 @@ impl Device for Cpu {
         &mut self,
         linear: Linear<'_, Self>,
         input: &Buffer,
+        residual: &Residual<'_, Self>,
         x: &mut Buffer,
     ) -> Result<()> {
-        let views = [linear.weight.view(self.exact)?];
-        let (width, cols) = Self::shape(linear.weight);
-        let n = self.rows();
-        let Self {
-            level,
-            pool,
-            input: to,
-            ..
-        } = self;
-        to.fill(*level, pool, (n, cols), &views, |row, _| {
-            Some(&input.0[row * cols..(row + 1) * cols])
-        });
-        let x = Parts::new(&mut x.0);
-        let bias = bias(&linear);
-        self.products(&views, n, |_, rows, products| {
-            for (at, products) in products.iter().enumerate() {
-                // SAFETY: a tile's columns of a row are written by one thread.
-                let x = unsafe { x.get(at * width + rows.start..at * width + rows.end) };
-                for ((x, &product), row) in x.iter_mut().zip(products).zip(rows.clone()) {
-                    *x += biased(product, bias, row);
-                }
-            }
-        });
+        if residual.is_plain() {
+            let outs = [Parts::new(&mut x.0)];
+            return self.linears(&[linear], Rows::Plain(input), &outs, true);
+        }
+        let [mut y, other] = std::mem::take(&mut self.between);
+        y.resize(self.rows() * linear.weight.rows, 0.0);
+        let outs = [Parts::new(&mut y)];
+        self.linears(&[linear], Rows::Plain(input), &outs, false)?;
+        self.add_residual(residual, &mut y, x, linear.weight.rows);
+        self.between = [y, other];
         Ok(())
     }
 
-    fn norm_gate_up(
-        &mut self,
-        x: &Buffer,
-        norm: Norm<'_, Self>,
-        gate: Linear<'_, Self>,
-        up: Linear<'_, Self>,
-        out: &mut Buffer,
-    ) -> Result<()> {
-        let views = [gate.weight.view(self.exact)?, up.weight.view(self.exact)?];
-        let n = self.rows();
-        self.take_normed(x, &norm, &views, None);
-        let width = views[0].rows();
-        let tiles = views[0].tiles();
-        let out = Parts::new(&mut out.0);
-        let biases = [bias(&gate), bias(&up)];
-        let Self {
-            level,
-            pool,
-            input,
-            scratch,
-            ..
-        } = self;
-        let level = *level;
-        let scratch = Parts::new(scratch);
-        let grain = grain(2 * tiles, pool.threads());
-        pool.for_ranges(tiles, grain.div_ceil(2), |thread, range| {
-            // SAFETY: one thread has one number.
-            let scratch = unsafe { &mut scratch.get(thread..thread + 1)[0] };
-            for tile in range {
-                let rows = views[0].tile_rows(tile);
-                for (view, bias) in views.iter().zip(biases).rev() {
-                    // Up first: what is in `out` at the end is the gate's.
-                    std::mem::swap(&mut scratch.out, &mut scratch.second);
-                    view.multiply(level, tile, input, n, scratch);
-                    if let Some(bias) = bias {
-                        for products in &mut scratch.out {
-                            for (product, bias) in products.iter_mut().zip(&bias[rows.clone()]) {
-                                *product += bias;
-                            }
-                        }
-                    }
-                }
-                float::silu_mul(level, &mut scratch.out, &scratch.second);
-                for (at, products) in scratch.out.iter().enumerate() {
-                    let start = at * width;
-                    // SAFETY: a tile's columns of a row are written by one thread.
-                    let out = unsafe { out.get(start + rows.start..start + rows.end) };
-                    out.copy_from_slice(&products[..rows.len()]);
-                }
-            }
-        });
+    fn norm_gate_up(&mut self, x: &Buffer, op: &GateUp<'_, Self>, out: &mut Buffer) -> Result<()> {
+        let up = Some(op.up);
+        let both: Vec<_> = op.gate.into_iter().chain(up).collect();
+        if both.iter().any(|linear| !linear.adapters.is_empty()) {
+            return self.gate_up_adapted(x, op, &both, out);
+        }
+        let mut views = Vec::with_capacity(2);
+        for linear in &both {
+            views.push((linear.weight.view(self.exact)?, bias(linear)));
+        }
+        let inputs: Vec<_> = views.iter().map(|v| v.0).collect();
+        let n = self.take(Rows::Normed(x, &op.norm), &inputs);
+        self.gate_up(&views, op.activation, n, Parts::new(&mut out.0));
         Ok(())
     }
 
-    fn norm_head(
-        &mut self,
-        x: &Buffer,
-        norm: Norm<'_, Self>,
-        head: Linear<'_, Self>,
-        logits: &mut Buffer,
-    ) -> Result<()> {
-        let views = [head.weight.view(self.exact)?];
+    fn experts(&mut self, op: &Experts<'_, Self>, x: &mut Buffer) -> Result<()> {
+        self.run_experts(op, x)
+    }
+
+    fn norm_head(&mut self, x: &Buffer, op: &Head<'_, Self>, logits: &mut Buffer) -> Result<()> {
         let outputs = std::mem::take(&mut self.batch.outputs);
-        self.take_normed(x, &norm, &views, Some(&outputs));
-        let width = views[0].rows();
-        let bias = bias(&head);
-        let logits = Parts::new(&mut logits.0);
-        self.products(&views, outputs.len(), |_, rows, products| {
-            for (at, products) in products.iter().enumerate() {
-                let start = at * width;
-                // SAFETY: a tile's columns of a row are written by one thread.
-                let logits = unsafe { logits.get(start + rows.start..start + rows.end) };
-                for ((logit, &product), row) in logits.iter_mut().zip(products).zip(rows.clone()) {
-                    *logit = biased(product, bias, row);
-                }
-            }
-        });
+        let outs = [Parts::new(&mut logits.0)];
+        let rows = Rows::Gathered(x, &op.norm, &outputs);
+        let done = self.linears(&[op.output], rows, &outs, false);
+        let values = &mut logits.0[..outputs.len() * op.output.weight.rows];
         self.batch.outputs = outputs;
-        Ok(())
+        if op.scale != 1.0 {
+            values.iter_mut().for_each(|l| *l *= op.scale);
+        }
+        if let Some(cap) = op.soft_cap {
+            values.iter_mut().for_each(|l| *l = soft_cap(*l, cap));
+        }
+        done
     }
 
     fn sample(
@@ -501,247 +407,223 @@ impl Device for Cpu {
     }
 }
 
+/// Rows of activations that products take.
+#[derive(Clone, Copy)]
+enum Rows<'a> {
+    Plain(&'a Buffer),
+    Normed(&'a Buffer, &'a Option<Norm<'a, Cpu>>),
+    /// Those listed, normed.
+    Gathered(&'a Buffer, &'a Norm<'a, Cpu>, &'a [usize]),
+}
+
 impl Cpu {
-    /// Makes the normed rows of `x`, all or those listed, the input of `views`.
-    fn take_normed(
-        &mut self,
-        x: &Buffer,
-        norm: &Norm<'_, Self>,
-        views: &[View<'_>],
-        rows: Option<&[usize]>,
-    ) {
-        let n = rows.map_or(self.batch.tokens.len(), <[_]>::len);
-        let cols = norm.weight.0.len();
+    /// Makes `rows` the input of `views`; returns how many they are.
+    fn take(&mut self, rows: Rows<'_>, views: &[View<'_>]) -> usize {
+        let n = match rows {
+            Rows::Gathered(_, _, list) => list.len(),
+            _ => self.batch.tokens.len(),
+        };
+        let cols = views[0].cols();
         let Self {
             level, pool, input, ..
         } = self;
         let level = *level;
-        input.fill(level, pool, (n, cols), views, |row, out| {
-            let row = rows.map_or(row, |rows| rows[row]);
-            let x = &x.0[row * cols..(row + 1) * cols];
-            float::rms_norm(level, x, &norm.weight.0, norm.eps, out);
-            None
+        let of = |row: usize| row * cols..(row + 1) * cols;
+        input.fill(level, pool, (n, cols), views, |row, out| match rows {
+            Rows::Plain(x) | Rows::Normed(x, None) => Some(&x.0[of(row)]),
+            Rows::Normed(x, Some(norm)) => {
+                norm_row(level, norm, &x.0[of(row)], 0..cols, out);
+                None
+            }
+            Rows::Gathered(x, norm, list) => {
+                norm_row(level, norm, &x.0[of(list[row])], 0..cols, out);
+                None
+            }
         });
+        n
     }
 
-    /// Rotates queries and keys, and writes keys and values to the cache.
-    fn rotate_and_store<E: Stored>(
+    /// Products of `rows` with each of `linears`, biases and adapters added, to `outs[i]`,
+    /// `[rows][matrix rows]`; or added to what is there.
+    fn linears(
         &mut self,
-        op: &Qkv<'_, Self>,
-        cache: &mut Cache,
-        layer: usize,
-        q: &mut Buffer,
-        keys: &mut [f32],
-        values: &[f32],
-    ) {
-        let Heads {
-            heads,
-            kv_heads,
-            head_dim,
-            ..
-        } = op.heads;
-        let (q_dim, kv_dim) = (heads * head_dim, kv_heads * head_dim);
-        let padded = cache::block_len(head_dim).1 / BLOCK_TOKENS;
-        let Self {
-            pool,
-            batch,
-            places,
-            ..
-        } = self;
-        let blocks: Vec<usize> = places
+        linears: &[Linear<'_, Self>],
+        rows: Rows<'_>,
+        outs: &[Parts<'_, f32>],
+        add: bool,
+    ) -> Result<()> {
+        let mut views = Vec::with_capacity(linears.len());
+        for linear in linears {
+            views.push(linear.weight.view(self.exact)?);
+        }
+        // All that take the input itself at once.
+        let adapters: Vec<_> = linears
             .iter()
-            .map(|&(span, position)| batch.spans[span].blocks[position / BLOCK_TOKENS])
-            .map(|block| cache.block(layer, block, 0))
+            .enumerate()
+            .flat_map(|(i, linear)| linear.adapters.iter().map(move |adapter| (i, adapter)))
             .collect();
-        let (key_cells, value_cells) = E::cells(&mut cache.store);
-        let q = Parts::new(&mut q.0);
-        let keys = Parts::new(keys);
-        let key_cells = Parts::new(key_cells);
-        let value_cells = Parts::new(value_cells);
-        let (key_len, value_len) = cache::block_len(head_dim);
-        pool.for_ranges(places.len(), 8, |_, range| {
-            for row in range {
-                let position = places[row].1;
-                let pairs = rope_pairs(&op.rope, position);
-                // SAFETY: a row of the batch, and its token's cells, belong to one thread.
-                unsafe {
-                    let q = q.get(row * q_dim..(row + 1) * q_dim);
-                    let keys = keys.get(row * kv_dim..(row + 1) * kv_dim);
-                    for head in q.chunks_exact_mut(head_dim) {
-                        rotate(head, op.rope.layout, pairs);
-                    }
-                    let token = position % BLOCK_TOKENS;
-                    let values = &values[row * kv_dim..(row + 1) * kv_dim];
-                    let both = keys
-                        .chunks_exact_mut(head_dim)
-                        .zip(values.chunks_exact(head_dim));
-                    for (head, (key, value)) in both.enumerate() {
-                        rotate(key, op.rope.layout, pairs);
-                        let block = blocks[row] + head;
-                        for (d, &x) in key.iter().enumerate() {
-                            let at = block * key_len + d * BLOCK_TOKENS + token;
-                            key_cells.get(at..at + 1)[0] = E::from_f32(x);
-                        }
-                        let at = block * value_len + token * padded;
-                        let cells = value_cells.get(at..at + head_dim);
-                        for (cell, &x) in cells.iter_mut().zip(value) {
-                            *cell = E::from_f32(x);
-                        }
-                    }
+        for (_, adapter) in &adapters {
+            views.push(adapter.a.view(self.exact)?);
+        }
+        let n = self.take(rows, &views);
+        let mut low = std::mem::take(&mut self.low);
+        low.resize_with(low.len().max(adapters.len()), Vec::new);
+        for (low, (_, adapter)) in low.iter_mut().zip(&adapters) {
+            low.resize(n * adapter.a.rows, 0.0);
+        }
+        let lows: Vec<_> = low.iter_mut().map(|low| Parts::new(low)).collect();
+        let biases: Vec<_> = linears.iter().map(bias).collect();
+        self.products(&views, n, |view, rows, products| {
+            let width = views[view].rows();
+            let (out, bias, add) = match view.checked_sub(linears.len()) {
+                None => (&outs[view], biases[view], add),
+                Some(adapter) => (&lows[adapter], None, false),
+            };
+            for (at, products) in products.iter().enumerate() {
+                let start = at * width;
+                // SAFETY: a tile's columns of a row are written by one thread.
+                let out = unsafe { out.get(start + rows.start..start + rows.end) };
+                for ((out, &product), row) in out.iter_mut().zip(products).zip(rows.clone()) {
+                    let y = biased(product, bias, row);
+                    *out = if add { *out + y } else { y };
                 }
             }
         });
+        for (&(i, adapter), low) in adapters.iter().zip(&low) {
+            let view = [adapter.b.view(self.exact)?];
+            let rank = adapter.a.rows;
+            let Self {
+                level, pool, input, ..
+            } = self;
+            input.fill(*level, pool, (n, rank), &view, |row, out| {
+                for (out, x) in out.iter_mut().zip(&low[row * rank..]) {
+                    *out = x * adapter.scale;
+                }
+                None
+            });
+            let width = adapter.b.rows;
+            self.products(&view, n, |_, rows, products| {
+                for (at, products) in products.iter().enumerate() {
+                    let start = at * width;
+                    // SAFETY: as above.
+                    let out = unsafe { outs[i].get(start + rows.start..start + rows.end) };
+                    out.iter_mut().zip(products).for_each(|(out, y)| *out += y);
+                }
+            });
+        }
+        self.low = low;
+        Ok(())
     }
 
-    /// Attention with the cache's elements at hand.
-    fn attend_over<E: Element>(
+    /// `out = activation(gate, up)` of the input's first `n` rows, for one matrix (`up`) or two (gate and
+    /// `up`), tile by tile; `[n][matrix rows]`.
+    fn gate_up(
         &mut self,
-        q: &Buffer,
-        cache: &Cache,
-        keys: &[E],
-        values: &[E],
-        layer: usize,
-        heads: Heads,
-        out: &mut Buffer,
+        views: &[(View<'_>, Option<&[f32]>)],
+        activation: Activation,
+        n: usize,
+        out: Parts<'_, f32>,
     ) {
-        let Heads {
-            heads: n_heads,
-            kv_heads,
-            head_dim,
-            ..
-        } = heads;
-        let (q_dim, group_dim) = (n_heads * head_dim, n_heads / kv_heads * head_dim);
+        let (width, tiles) = (views[0].0.rows(), views[0].0.tiles());
         let Self {
             level,
             pool,
-            batch,
-            places,
-            partials,
-            blocks,
+            input,
+            scratch,
             ..
         } = self;
         let level = *level;
-        blocks.resize_with(batch.spans.len(), Vec::new);
-        for (span, blocks) in batch.spans.iter().zip(blocks.iter_mut()) {
-            blocks.clear();
-            blocks.extend(
-                span.blocks
-                    .iter()
-                    .map(|&block| cache.block(layer, block, 0)),
-            );
-        }
-        // Few rows over long contexts: several threads share a row, a part of the context each.
-        let jobs = places.len() * kv_heads;
-        let longest = places
-            .iter()
-            .map(|place| place.1 / BLOCK_TOKENS + 1)
-            .max()
-            .unwrap_or(1);
-        let wanted = if jobs >= 4 * pool.threads() {
-            1
-        } else {
-            4 * pool.threads() / jobs.max(1)
-        };
-        let splits = wanted.min(longest / SPLIT_BLOCKS).max(1);
-        partials.resize_with(
-            partials.len().max(jobs * splits).max(pool.threads()),
-            Partial::default,
-        );
-        let out = Parts::new(&mut out.0);
-        let shared = Parts::new(partials);
-        pool.for_ranges(
-            jobs * splits,
-            grain(jobs * splits, pool.threads()),
-            |thread, range| {
-                let mut numbers = Vec::new();
-                for job in range {
-                    let (split, row, kv_head) = (
-                        job % splits,
-                        job / splits / kv_heads,
-                        job / splits % kv_heads,
-                    );
-                    let (span, position) = places[row];
-                    let all = position / BLOCK_TOKENS + 1;
-                    let first = all * split / splits;
-                    let last = all * (split + 1) / splits;
-                    // SAFETY: a job's number, or without splits a thread's, is used by one thread.
-                    let partial = unsafe {
-                        let at = if splits == 1 { thread } else { job };
-                        &mut shared.get(at..at + 1)[0]
-                    };
-                    if first == last {
-                        partial.max.clear();
-                        continue;
-                    }
-                    numbers.clear();
-                    numbers.extend(
-                        blocks[span][first..last]
-                            .iter()
-                            .map(|block| block + kv_head),
-                    );
-                    let start = row * q_dim + kv_head * group_dim;
-                    let tokens = (position + 1).min(last * BLOCK_TOKENS) - first * BLOCK_TOKENS;
-                    let q = &q.0[start..start + group_dim];
-                    cache::attend(
-                        level,
-                        &Job {
-                            keys,
-                            values,
-                            heads,
-                            q,
-                            blocks: &numbers,
-                            tokens,
-                        },
-                        partial,
-                    );
-                    if splits == 1 {
-                        // SAFETY: one job writes these heads of this row.
-                        partial.finish(head_dim, unsafe { out.get(start..start + group_dim) });
+        let scratch = Parts::new(scratch);
+        let grain = grain(views.len() * tiles, pool.threads());
+        pool.for_ranges(tiles, grain.div_ceil(views.len()), |thread, range| {
+            // SAFETY: one thread has one number.
+            let scratch = unsafe { &mut scratch.get(thread..thread + 1)[0] };
+            for tile in range {
+                let rows = views[0].0.tile_rows(tile);
+                for (view, bias) in views.iter().rev() {
+                    // Up first: what is in `out` at the end is the gate's.
+                    std::mem::swap(&mut scratch.out, &mut scratch.second);
+                    view.multiply(level, tile, input, n, scratch);
+                    if let Some(bias) = bias {
+                        for products in &mut scratch.out {
+                            for (product, bias) in products.iter_mut().zip(&bias[rows.clone()]) {
+                                *product += bias;
+                            }
+                        }
                     }
                 }
-            },
-        );
-        if splits > 1 {
-            for (job, parts) in partials[..jobs * splits]
-                .chunks_exact_mut(splits)
-                .enumerate()
-            {
-                let start = job / kv_heads * q_dim + job % kv_heads * group_dim;
-                // SAFETY: the threads are done with it.
-                let out = unsafe { out.get(start..start + group_dim) };
-                let mut parts = parts.iter_mut().filter(|p| !p.max.is_empty());
-                if let Some(total) = parts.next() {
-                    parts.for_each(|part| total.merge(part));
-                    total.finish(head_dim, out);
+                let up = (views.len() == 2).then_some(&scratch.second[..]);
+                float::activate(level, activation, &mut scratch.out, up);
+                for (at, products) in scratch.out.iter().enumerate() {
+                    let start = at * width;
+                    // SAFETY: a tile's columns of a row are written by one thread.
+                    let out = unsafe { out.get(start + rows.start..start + rows.end) };
+                    out.copy_from_slice(&products[..rows.len()]);
                 }
             }
-        }
+        });
     }
-}
 
-/// Blocks of context that are worth a thread's turn.
-const SPLIT_BLOCKS: usize = 4;
-
-/// Elements of one of a cache's kinds.
-trait Stored: Element {
-    /// The keys and the values of a cache of this kind; empty for another.
-    fn cells(store: &mut Store) -> (&mut [Self], &mut [Self]);
-}
-
-impl Stored for u16 {
-    fn cells(store: &mut Store) -> (&mut [u16], &mut [u16]) {
-        match store {
-            Store::Half { keys, values } => (keys, values),
-            Store::Single { .. } => (&mut [], &mut []),
+    /// [`Device::norm_gate_up`] of matrices with adapters, whose whole products come first.
+    fn gate_up_adapted(
+        &mut self,
+        x: &Buffer,
+        op: &GateUp<'_, Self>,
+        both: &[Linear<'_, Self>],
+        out: &mut Buffer,
+    ) -> Result<()> {
+        let len = self.rows() * both[0].weight.rows;
+        let mut products = std::mem::take(&mut self.between);
+        products.iter_mut().for_each(|p| p.resize(len, 0.0));
+        let outs = products.each_mut().map(|p| Parts::new(p));
+        self.linears(both, Rows::Normed(x, &op.norm), &outs, false)?;
+        let (gates, ups) = (products[0].chunks(ROWS), products[1].chunks(ROWS));
+        for ((gate, up), out) in gates.zip(ups).zip(out.0[..len].chunks_mut(ROWS)) {
+            let pad = |values: &[f32]| {
+                let mut row = [0.0; ROWS];
+                row[..values.len()].copy_from_slice(values);
+                [row]
+            };
+            let mut result = pad(gate);
+            let up = pad(up);
+            let up = (both.len() == 2).then_some(&up[..]);
+            float::activate(self.level, op.activation, &mut result, up);
+            out.copy_from_slice(&result[0][..out.len()]);
         }
+        self.between = products;
+        Ok(())
     }
-}
 
-impl Stored for f32 {
-    fn cells(store: &mut Store) -> (&mut [f32], &mut [f32]) {
-        match store {
-            Store::Single { keys, values } => (keys, values),
-            Store::Half { .. } => (&mut [], &mut []),
-        }
+    /// `x += scale * norm(y)`, rows of `cols` elements; `y` is used up.
+    fn add_residual(
+        &mut self,
+        residual: &Residual<'_, Self>,
+        y: &mut [f32],
+        x: &mut Buffer,
+        cols: usize,
+    ) {
+        let n = self.rows();
+        let level = self.level;
+        let (x, y) = (Parts::new(&mut x.0), Parts::new(y));
+        self.pool.for_ranges(n, 16, |_, range| {
+            let mut normed = vec![0.0; cols];
+            for row in range {
+                // SAFETY: each row is visited once.
+                let (x, y) = unsafe {
+                    let row = row * cols..(row + 1) * cols;
+                    (x.get(row.clone()), y.get(row))
+                };
+                let y = match &residual.norm {
+                    Some(norm) => {
+                        norm_row(level, norm, y, 0..cols, &mut normed);
+                        &normed[..]
+                    }
+                    None => y,
+                };
+                x.iter_mut()
+                    .zip(y)
+                    .for_each(|(x, y)| *x += residual.scale * y);
+            }
+        });
     }
 }

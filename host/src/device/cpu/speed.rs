@@ -6,18 +6,8 @@ use gguf::{GgmlType, Writer};
 #[ignore]
 fn speed() {
     let mut random = Random::new(1);
-    for ty in [
-        GgmlType::Q4_1,
-        GgmlType::Q5_0,
-        GgmlType::Q8_0,
-        GgmlType::Q4_K,
-        GgmlType::Q6_K,
-        GgmlType::Q4_0,
-        GgmlType::Q5_K,
-        GgmlType::Q3_K,
-        GgmlType::Q2_K,
-        GgmlType::F16,
-    ] {
+    let types = quant::TYPES.iter().copied();
+    for ty in types.chain([GgmlType::F16]) {
         let (cols, rows) = (if ty.block_len() == 256 { 1024 } else { 896 }, 256);
         let data = random.weights(ty, rows * cols);
         let mut writer = Writer::new();
@@ -25,7 +15,7 @@ fn speed() {
         let mut p = writer.begin(Vec::new()).unwrap();
         p.write(&data).unwrap();
         let file = Arc::new(Gguf::from_bytes("x", p.finish().unwrap()).unwrap());
-        let weight = Weight::new(file.require("w").unwrap(), &file).unwrap();
+        let weight = Weight::new(file.require("w").unwrap(), 0..rows, &file).unwrap();
         for n in [1usize, 2, 3, 4, 5, 6, 8, 128] {
             let x = random.normals(n * cols);
             let level = Level::best();

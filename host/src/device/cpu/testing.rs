@@ -1,5 +1,6 @@
 //! What the tests of this backend share.
 
+use crate::device::random_blocks::random_block;
 use gguf::GgmlType;
 
 /// Pseudo-random numbers (splitmix64), the same on every run.
@@ -34,38 +35,13 @@ impl Random {
         (0..n).map(|_| self.normal()).collect()
     }
 
-    /// Blocks of a type with random bits and scales of ordinary size, or plain values.
+    /// Blocks of a type, their values of ordinary size.
     pub fn weights(&mut self, ty: GgmlType, elements: usize) -> Vec<u8> {
-        let blocks = elements / ty.block_len();
-        assert_eq!(blocks * ty.block_len(), elements);
-        let halves: &[usize] = match ty {
-            GgmlType::F32 => {
-                return (0..elements)
-                    .flat_map(|_| self.normal().to_le_bytes())
-                    .collect();
-            }
-            GgmlType::BF16 => {
-                let bits = |x: f32| (x.to_bits() >> 16) as u16;
-                return (0..elements)
-                    .flat_map(|_| bits(self.normal()).to_le_bytes())
-                    .collect();
-            }
-            GgmlType::F16 | GgmlType::Q4_0 | GgmlType::Q5_0 | GgmlType::Q8_0 => &[0],
-            GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4_K | GgmlType::Q5_K => &[0, 2],
-            GgmlType::Q2_K => &[80, 82],
-            GgmlType::Q3_K => &[108],
-            GgmlType::Q6_K => &[208],
-            other => panic!("no random blocks of type {other}"),
-        };
-        let mut bytes: Vec<u8> = (0..blocks * ty.block_bytes())
-            .map(|_| self.bits() as u8)
-            .collect();
-        for block in bytes.chunks_exact_mut(ty.block_bytes()) {
-            for &at in halves {
-                let scale = half::f16::from_f32(self.normal() * 0.05);
-                block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
-            }
+        let mut bytes = Vec::new();
+        for _ in 0..elements / ty.block_len() {
+            random_block(ty, &mut || self.bits(), &mut bytes);
         }
+        assert_eq!(bytes.len() as u64, ty.bytes_for(elements as u64).unwrap());
         bytes
     }
 }

@@ -3,7 +3,7 @@
 use super::linear::{Input, Scratch};
 use super::testing::{Random, values};
 use super::*;
-use crate::device::Span;
+use crate::device::{BLOCK_TOKENS, CachePart, CacheType, Heads, Rope, RopeLayout, Span};
 use gguf::{GgmlType, Writer};
 
 /// A file of matrices: name, `[cols, rows]`, type, data.
@@ -44,7 +44,7 @@ fn check_products(ty: GgmlType, cols: usize, rows: usize, exact: bool, random: &
     let data = random.weights(ty, rows * cols);
     let w = values(ty, &data);
     let file = file_of(&[("w", [cols as u64, rows as u64], ty, data)]);
-    let weight = Weight::new(file.require("w").unwrap(), &file).unwrap();
+    let weight = Weight::new(file.require("w").unwrap(), 0..rows, &file).unwrap();
     for n in [1, 2, 7, 9, 131] {
         let x = lossless(random, n * cols);
         for level in Level::available() {
@@ -125,7 +125,9 @@ fn a_row_of_nothing_but_zeros_or_tiny_values_gives_zeros() {
     for level in Level::available() {
         for value in [0.0, 1e-38, f32::MIN_POSITIVE / 4.0] {
             let mut cpu = Cpu::with_level(Some(1), false, level).unwrap();
-            let weight = cpu.load(file.require("w").unwrap(), &file).unwrap();
+            let tensor = file.require("w").unwrap();
+            let all = 0..tensor.rows() as usize;
+            let weight = cpu.load(tensor, all, &file).unwrap();
             let input = cpu.upload(&[value; 64]).unwrap();
             let mut out = cpu.upload(&[0.0; 8]).unwrap();
             let batch = Batch {
@@ -138,8 +140,10 @@ fn a_row_of_nothing_but_zeros_or_tiny_values_gives_zeros() {
                     Linear {
                         weight: &weight,
                         bias: None,
+                        adapters: &[],
                     },
                     &input,
+                    &Residual::PLAIN,
                     &mut out,
                 )
             })
@@ -246,7 +250,11 @@ impl Rig {
         let mut cpu = Cpu::with_level(Some(threads), exact, level).unwrap();
         let weights: Vec<_> = NAMES
             .iter()
-            .map(|n| cpu.load(file.require(n).unwrap(), &file).unwrap())
+            .map(|n| {
+                let tensor = file.require(n).unwrap();
+                let all = 0..tensor.rows() as usize;
+                cpu.load(tensor, all, &file).unwrap()
+            })
             .collect();
         cpu.finish_loading().unwrap();
         let bias: Vec<_> = sizes
@@ -264,9 +272,16 @@ impl Rig {
             .collect();
         let shape_of_cache = CacheShape {
             layers: LAYERS,
+            blocks: CONTEXT / BLOCK_TOKENS,
+            ring_layers: 0,
+            ring_blocks: 0,
             kv_heads,
             head_dim,
-            blocks: CONTEXT / BLOCK_TOKENS,
+            ty: if exact {
+                CacheType::F32
+            } else {
+                CacheType::F16
+            },
         };
         Rig {
             bias_buffers: bias.iter().map(|b| cpu.upload(b).unwrap()).collect(),
@@ -308,9 +323,12 @@ impl Rig {
         let linear = |i: usize| Linear {
             weight: &weights[i],
             bias: shape.bias.then_some(&bias_buffers[i]),
+            adapters: &[],
         };
         let norm = || Norm {
+            kind: NormKind::Rms,
             weight: norm_buffer,
+            bias: None,
             eps: EPS,
         };
         let mut alloc = |n: usize| cpu.alloc(n).unwrap();
@@ -324,25 +342,50 @@ impl Rig {
             scale: 0.3,
         };
         let qkv = Qkv {
-            norm: norm(),
+            norm: Some(norm()),
             q: linear(1),
             k: linear(2),
             v: linear(3),
-            rope: Rope {
+            q_norm: None,
+            k_norm: None,
+            rope: Some(Rope {
                 table: table_buffer,
+                long: None,
                 dims: shape.rope_dims,
                 layout: shape.layout,
-            },
+            }),
             heads,
+        };
+        let attention = Attention {
+            heads,
+            window: None,
+            soft_cap: None,
+            sinks: None,
+        };
+        let gate_up = GateUp {
+            norm: Some(norm()),
+            gate: Some(linear(5)),
+            up: linear(6),
+            activation: Activation::Silu,
+        };
+        let head = Head {
+            norm: norm(),
+            output: linear(8),
+            scale: 1.0,
+            soft_cap: None,
+        };
+        let place = CachePlace {
+            part: CachePart::Whole,
+            layer,
         };
         cpu.step(batch, &mut |cpu| {
             cpu.embed(&weights[0], 2.0, &mut x)?;
-            cpu.norm_qkv(&x, &qkv, cache, layer, &mut q)?;
-            cpu.attend(&q, cache, layer, heads, &mut attended)?;
-            cpu.linear_add(linear(4), &attended, &mut x)?;
-            cpu.norm_gate_up(&x, norm(), linear(5), linear(6), &mut hidden)?;
-            cpu.linear_add(linear(7), &hidden, &mut x)?;
-            cpu.norm_head(&x, norm(), linear(8), &mut logits)
+            cpu.norm_qkv(&x, &qkv, cache, place, &mut q)?;
+            cpu.attend(&q, cache, place, &attention, &mut attended)?;
+            cpu.linear_add(linear(4), &attended, &Residual::PLAIN, &mut x)?;
+            cpu.norm_gate_up(&x, &gate_up, &mut hidden)?;
+            cpu.linear_add(linear(7), &hidden, &Residual::PLAIN, &mut x)?;
+            cpu.norm_head(&x, &head, &mut logits)
         })
         .unwrap();
         logits.0
@@ -509,6 +552,7 @@ fn check_sequences(shape: Shape, exact: bool, level: Level, threads: usize, limi
         len: CONTEXT,
         past: 0,
         blocks,
+        ..Span::default()
     };
     rig.run(
         &Batch {
@@ -540,6 +584,7 @@ fn check_sequences(shape: Shape, exact: bool, level: Level, threads: usize, limi
                 len,
                 past: past[i],
                 blocks: tables[i].clone(),
+                ..Span::default()
             });
             for row in (0..len).filter(|row| row % 9 == 0 || row + 1 == len) {
                 batch.outputs.push(start + row);
@@ -607,6 +652,7 @@ fn batches_equal_separate_runs_with_quantised_weights() {
                     len: sequence.len(),
                     past: 0,
                     blocks: vec![i as u32],
+                    ..Span::default()
                 };
                 together.tokens.extend(sequence);
                 together.outputs.push(together.tokens.len() - 1);
@@ -669,5 +715,4 @@ fn names_itself_and_its_memory() {
     assert!(!cpu.info().name.is_empty());
     assert_eq!(cpu.info().architecture, Level::best().name());
     assert!(cpu.free_bytes().unwrap() > 0);
-    assert_eq!(cpu.cache_element_bytes(), 4);
 }

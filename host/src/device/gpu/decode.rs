@@ -11,7 +11,7 @@
 use super::{Address, Allocation, Buffer, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
-use kernels::decode::{self, DecodeArgs, MAX_SPLITS, NUMBERS, Op, kind, point};
+use kernels::decode::{self, DecodeArgs, Input, MAX_SPLITS, NUMBERS, Op, kind, point};
 use kernels::types::GROUP;
 use std::collections::HashMap;
 
@@ -130,6 +130,10 @@ fn alike(a: u64, b: u64) -> bool {
 pub(super) fn complete(op: Op) -> Op {
     Op {
         tasks: op.count_tasks(),
+        input: Input {
+            inverse_len: 1.0 / op.input.len as f32,
+            ..op.input
+        },
         ..op
     }
 }

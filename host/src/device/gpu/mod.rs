@@ -6,6 +6,7 @@
 pub mod cuda;
 mod decode;
 mod emulated;
+mod experts;
 mod ops;
 mod selftest;
 mod weights;
@@ -14,12 +15,15 @@ pub use emulated::Emulated;
 pub use selftest::Outcome;
 
 use super::OpTiming;
-use super::{BLOCK_TOKENS, Batch, CacheShape, Device, DeviceInfo};
-use super::{Heads, Linear, Norm, Qkv, SampleRow};
+use super::{
+    Attention, BLOCK_TOKENS, Batch, CachePart, CachePlace, CacheShape, Device, DeviceInfo, Experts,
+};
+use super::{GateUp, Head, Linear, Qkv, Residual, SampleRow};
 use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
 use std::collections::HashMap;
 use std::io::Write;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// An address in device memory.
@@ -167,7 +171,6 @@ pub struct Cache {
     keys: Address,
     values: Address,
     shape: CacheShape,
-    element_bytes: usize,
 }
 
 /// Memory that operations of a step use between them, grown as they need it.
@@ -187,6 +190,16 @@ enum Scratch {
     Normed,
     /// Attention's splits.
     Partial,
+    /// Rows between the matrices of adapters, in f32 and in f16.
+    Low,
+    LowHalf,
+    /// Picked experts, their weights, and rows of theirs.
+    Routing,
+    Slots,
+    SlotsUp,
+    /// One layer of an 8-bit cache in f16, and which blocks of it.
+    Unpacked,
+    Blocks,
     /// Sampling.
     Logits,
     Ids,
@@ -206,6 +219,8 @@ struct Current {
     splits: u32,
     /// First row, rows, and tokens before, of each sequence.
     spans: Vec<[usize; 3]>,
+    /// Cache blocks of the sequences, of each part.
+    blocks: [Vec<u32>; 2],
     /// Tiles of attention on tensor cores; the first layer lays them out.
     tiles: Option<u32>,
     /// Host copy of the arrays, reused.
@@ -220,6 +235,8 @@ pub struct Gpu<D: Driver> {
     scratch: HashMap<Scratch, Allocation>,
     /// Query heads, set by the first attention; splits depend on it.
     heads: usize,
+    /// Whether steps of one row may be fused; see [`Device::set_plain`].
+    plain: bool,
     decode: decode::Decode,
 }
 
@@ -242,7 +259,7 @@ impl Gpu<cuda::Cuda> {
 
 impl<D: Driver> Gpu<D> {
     fn new(mut driver: D, exact: bool) -> Result<Self> {
-        let words = 3 * MAX_ROWS + MAX_OUTPUTS;
+        let words = 4 * MAX_ROWS + MAX_OUTPUTS;
         let memory = driver.alloc(4 * words)?;
         let decode = decode::Decode::new(&mut driver)?;
         Ok(Gpu {
@@ -257,11 +274,13 @@ impl<D: Driver> Gpu<D> {
                 outputs: 0,
                 splits: 1,
                 spans: Vec::new(),
+                blocks: Default::default(),
                 tiles: None,
                 staging: vec![0; words],
             },
             scratch: HashMap::new(),
             heads: 1,
+            plain: true,
         })
     }
 
@@ -302,29 +321,50 @@ impl<D: Driver> Gpu<D> {
         let (mut longest, stride) = (0, current.table_stride);
         let rows = batch.tokens.len();
         // Array after array without gaps, so that a step of few rows copies little.
-        let s = &mut current.staging[..3 * rows + batch.outputs.len()];
-        let mut table = Vec::new();
+        let s = &mut current.staging[..4 * rows + batch.outputs.len()];
+        // Of each part of the cache; that of rings as long as the other, so that kernels know of no rings.
+        let mut list = [Vec::new(), Vec::new()];
         s[..rows].copy_from_slice(&batch.tokens);
         current.spans.clear();
+        current.blocks.iter_mut().for_each(Vec::clear);
         current.tiles = None;
         for (i, span) in batch.spans.iter().enumerate() {
             for row in 0..span.len {
                 s[rows + span.start + row] = (span.past + row) as u32;
                 s[2 * rows + span.start + row] = i as u32;
+                s[3 * rows + span.start + row] = span.horizon.max(span.past + span.len) as u32;
             }
             current.spans.push([span.start, span.len, span.past]);
             longest = longest.max(span.past + span.len);
-            table.resize(i * stride, 0);
             let used = (span.past + span.len).div_ceil(BLOCK_TOKENS);
-            table.extend_from_slice(&span.blocks[..used]);
+            for (part, table) in [CachePart::Whole, CachePart::Ring]
+                .into_iter()
+                .zip(&mut list)
+            {
+                if part == CachePart::Ring && span.ring.is_empty() {
+                    continue;
+                }
+                table.resize(i * stride, 0);
+                table.extend((0..used).map(|index| span.block(index, part)));
+                let ring = span.ring.len();
+                let distinct = if part == CachePart::Ring {
+                    used.min(ring)
+                } else {
+                    used
+                };
+                let last = table[i * stride + used - distinct..].iter();
+                current.blocks[part as usize].extend(last);
+            }
         }
         for (i, &row) in batch.outputs.iter().enumerate() {
-            s[3 * rows + i] = row as u32;
+            s[4 * rows + i] = row as u32;
         }
         self.driver
             .write(current.memory.address, bytemuck::cast_slice(s))?;
-        self.driver
-            .write(tables.address, bytemuck::cast_slice(&table))?;
+        for (part, table) in list.iter().enumerate().filter(|(_, t)| !t.is_empty()) {
+            let to = tables.address + (4 * part * MAX_SPANS * stride) as u64;
+            self.driver.write(to, bytemuck::cast_slice(table))?;
+        }
         current.rows = rows;
         current.outputs = batch.outputs.len();
         current.splits = ops::attention_splits(
@@ -335,18 +375,21 @@ impl<D: Driver> Gpu<D> {
         Ok(())
     }
 
-    /// The arrays of the current step.
-    fn step_args(&self) -> kernels::rows::Step {
+    /// The arrays of the current step, with the block tables of a part of the cache.
+    fn step_args(&self, part: CachePart) -> kernels::rows::Step {
+        let tables = self.current.tables.as_ref().map_or(0, |t| t.address);
+        let skipped = part as usize * MAX_SPANS * self.current.table_stride;
         let rows = self.current.rows;
         let at = |words: usize| (self.current.memory.address + 4 * words as u64) as *const u32;
         kernels::rows::Step {
             tokens: at(0),
             positions: at(rows),
             sequences: at(2 * rows),
-            tables: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
+            tables: (tables + 4 * skipped as u64) as *const u32,
             table_stride: self.current.table_stride as u32,
             rows: rows as u32,
-            outputs: at(3 * rows),
+            outputs: at(4 * rows),
+            horizons: at(3 * rows),
         }
     }
 }
@@ -366,16 +409,15 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn working_bytes(&self, widest: usize) -> u64 {
-        // Unpacked weights, and two f32 intermediates of a step's rows.
-        (ops::SLICE_BYTES + 2 * 4 * Self::STEP_ROWS * widest) as u64
+        working_bytes(widest)
+    }
+
+    fn set_plain(&mut self, plain: bool) {
+        self.plain = plain;
     }
 
     fn profile(&mut self) -> Result<Vec<OpTiming>> {
         self.timings()
-    }
-
-    fn cache_element_bytes(&self) -> usize {
-        if self.exact { 4 } else { 2 }
     }
 
     fn begin_loading(&mut self, file: &Arc<gguf::Gguf>) -> Result<()> {
@@ -383,8 +425,13 @@ impl<D: Driver> Device for Gpu<D> {
         self.driver.reserve(bytes)
     }
 
-    fn load(&mut self, tensor: gguf::Tensor<'_>, file: &Arc<gguf::Gguf>) -> Result<Weight> {
-        weights::load(&mut self.driver, tensor, file)
+    fn load(
+        &mut self,
+        tensor: gguf::Tensor<'_>,
+        rows: Range<usize>,
+        file: &Arc<gguf::Gguf>,
+    ) -> Result<Weight> {
+        weights::load(&mut self.driver, tensor, rows, file)
     }
 
     fn finish_loading(&mut self) -> Result<()> {
@@ -411,22 +458,15 @@ impl<D: Driver> Device for Gpu<D> {
     }
 
     fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache> {
-        if !shape.head_dim.is_multiple_of(8) || shape.head_dim > 256 {
-            return Err(Error::Request(format!(
-                "heads of {} elements; the GPU kernels take multiples of 8 up to 256",
-                shape.head_dim
-            )));
-        }
-        let element_bytes = self.cache_element_bytes();
-        let keys = self.driver.alloc(shape.elements() * element_bytes)?;
-        let values = self.driver.alloc(shape.elements() * element_bytes)?;
+        check_cache(shape)?;
+        let keys = self.driver.alloc(shape.bytes())?;
+        let values = self.driver.alloc(shape.bytes())?;
         self.current.table_stride = shape.blocks;
-        self.current.tables = Some(self.driver.alloc(4 * MAX_SPANS * shape.blocks)?);
+        self.current.tables = Some(self.driver.alloc(4 * 2 * MAX_SPANS * shape.blocks)?);
         Ok(Cache {
             keys: keys.address,
             values: values.address,
             shape,
-            element_bytes,
         })
     }
 
@@ -435,7 +475,7 @@ impl<D: Driver> Device for Gpu<D> {
         batch: &Batch,
         record: &mut dyn FnMut(&mut Self) -> Result<()>,
     ) -> Result<()> {
-        if batch.tokens.len() == 1 && !self.exact {
+        if batch.tokens.len() == 1 && !self.exact && self.plain {
             return self.decode_step(batch, record);
         }
         self.set_batch(batch)?;
@@ -451,51 +491,43 @@ impl<D: Driver> Device for Gpu<D> {
         x: &Buffer,
         op: &Qkv<'_, Self>,
         cache: &mut Cache,
-        layer: usize,
+        place: CachePlace,
         q: &mut Buffer,
     ) -> Result<()> {
-        self.op_norm_qkv(x, op, cache, layer, q)
+        self.op_norm_qkv(x, op, cache, place, q)
     }
 
     fn attend(
         &mut self,
         q: &Buffer,
         cache: &Cache,
-        layer: usize,
-        heads: Heads,
+        place: CachePlace,
+        op: &Attention<'_, Self>,
         out: &mut Buffer,
     ) -> Result<()> {
-        self.op_attend(q, cache, layer, heads, out)
+        self.op_attend(q, cache, place, op, out)
     }
 
     fn linear_add(
         &mut self,
         linear: Linear<'_, Self>,
         input: &Buffer,
+        residual: &Residual<'_, Self>,
         x: &mut Buffer,
     ) -> Result<()> {
-        self.op_linear_add(linear, input, x)
+        self.op_linear_add(linear, input, residual, x)
     }
 
-    fn norm_gate_up(
-        &mut self,
-        x: &Buffer,
-        norm: Norm<'_, Self>,
-        gate: Linear<'_, Self>,
-        up: Linear<'_, Self>,
-        out: &mut Buffer,
-    ) -> Result<()> {
-        self.op_norm_gate_up(x, norm, gate, up, out)
+    fn norm_gate_up(&mut self, x: &Buffer, op: &GateUp<'_, Self>, out: &mut Buffer) -> Result<()> {
+        self.op_norm_gate_up(x, op, out)
     }
 
-    fn norm_head(
-        &mut self,
-        x: &Buffer,
-        norm: Norm<'_, Self>,
-        head: Linear<'_, Self>,
-        logits: &mut Buffer,
-    ) -> Result<()> {
-        self.op_norm_head(x, norm, head, logits)
+    fn experts(&mut self, op: &Experts<'_, Self>, x: &mut Buffer) -> Result<()> {
+        self.op_experts(op, x)
+    }
+
+    fn norm_head(&mut self, x: &Buffer, op: &Head<'_, Self>, logits: &mut Buffer) -> Result<()> {
+        self.op_norm_head(x, op, logits)
     }
 
     fn sample(
@@ -520,6 +552,29 @@ impl<D: Driver> Device for Gpu<D> {
             bytemuck::cast_slice_mut(out),
         )
     }
+}
+
+/// Whether the kernels read weights of this type.
+pub fn reads(ty: gguf::GgmlType) -> bool {
+    kernels::types::LAYOUTS.iter().any(|l| l.ty == ty as u32)
+}
+
+/// See [`Device::working_bytes`].
+pub fn working_bytes(widest: usize) -> u64 {
+    // Unpacked weights, and two f32 intermediates of a step's rows.
+    (ops::SLICE_BYTES + 2 * 4 * MAX_ROWS * widest) as u64
+}
+
+/// # Errors
+/// A cache that the kernels cannot work with.
+pub fn check_cache(shape: CacheShape) -> Result<()> {
+    if shape.head_dim.is_multiple_of(8) && shape.head_dim <= 256 {
+        return Ok(());
+    }
+    Err(Error::Request(format!(
+        "heads of {} elements; the GPU kernels take multiples of 8 up to 256",
+        shape.head_dim
+    )))
 }
 
 /// Runs every kernel on `device` against a plain reference, a line each.

@@ -11,17 +11,21 @@
 
 use super::decode::Role;
 use super::{Address, Buffer, Cache, Driver, Gpu, Scratch, Weight};
-use crate::device::{Heads, Linear, Norm, Qkv, RopeLayout, SampleRow};
+use crate::device::{
+    Activation, Attention, CachePart, CachePlace, CacheType, GateUp, Head, HeadNorm, Heads, Linear,
+    Norm, NormKind, Qkv, Residual, RopeLayout, SampleRow,
+};
 use crate::error::{Error, Result};
 use crate::sampling::{MIN_TEMPERATURE, fraction};
-use kernels::attention::{self, AttendArgs};
+use kernels::attention::{self, AttendArgs, Variant};
 use kernels::decode::{self, Input, NO_OP, Op, PLAIN, kind};
 use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
 use kernels::exact::{self, LinearArgs};
 use kernels::flash::{self, FlashArgs};
 use kernels::gemm::{self, GemmArgs};
 use kernels::rows::{
-    CacheLayer, CastArgs, EmbedArgs, RmsNormArgs, RopeCacheArgs, Rotation, SiluMulArgs,
+    ActivateArgs, CacheLayer, CastArgs, EmbedArgs, FinishArgs, NormArgs, RopeCacheArgs, Rotation,
+    activations, cache_types, norms,
 };
 use kernels::sample::{self, ArgmaxArgs, DrawArgs};
 use kernels::types::{GROUP, NO_MATRIX};
@@ -81,14 +85,87 @@ fn part<D: Driver>(linear: &Linear<'_, Gpu<D>>, first: usize, rows: usize, out_r
 
 /// Input rows of a product that is not fused.
 #[derive(Clone, Copy)]
-enum Rows {
+pub(super) enum Rows {
     F32(*const f32),
     F16(*const u16),
 }
 
+/// Rows of f32 to be normed; see [`NormArgs`].
+#[derive(Clone, Copy)]
+pub(super) struct NormRows {
+    pub x: *const f32,
+    pub x_stride: usize,
+    pub gather: *const u32,
+    pub rows: usize,
+    /// Parts of a row normed by themselves.
+    pub parts: usize,
+    /// Elements of a part.
+    pub len: usize,
+    /// Elements of weight and bias.
+    pub weights: usize,
+    pub out: Address,
+    pub stride: usize,
+    pub f16: bool,
+    pub scale: f32,
+    pub add: bool,
+}
+
+impl NormRows {
+    /// Whole rows of `len`, in order, each where it lies.
+    pub fn whole(x: *const f32, rows: usize, len: usize) -> Self {
+        NormRows {
+            x,
+            x_stride: len,
+            gather: ptr::null(),
+            rows,
+            parts: 1,
+            len,
+            weights: len,
+            out: x as Address,
+            stride: len,
+            f16: false,
+            scale: 1.0,
+            add: false,
+        }
+    }
+}
+
+/// The kernels' number of an activation.
+pub(super) fn activation_number(activation: Activation) -> u32 {
+    match activation {
+        Activation::Silu => activations::SILU,
+        Activation::Gelu => activations::GELU,
+        Activation::ClampedSwish => activations::CLAMPED_SWISH,
+    }
+}
+
+/// Rotation as kernels take it; a null table where nothing rotates.
+fn rotation<D: Driver>(op: &Qkv<'_, Gpu<D>>) -> Rotation {
+    op.rope.as_ref().map_or(
+        Rotation {
+            table: ptr::null(),
+            dims: 0,
+            halves: 0,
+        },
+        |rope| Rotation {
+            table: rope.table.ptr(),
+            dims: rope.dims as u32,
+            halves: u32::from(rope.layout == RopeLayout::Halves),
+        },
+    )
+}
+
+fn variant<D: Driver>(op: &Attention<'_, Gpu<D>>) -> Variant {
+    Variant {
+        window: op.window.map_or(0, |w| u32::try_from(w).unwrap_or(0)),
+        soft_cap: op.soft_cap.unwrap_or(0.0),
+        sinks: op.sinks.map_or(ptr::null(), |s| s.ptr().cast_const()),
+    }
+}
+
 impl<D: Driver> Gpu<D> {
-    fn cache_layer(&self, cache: &Cache, layer: usize) -> CacheLayer {
-        let offset = (cache.shape.elements() / cache.shape.layers * layer) * cache.element_bytes;
+    pub(super) fn cache_layer(&self, cache: &Cache, place: CachePlace) -> CacheLayer {
+        let offset = cache.shape.offset(place);
         CacheLayer {
             keys: (cache.keys + offset as u64) as *mut u8,
             values: (cache.values + offset as u64) as *mut u8,
@@ -112,6 +189,7 @@ impl<D: Driver> Gpu<D> {
             from: PLAIN,
             eps: norm.map_or(0.0, |n| n.eps),
             len: len as u32,
+            inverse_len: 0.0,
             keep_f32: u32::from(float),
             splits: 0,
             head_dim: 0,
@@ -149,7 +227,7 @@ impl<D: Driver> Gpu<D> {
         }
         let args = EmbedArgs {
             table: table.matrix,
-            step: self.step_args(),
+            step: self.step_args(CachePart::Whole),
             scale,
             len: table.cols as u32,
             out: out.ptr(),
@@ -161,16 +239,47 @@ impl<D: Driver> Gpu<D> {
         self.driver.launch("embed", grid, 32, 0, &args)
     }
 
+    /// Norms, or without a norm scales, casts or adds, rows of f32.
+    pub(super) fn norm(&mut self, norm: Option<&Norm<'_, Self>>, r: NormRows) -> Result<()> {
+        let kind = match norm.map(|n| n.kind) {
+            None => norms::NONE,
+            Some(NormKind::Rms) => norms::RMS,
+            Some(NormKind::Layer) => norms::LAYER,
+        };
+        let args = NormArgs {
+            x: r.x,
+            x_stride: r.x_stride as u32,
+            rows: r.gather,
+            kind,
+            weight: norm.map_or(ptr::null(), |n| n.weight.ptr().cast_const()),
+            bias: norm.and_then(|n| n.bias).map_or(ptr::null(), |b| b.ptr()),
+            weight_stride: if r.weights > r.len { r.len as u32 } else { 0 },
+            eps: norm.map_or(0.0, |n| n.eps),
+            parts: r.parts as u32,
+            len: r.len as u32,
+            out: r.out as *mut u8,
+            stride: r.stride as u32,
+            f16: u32::from(r.f16),
+            scale: r.scale,
+            add: u32::from(r.add),
+        };
+        let grid = ((r.rows * r.parts) as u32, 1);
+        self.driver.launch("norm", grid, 256, 128, &args)
+    }
+
     /// `rows` normed rows of `x`, in the form that products of several rows take.
-    fn norm_rows(
+    pub(super) fn norm_rows(
         &mut self,
         x: &Buffer,
-        norm: &Norm<'_, Self>,
+        norm: Option<&Norm<'_, Self>>,
         len: usize,
         rows: usize,
         gather: *const u32,
         f16: bool,
     ) -> Result<Rows> {
+        if norm.is_none() && !f16 && gather.is_null() {
+            return Ok(Rows::F32(x.ptr()));
+        }
         let stride = if f16 {
             len.next_multiple_of(GROUP)
         } else {
@@ -182,23 +291,125 @@ impl<D: Driver> Gpu<D> {
             (Scratch::Normed, 4)
         };
         let out = self.scratch(which, rows * stride * bytes)?;
-        let args = RmsNormArgs {
-            x: x.ptr(),
-            rows: gather,
-            weight: norm.weight.ptr(),
-            eps: norm.eps,
-            len: len as u32,
-            out: out as *mut u8,
-            stride: stride as u32,
-            f16: u32::from(f16),
-        };
-        self.driver
-            .launch("rms_norm", (rows as u32, 1), 256, 128, &args)?;
+        self.norm(
+            norm,
+            NormRows {
+                gather,
+                out,
+                stride,
+                f16,
+                ..NormRows::whole(x.ptr(), rows, len)
+            },
+        )?;
         Ok(if f16 {
             Rows::F16(out as *const u16)
         } else {
             Rows::F32(out as *const f32)
         })
+    }
+
+    /// Adds what a linear's adapters make of the rows `x` to its product `out`, `[rows][matrix rows]`.
+    fn adapt(
+        &mut self,
+        linear: Linear<'_, Self>,
+        x: Rows,
+        rows: usize,
+        out: *mut f32,
+    ) -> Result<()> {
+        for adapter in linear.adapters {
+            let plain = |weight| Linear {
+                weight,
+                bias: None,
+                adapters: &[],
+            };
+            let rank = adapter.a.matrix.rows as usize;
+            let low = self.scratch(Scratch::Low, rows * rank * 4)?;
+            self.product(plain(&adapter.a), x, rows, low as *mut f32, false)?;
+            let low = NormRows {
+                scale: adapter.scale,
+                ..NormRows::whole(low as *const f32, rows, rank)
+            };
+            let scaled = match x {
+                Rows::F32(_) => {
+                    self.norm(None, low)?;
+                    Rows::F32(low.x)
+                }
+                Rows::F16(_) => {
+                    let stride = rank.next_multiple_of(GROUP);
+                    let half = self.scratch(Scratch::LowHalf, rows * stride * 2)?;
+                    let half = NormRows {
+                        out: half,
+                        stride,
+                        f16: true,
+                        ..low
+                    };
+                    self.norm(None, half)?;
+                    Rows::F16(half.out as *const u16)
+                }
+            };
+            self.product(plain(&adapter.b), scaled, rows, out, true)?;
+        }
+        Ok(())
+    }
+
+    /// A product with its adapters, `out = x Wᵀ + b`.
+    pub(super) fn whole_product(
+        &mut self,
+        linear: Linear<'_, Self>,
+        x: Rows,
+        rows: usize,
+        out: *mut f32,
+    ) -> Result<()> {
+        self.product(linear, x, rows, out, false)?;
+        self.adapt(linear, x, rows, out)
+    }
+
+    /// `x += scale * norm(y)`.
+    pub(super) fn add_residual(
+        &mut self,
+        residual: &Residual<'_, Self>,
+        y: Address,
+        len: usize,
+        x: &Buffer,
+    ) -> Result<()> {
+        let rows = self.current.rows;
+        let mut from = NormRows::whole(y as *const f32, rows, len);
+        if let Some(norm) = &residual.norm {
+            from.weights = norm.weight.len;
+        }
+        self.norm(
+            residual.norm.as_ref(),
+            NormRows {
+                out: x.address,
+                scale: residual.scale,
+                add: true,
+                ..from
+            },
+        )
+    }
+
+    /// Norms the heads of rows, where they lie.
+    fn norm_heads(
+        &mut self,
+        op: &Option<HeadNorm<'_, Self>>,
+        x: *mut f32,
+        stride: usize,
+        row_len: usize,
+    ) -> Result<()> {
+        let Some(op) = op else {
+            return Ok(());
+        };
+        let rows = self.current.rows;
+        self.norm(
+            Some(&op.norm),
+            NormRows {
+                x_stride: stride,
+                stride,
+                parts: row_len / op.len,
+                weights: op.norm.weight.len,
+                ..NormRows::whole(x, rows, op.len)
+            },
+        )
     }
 
     /// Columns of a row of `len` values in f16, once it is known that a step's rows fit `buffer` so.
@@ -371,20 +582,21 @@ impl<D: Driver> Gpu<D> {
         x: &Buffer,
         op: &Qkv<'_, Self>,
         cache: &Cache,
-        layer: usize,
+        place: CachePlace,
         q: &Buffer,
     ) -> Result<()> {
         let h = op.heads;
         self.heads = h.heads;
         let len = op.q.weight.cols;
-        let rotation = Rotation {
-            table: op.rope.table.ptr(),
-            dims: op.rope.dims as u32,
-            halves: u32::from(op.rope.layout == RopeLayout::Halves),
+        let rotation = rotation(op);
+        let cache_type = match cache.shape.ty {
+            CacheType::F16 => cache_types::F16,
+            CacheType::F32 => cache_types::F32,
+            CacheType::Q8_0 => cache_types::Q8_0,
         };
-        let cache = self.cache_layer(cache, layer);
+        let cache = self.cache_layer(cache, place);
         let linears = [op.q, op.k, op.v];
-        let step = self.step_args();
+        let step = self.step_args(place.part);
         let pairs = (h.heads + 2 * h.kv_heads) * h.head_dim / 2;
         if self.fused() {
             let float = linears.iter().any(|l| !l.weight.quantised);
@@ -392,7 +604,7 @@ impl<D: Driver> Gpu<D> {
             let new = 2 * h.kv_heads * h.head_dim;
             let op = Op {
                 kind: kind::QKV,
-                input: self.input(x.ptr(), Some(&op.norm), len, float)?,
+                input: self.input(x.ptr(), op.norm.as_ref(), len, float)?,
                 matrices: linears.map(|l| l.weight.matrix),
                 biases: linears.map(bias_ptr),
                 rotation,
@@ -407,9 +619,11 @@ impl<D: Driver> Gpu<D> {
         }
         let rows = self.current.rows;
         let (q_len, kv_len) = (h.heads * h.head_dim, h.kv_heads * h.head_dim);
-        let normed = self.norm_rows(x, &op.norm, len, rows, ptr::null(), !self.exact)?;
+        let adapted = linears.iter().any(|l| !l.adapters.is_empty());
+        let norm = op.norm.as_ref();
+        let normed = self.norm_rows(x, norm, len, rows, ptr::null(), !self.exact)?;
         let (from_q, k, v, strides) = match normed {
-            Rows::F16(x) if self.dense() => {
+            Rows::F16(x) if self.dense() && !adapted => {
                 let n = q_len + 2 * kv_len;
                 let joined = self.scratch(Scratch::First, rows * n * 4)?;
                 let parts = [
@@ -436,12 +650,15 @@ impl<D: Driver> Gpu<D> {
                 };
                 let k = self.scratch(Scratch::First, rows * kv_len * 4)? as *mut f32;
                 let v = self.scratch(Scratch::Second, rows * kv_len * 4)? as *mut f32;
-                self.product(op.q, normed, rows, from_q, false)?;
-                self.product(op.k, normed, rows, k, false)?;
-                self.product(op.v, normed, rows, v, false)?;
+                self.whole_product(op.q, normed, rows, from_q)?;
+                self.whole_product(op.k, normed, rows, k)?;
+                self.whole_product(op.v, normed, rows, v)?;
                 (from_q, k, v, [q_len, kv_len])
             }
         };
+        self.norm_heads(&op.q_norm, from_q, strides[0], q_len)?;
+        self.norm_heads(&op.k_norm, k, strides[1], kv_len)?;
+        let long = op.rope.as_ref().and_then(|rope| rope.long);
         let args = RopeCacheArgs {
             q: from_q,
             k,
@@ -450,14 +667,23 @@ impl<D: Driver> Gpu<D> {
             out: q.ptr().cast(),
             f16: u32::from(self.flash(&h)),
             rotation,
+            long_table: long.map_or(ptr::null(), |(table, _)| table.ptr()),
+            long_above: long.map_or(0, |(_, above)| above as u32),
             cache,
             step,
             heads: h.heads as u32,
-            f32: u32::from(self.exact),
+            cache_type,
         };
         let grid = (blocks(pairs, ELEMENTWISE), rows as u32);
         self.driver
-            .launch("rope_cache", grid, ELEMENTWISE, 0, &args)
+            .launch("rope_cache", grid, ELEMENTWISE, 0, &args)?;
+        if cache_type == cache_types::Q8_0 {
+            let warps = 2 * h.kv_heads * h.head_dim.div_ceil(32);
+            let grid = (blocks(warps * 32, ELEMENTWISE), rows as u32);
+            self.driver
+                .launch("store_q8", grid, ELEMENTWISE, 0, &args)?;
+        }
+        Ok(())
     }
 
     /// Whether this step's attention goes through tiles of rows; its queries are f16 then.
@@ -497,10 +723,11 @@ impl<D: Driver> Gpu<D> {
         &mut self,
         q: &Buffer,
         cache: &Cache,
-        layer: usize,
-        heads: Heads,
+        place: CachePlace,
+        op: &Attention<'_, Self>,
         out: &Buffer,
     ) -> Result<()> {
+        let heads = op.heads;
         if self.fused() {
             let values = heads.heads * decode::MAX_SPLITS as usize * (heads.head_dim + 4);
             let role = Role::Parts(values);
@@ -508,7 +735,7 @@ impl<D: Driver> Gpu<D> {
             let op = Op {
                 kind: kind::ATTEND,
                 input: self.input(q.ptr(), None, heads.heads * heads.head_dim, false)?,
-                cache: self.cache_layer(cache, layer),
+                cache: self.cache_layer(cache, place),
                 heads: heads.heads as u32,
                 splits: self.decode_splits(),
                 scale: heads.scale,
@@ -525,19 +752,27 @@ impl<D: Driver> Gpu<D> {
             self.half_stride(len, out)?;
             let group = heads.heads / heads.kv_heads;
             let (tiles, n) = self.flash_tiles(flash::TILE_ROWS / group)?;
+            let cache = match cache.shape.ty {
+                CacheType::Q8_0 => self.unpacked_layer(cache, place)?,
+                _ => self.cache_layer(cache, place),
+            };
+            let variant = variant(op);
             let args = FlashArgs {
                 q: q.ptr().cast_const().cast(),
-                cache: self.cache_layer(cache, layer),
-                step: self.step_args(),
+                cache,
+                step: self.step_args(place.part),
                 tiles: tiles as *const u32,
                 group: group as u32,
                 scale: heads.scale,
+                variant,
                 out: out.ptr().cast(),
             };
-            let (kernel, dims) = if heads.head_dim <= 64 {
-                ("flash_64", 64)
-            } else {
-                ("flash_128", 128)
+            let plain = variant.window == 0 && variant.soft_cap == 0.0 && variant.sinks.is_null();
+            let (kernel, dims) = match (heads.head_dim <= 64, plain) {
+                (true, true) => ("flash_64", 64),
+                (true, false) => ("flash_64_variant", 64),
+                (false, true) => ("flash_128", 128),
+                (false, false) => ("flash_128_variant", 128),
             };
             let grid = (heads.kv_heads as u32, n);
             let shared = flash::shared_bytes(dims);
@@ -545,8 +780,8 @@ impl<D: Driver> Gpu<D> {
                 .driver
                 .launch(kernel, grid, flash::THREADS, shared, &args);
         }
-        // Several rows go on to their product in f16.
-        let cast = rows > 1 && !self.exact;
+        // Rows go on to their product in f16.
+        let cast = !self.exact;
         let target = if cast {
             self.scratch(Scratch::First, rows * len * 4)? as *mut f32
         } else {
@@ -562,18 +797,19 @@ impl<D: Driver> Gpu<D> {
         };
         let args = AttendArgs {
             q: q.ptr(),
-            cache: self.cache_layer(cache, layer),
-            step: self.step_args(),
+            cache: self.cache_layer(cache, place),
+            step: self.step_args(place.part),
             heads: heads.heads as u32,
             splits,
             scale: heads.scale,
+            variant: variant(op),
             out: target,
             partial: partial as *mut f32,
         };
-        let kernel = if self.exact {
-            "attend_f32"
-        } else {
-            "attend_f16"
+        let kernel = match cache.shape.ty {
+            CacheType::F16 => "attend_f16",
+            CacheType::F32 => "attend_f32",
+            CacheType::Q8_0 => "attend_q8",
         };
         let grid = (blocks(tasks, attention::THREADS / 32), splits);
         self.driver
@@ -626,6 +862,7 @@ impl<D: Driver> Gpu<D> {
         &mut self,
         linear: Linear<'_, Self>,
         input: &Buffer,
+        residual: &Residual<'_, Self>,
         x: &Buffer,
     ) -> Result<()> {
         if self.fused() {
@@ -651,27 +888,40 @@ impl<D: Driver> Gpu<D> {
         } else {
             Rows::F16(input.ptr().cast_const().cast())
         };
-        self.product(linear, input, rows, x.ptr(), true)
+        if residual.is_plain() {
+            self.product(linear, input, rows, x.ptr(), true)?;
+            return self.adapt(linear, input, rows, x.ptr());
+        }
+        let len = linear.weight.matrix.rows as usize;
+        let y = self.scratch(Scratch::First, rows * len * 4)?;
+        self.whole_product(linear, input, rows, y as *mut f32)?;
+        self.add_residual(residual, y, len, x)
     }
 
     pub(super) fn op_norm_gate_up(
         &mut self,
         x: &Buffer,
-        norm: Norm<'_, Self>,
-        gate: Linear<'_, Self>,
-        up: Linear<'_, Self>,
+        op: &GateUp<'_, Self>,
         out: &Buffer,
     ) -> Result<()> {
-        let len = gate.weight.cols;
-        let width = gate.weight.matrix.rows as usize;
-        if self.fused() {
+        let GateUp {
+            norm,
+            gate,
+            up,
+            activation,
+        } = op;
+        let len = up.weight.cols;
+        let width = up.weight.matrix.rows as usize;
+        if let Some(gate) = gate
+            && self.fused()
+        {
             let float = !gate.weight.quantised || !up.weight.quantised;
             let role = Role::Buffer(out.address);
             let op = Op {
                 kind: kind::GATE_UP,
-                input: self.input(x.ptr(), Some(&norm), len, float)?,
+                input: self.input(x.ptr(), norm.as_ref(), len, float)?,
                 matrices: [gate.weight.matrix, up.weight.matrix, NO_MATRIX],
-                biases: [bias_ptr(gate), bias_ptr(up), ptr::null()],
+                biases: [bias_ptr(*gate), bias_ptr(*up), ptr::null()],
                 out: self.numbered(role, width)?,
                 ..NO_OP
             };
@@ -679,15 +929,17 @@ impl<D: Driver> Gpu<D> {
             return Ok(());
         }
         let rows = self.current.rows;
-        let normed = self.norm_rows(x, &norm, len, rows, ptr::null(), !self.exact)?;
+        let normed = self.norm_rows(x, norm.as_ref(), len, rows, ptr::null(), !self.exact)?;
         let stride = if self.exact {
             width
         } else {
             self.half_stride(width, out)?
         };
-        if let Rows::F16(x) = normed
+        if let (Rows::F16(x), Some(gate), Activation::Silu) = (normed, *gate, *activation)
             && self.dense()
             && width == stride
+            && gate.adapters.is_empty()
+            && up.adapters.is_empty()
         {
             let to = Target {
                 address: out.address,
@@ -695,47 +947,75 @@ impl<D: Driver> Gpu<D> {
                 stride,
                 add: false,
             };
-            return self.dense_sliced(&[gate, up], x, to);
+            return self.dense_sliced(&[gate, *up], x, to);
         }
+        // Without a gate, the activation is of `up`.
         let first = self.scratch(Scratch::First, rows * width * 4)? as *mut f32;
-        let second = self.scratch(Scratch::Second, rows * width * 4)? as *mut f32;
-        self.product(gate, normed, rows, first, false)?;
-        self.product(up, normed, rows, second, false)?;
-        let args = SiluMulArgs {
-            gate: first,
-            up: second,
-            out: out.ptr().cast(),
-            len: width as u32,
-            stride: stride as u32,
-            f16: u32::from(!self.exact),
-        };
-        let grid = (blocks(stride, ELEMENTWISE), rows as u32);
-        self.driver.launch("silu_mul", grid, ELEMENTWISE, 0, &args)
+        self.whole_product(gate.unwrap_or(*up), normed, rows, first)?;
+        let mut second = ptr::null_mut();
+        if gate.is_some() {
+            second = self.scratch(Scratch::Second, rows * width * 4)? as *mut f32;
+            self.whole_product(*up, normed, rows, second)?;
+        }
+        self.activate(
+            ActivateArgs {
+                gate: first,
+                up: second,
+                out: out.ptr().cast(),
+                len: width as u32,
+                stride: stride as u32,
+                f16: u32::from(!self.exact),
+                activation: activation_number(*activation),
+            },
+            rows,
+        )
+    }
+
+    pub(super) fn activate(&mut self, args: ActivateArgs, rows: usize) -> Result<()> {
+        let grid = (blocks(args.stride as usize, ELEMENTWISE), rows as u32);
+        self.driver
+            .launch("activate_rows", grid, ELEMENTWISE, 0, &args)
     }
 
     pub(super) fn op_norm_head(
         &mut self,
         x: &Buffer,
-        norm: Norm<'_, Self>,
-        head: Linear<'_, Self>,
+        op: &Head<'_, Self>,
         logits: &Buffer,
     ) -> Result<()> {
+        let Head {
+            norm, output: head, ..
+        } = op;
         let len = head.weight.cols;
         let outputs = self.current.outputs;
         if self.fused() {
-            let op = self.product_op(head, x.ptr(), Some(&norm), logits.ptr())?;
+            let op = self.product_op(*head, x.ptr(), Some(norm), logits.ptr())?;
             self.push("head", Op { choose: 1, ..op }, &[]);
             return Ok(());
         }
-        let gather = self.step_args().outputs;
-        let f16 = !self.exact && outputs > 1;
-        match self.norm_rows(x, &norm, len, outputs, gather, f16)? {
+        let gather = self.step_args(CachePart::Whole).outputs;
+        let adapted = !head.adapters.is_empty();
+        let f16 = !self.exact && (outputs > 1 || adapted);
+        match self.norm_rows(x, Some(norm), len, outputs, gather, f16)? {
             Rows::F32(x) if !self.exact => {
-                let op = self.product_op(head, x, None, logits.ptr())?;
-                self.run_single(Op { choose: 1, ..op })
+                let op = self.product_op(*head, x, None, logits.ptr())?;
+                self.run_single(Op { choose: 1, ..op })?;
             }
-            rows => self.product(head, rows, outputs, logits.ptr(), false),
+            rows => self.whole_product(*head, rows, outputs, logits.ptr())?,
         }
+        if op.scale == 1.0 && op.soft_cap.is_none() {
+            return Ok(());
+        }
+        let len = outputs * head.weight.matrix.rows as usize;
+        let args = FinishArgs {
+            logits: logits.ptr(),
+            len: len as u32,
+            scale: op.scale,
+            cap: op.soft_cap.unwrap_or(0.0),
+        };
+        let grid = (blocks(len, ELEMENTWISE), 1);
+        self.driver
+            .launch("finish_logits", grid, ELEMENTWISE, 0, &args)
     }
 
     pub(super) fn op_sample(

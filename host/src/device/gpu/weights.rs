@@ -4,6 +4,7 @@ use super::{Driver, Piece, Weight};
 use crate::error::{Error, Result};
 use gguf::Gguf;
 use kernels::types::{GROUP, LAYOUTS, Layout, RepackArgs};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Threads per block of the repacking kernel.
@@ -26,10 +27,11 @@ pub(super) fn device_bytes(tensor: gguf::Tensor<'_>) -> usize {
     }
 }
 
-/// Streams a tensor to the device and repacks it there; copies may still run when this returns.
+/// Streams rows of a tensor to the device and repacks them there; copies may still run when this returns.
 pub(super) fn load<D: Driver>(
     driver: &mut D,
     tensor: gguf::Tensor<'_>,
+    part: Range<usize>,
     file: &Arc<Gguf>,
 ) -> Result<Weight> {
     let ty = tensor.ty() as u32;
@@ -40,7 +42,7 @@ pub(super) fn load<D: Driver>(
             tensor.ty()
         )));
     };
-    let (rows, file_cols) = (tensor.rows() as usize, tensor.row_len() as usize);
+    let (rows, file_cols) = (part.len(), tensor.row_len() as usize);
     let cols = file_cols.next_multiple_of(GROUP);
     let memory = driver.alloc(matrix_bytes(layout, rows, cols))?;
     let matrix = layout.matrix(rows, cols, memory.address as *const u8);
@@ -61,7 +63,7 @@ pub(super) fn load<D: Driver>(
         let piece = Piece {
             file: Arc::clone(file),
             tensor: tensor.name().to_owned(),
-            range: first * row_bytes..end * row_bytes,
+            range: (part.start + first) * row_bytes..(part.start + end) * row_bytes,
         };
         let repack = move |driver: &mut D, address| {
             let args = RepackArgs {

@@ -16,6 +16,8 @@ use super::simd::Level;
 use gguf::GgmlType;
 use gguf::blocks::{Block, F16};
 
+mod grid;
+
 /// Elements that are unpacked at once; scales belong to one or two parts of it.
 pub(super) const UNIT: usize = 32;
 
@@ -148,6 +150,18 @@ types! {
     q4_k::Q4K,
     q5_k::Q5K,
     q6_k::Q6K,
+    iq1_s::Iq1S,
+    iq1_m::Iq1M,
+    iq2_xxs::Iq2Xxs,
+    iq2_xs::Iq2Xs,
+    iq2_s::Iq2S,
+    iq3_xxs::Iq3Xxs,
+    iq3_s::Iq3S,
+    iq4_nl::Iq4Nl,
+    iq4_xs::Iq4Xs,
+    tq1_0::Tq1_0,
+    tq2_0::Tq2_0,
+    mxfp4::Mxfp4,
 }
 
 /// The halves of 16 bytes: low halves first.
@@ -194,6 +208,12 @@ unsafe fn field_avx2(bytes: &[u8], shift: usize, mask: u8) -> __m256i {
         let shifted = _mm256_srl_epi16(all, _mm_cvtsi32_si128(shift as i32));
         _mm256_and_si256(shifted, _mm256_set1_epi8(mask as i8))
     }
+}
+
+/// Number `j` of 4 bits, two a byte, the first in the low half.
+#[inline(always)]
+fn nibble(bytes: &[u8], j: usize) -> u8 {
+    (bytes[j / 2] >> (j % 2 * 4)) & 0x0f
 }
 
 /// The portable twin of [`field_avx2`].

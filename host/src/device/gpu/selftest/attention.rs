@@ -5,7 +5,7 @@ use super::bench::{Bench, nmse};
 use super::rows::{Element, Paging};
 use crate::error::Result;
 use half::f16;
-use kernels::attention::{self, AttendArgs};
+use kernels::attention::{self, AttendArgs, Variant};
 use kernels::flash::{self, FlashArgs};
 
 pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
@@ -13,9 +13,18 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
     for (heads, kv_heads, head_dim) in [(2, 1, 8), (7, 1, 64), (4, 4, 40), (6, 2, 128), (1, 1, 256)]
     {
         for (spans, splits) in [(&long[..1], 1), (long, 1), (long, 4)] {
-            check::<f16, D>(b, heads, kv_heads, head_dim, spans, splits)?;
-            check::<f32, D>(b, heads, kv_heads, head_dim, spans, splits)?;
+            check::<f16, D>(b, heads, kv_heads, head_dim, spans, splits, &PLAIN)?;
+            check::<f32, D>(b, heads, kv_heads, head_dim, spans, splits, &PLAIN)?;
         }
+    }
+    for look in LOOKS {
+        for splits in [1, 4] {
+            check::<f16, D>(b, 4, 2, 64, long, splits, look)?;
+            check::<f32, D>(b, 7, 1, 40, long, splits, look)?;
+        }
+        let spans = &[(63, 1), (70, 30), (0, 70), (31, 2)];
+        check_flash(b, 9, 3, 64, spans, look)?;
+        check_flash(b, 2, 1, 96, spans, look)?;
     }
     for (heads, kv_heads, head_dim) in [
         (2, 1, 16),
@@ -25,21 +34,89 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
         (8, 2, 128),
         (2, 1, 96),
     ] {
-        check_flash(b, heads, kv_heads, head_dim, &[(0, 3)])?;
-        check_flash(b, heads, kv_heads, head_dim, &[(0, 70)])?;
+        check_flash(b, heads, kv_heads, head_dim, &[(0, 3)], &PLAIN)?;
+        check_flash(b, heads, kv_heads, head_dim, &[(0, 70)], &PLAIN)?;
         check_flash(
             b,
             heads,
             kv_heads,
             head_dim,
             &[(63, 1), (70, 30), (0, 33), (31, 2)],
+            &PLAIN,
         )?;
     }
     Ok(())
 }
 
+/// How attention looks at tokens.
+#[derive(Debug)]
+pub struct Look {
+    pub window: usize,
+    pub soft_cap: f32,
+    pub sinks: bool,
+}
+
+pub const PLAIN: Look = Look {
+    window: 0,
+    soft_cap: 0.0,
+    sinks: false,
+};
+
+const LOOKS: &[Look] = &[
+    Look {
+        window: 20,
+        ..PLAIN
+    },
+    Look {
+        soft_cap: 3.0,
+        ..PLAIN
+    },
+    Look {
+        sinks: true,
+        ..PLAIN
+    },
+    Look {
+        window: 33,
+        soft_cap: 5.0,
+        sinks: true,
+    },
+];
+
+impl Look {
+    /// As kernels take it, with the sinks of `heads` heads, and these.
+    pub fn variant<D: Driver>(
+        &self,
+        b: &mut Bench<'_, D>,
+        heads: usize,
+    ) -> Result<(Variant, Option<Vec<f32>>)> {
+        let sinks = self.sinks.then(|| b.random.values(heads));
+        let sinks_on = match &sinks {
+            Some(sinks) => b.upload(sinks)?.ptr::<f32>().cast_const(),
+            None => std::ptr::null(),
+        };
+        let variant = Variant {
+            window: self.window as u32,
+            soft_cap: self.soft_cap,
+            sinks: sinks_on,
+        };
+        Ok((variant, sinks))
+    }
+
+    fn name(&self) -> String {
+        let Look {
+            window,
+            soft_cap,
+            sinks,
+        } = self;
+        match (window, soft_cap, sinks) {
+            (0, 0.0, false) => String::new(),
+            _ => format!(", window {window}, cap {soft_cap}, sinks {sinks}"),
+        }
+    }
+}
+
 /// Tokens of a cache, as a sequence of `[keys, values][kv head][element]` for each sequence.
-type Cached = Vec<Vec<[Vec<Vec<f32>>; 2]>>;
+pub type Cached = Vec<Vec<[Vec<Vec<f32>>; 2]>>;
 
 /// Fills the cache; keys far from zero, as those of a model with large key biases are.
 fn fill<E: Element, D: Driver>(
@@ -76,7 +153,7 @@ fn fill<E: Element, D: Driver>(
 }
 
 /// Softmax attention in f64.
-fn attention(
+pub fn attention(
     q: &[f32],
     cached: &Cached,
     heads: usize,
@@ -84,6 +161,8 @@ fn attention(
     head_dim: usize,
     spans: &[(usize, usize)],
     scale: f32,
+    look: &Look,
+    sinks: Option<&[f32]>,
 ) -> Vec<f64> {
     let mut expected = Vec::with_capacity(q.len());
     let mut queries = q.chunks(head_dim);
@@ -91,17 +170,29 @@ fn attention(
         for (r, head) in (0..*len).flat_map(|r| (0..heads).map(move |h| (r, h))) {
             let q = queries.next().unwrap_or_default();
             let kv = head / (heads / kv_heads);
-            let tokens = &cached[sequence][..past + r + 1];
+            let end = past + r + 1;
+            let first = match look.window {
+                0 => 0,
+                window => end.saturating_sub(window),
+            };
+            let tokens = &cached[sequence][first..end];
             let scores: Vec<f64> = tokens
                 .iter()
                 .map(|t| {
                     let pairs = q.iter().zip(&t[0][kv]);
                     let dot: f64 = pairs.map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
-                    dot * f64::from(scale)
+                    let score = dot * f64::from(scale);
+                    match f64::from(look.soft_cap) {
+                        0.0 => score,
+                        cap => cap * (score / cap).tanh(),
+                    }
                 })
                 .collect();
             let peak = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let mass: f64 = scores.iter().map(|s| (s - peak).exp()).sum();
+            let mut mass: f64 = scores.iter().map(|s| (s - peak).exp()).sum();
+            if let Some(sinks) = sinks {
+                mass += (f64::from(sinks[head]) - peak).exp();
+            }
             for e in 0..head_dim {
                 let sum: f64 = scores
                     .iter()
@@ -121,8 +212,10 @@ fn check_flash<D: Driver>(
     kv_heads: usize,
     head_dim: usize,
     spans: &[(usize, usize)],
+    look: &Look,
 ) -> Result<()> {
     let rows: usize = spans.iter().map(|s| s.1).sum();
+    let (variant, sinks) = look.variant(b, heads)?;
     let paging = Paging::new(b, spans, kv_heads * head_dim * 2, &vec![0; rows])?;
     let cached = fill::<f16, D>(b, &paging, kv_heads, head_dim, spans)?;
     let q: Vec<f16> = b
@@ -151,12 +244,15 @@ fn check_flash<D: Driver>(
         tiles: tiles_on.ptr(),
         group: (heads / kv_heads) as u32,
         scale,
+        variant,
         out: out.ptr(),
     };
-    let (kernel, dims) = if head_dim <= 64 {
-        ("flash_64", 64)
-    } else {
-        ("flash_128", 128)
+    let plain = look.name().is_empty();
+    let (kernel, dims) = match (head_dim <= 64, plain) {
+        (true, true) => ("flash_64", 64),
+        (true, false) => ("flash_64_variant", 64),
+        (false, true) => ("flash_128", 128),
+        (false, false) => ("flash_128_variant", 128),
     };
     let grid = (kv_heads as u32, tiles.len() as u32);
     let shared = flash::shared_bytes(dims);
@@ -165,10 +261,21 @@ fn check_flash<D: Driver>(
     let halves = b.take::<f16>(kernel, out)?;
     let found: Vec<f32> = halves.into_iter().map(f16::to_f32).collect();
     let q: Vec<f32> = q.into_iter().map(f16::to_f32).collect();
-    let expected = attention(&q, &cached, heads, kv_heads, head_dim, spans, scale);
+    let expected = attention(
+        &q,
+        &cached,
+        heads,
+        kv_heads,
+        head_dim,
+        spans,
+        scale,
+        look,
+        sinks.as_deref(),
+    );
     let case = format!(
-        "{heads}/{kv_heads} heads of {head_dim}, {} spans, {rows} rows",
-        spans.len()
+        "{heads}/{kv_heads} heads of {head_dim}, {} spans, {rows} rows{}",
+        spans.len(),
+        look.name()
     );
     // The weights of the tokens are rounded to f16, and so is the result.
     b.report(kernel, case, nmse(&found, &expected), 1e-6);
@@ -182,8 +289,10 @@ fn check<E: Element, D: Driver>(
     head_dim: usize,
     spans: &[(usize, usize)],
     splits: u32,
+    look: &Look,
 ) -> Result<()> {
     let rows: usize = spans.iter().map(|s| s.1).sum();
+    let (variant, sinks) = look.variant(b, heads)?;
     let paging = Paging::new(
         b,
         spans,
@@ -208,6 +317,7 @@ fn check<E: Element, D: Driver>(
         heads: heads as u32,
         splits,
         scale,
+        variant,
         out: out.ptr(),
         partial: partial.ptr(),
     };
@@ -226,10 +336,21 @@ fn check<E: Element, D: Driver>(
     b.take::<f32>(kernel, partial)?;
     let found = b.take::<f32>(kernel, out)?;
 
-    let expected = attention(&q, &cached, heads, kv_heads, head_dim, spans, scale);
+    let expected = attention(
+        &q,
+        &cached,
+        heads,
+        kv_heads,
+        head_dim,
+        spans,
+        scale,
+        look,
+        sinks.as_deref(),
+    );
     let case = format!(
-        "{heads}/{kv_heads} heads of {head_dim}, {} spans, {splits} splits",
-        spans.len()
+        "{heads}/{kv_heads} heads of {head_dim}, {} spans, {splits} splits{}",
+        spans.len(),
+        look.name()
     );
     let error = nmse(&found, &expected);
     b.report(kernel, case.clone(), error, 1e-10);

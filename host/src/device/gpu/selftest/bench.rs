@@ -1,9 +1,9 @@
 //! The bench that kernels are put on: random data, guarded memory, error measures.
 
 use super::{Address, Allocation, Driver, Outcome};
+use crate::device::random_blocks::random_block;
 use crate::error::{Error, Result};
 use gguf::GgmlType;
-use half::f16;
 use kernels::types::{GROUP, LAYOUTS, Layout, Matrix};
 
 /// A small generator (xorshift*, Vigna 2016): checks need variety, not quality.
@@ -167,7 +167,7 @@ impl<D: Driver> Bench<'_, D> {
         let per_row = cols / layout.block;
         let mut file = Vec::with_capacity(rows * per_row * layout.block_bytes);
         for _ in 0..rows * per_row {
-            random_block(&mut self.random, ty, &layout, &mut file);
+            random_block(ty, &mut || self.random.next(), &mut file);
         }
         let mut values = vec![0.0; rows * cols];
         gguf::dequantize(ty, &file, &mut values)?;
@@ -224,32 +224,4 @@ pub fn layout(ty: GgmlType) -> Layout {
 /// Every type that the kernels read.
 pub fn types() -> impl Iterator<Item = GgmlType> {
     LAYOUTS.iter().filter_map(|l| GgmlType::from_u32(l.ty))
-}
-
-/// Where a block keeps its f16 scales; every other byte may be anything.
-fn scale_offsets(ty: GgmlType) -> &'static [usize] {
-    match ty {
-        GgmlType::Q4_0 | GgmlType::Q5_0 | GgmlType::Q8_0 => &[0],
-        GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4_K | GgmlType::Q5_K => &[0, 2],
-        GgmlType::Q2_K => &[80, 82],
-        GgmlType::Q3_K => &[108],
-        GgmlType::Q6_K => &[208],
-        _ => &[],
-    }
-}
-
-fn random_block(random: &mut Random, ty: GgmlType, layout: &Layout, out: &mut Vec<u8>) {
-    let start = out.len();
-    match ty {
-        GgmlType::F32 => out.extend(random.signed().to_le_bytes()),
-        GgmlType::F16 => out.extend(f16::from_f32(random.signed()).to_le_bytes()),
-        GgmlType::BF16 => out.extend(half::bf16::from_f32(random.signed()).to_le_bytes()),
-        _ => {
-            out.extend((0..layout.block_bytes).map(|_| random.next() as u8));
-            for offset in scale_offsets(ty) {
-                let scale = f16::from_f32(random.signed() * 0.1);
-                out[start + offset..start + offset + 2].copy_from_slice(&scale.to_le_bytes());
-            }
-        }
-    }
 }

@@ -7,8 +7,10 @@ mod attention;
 mod bench;
 mod choice;
 mod decode;
+mod experts;
 mod products;
 mod rows;
+mod variants;
 
 use super::{Address, Allocation, Driver};
 use crate::error::Result;
@@ -44,6 +46,8 @@ pub fn run<D: Driver>(driver: D, seed: u64, each: &mut dyn FnMut(Outcome)) -> Re
     products::run(&mut bench)?;
     decode::run(&mut bench)?;
     rows::run(&mut bench)?;
+    variants::run(&mut bench)?;
+    experts::run(&mut bench)?;
     attention::run(&mut bench)?;
     choice::run(&mut bench)
 }
