@@ -145,7 +145,11 @@ fn text(content: &Value) -> Result<String, &'static str> {
             .iter()
             .map(
                 |part| match (part["type"].as_str(), part["text"].as_str()) {
-                    (Some("text"), Some(text)) => Ok(text),
+                    (Some("text"), Some(text))
+                        if part.as_object().is_some_and(|p| p.len() == 2) =>
+                    {
+                        Ok(text)
+                    }
                     _ => Err("has a part that is no text"),
                 },
             )
