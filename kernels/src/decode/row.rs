@@ -121,15 +121,12 @@ impl Row {
     pub unsafe fn fill(&self, a: &DecodeArgs, op: Current, w: &Warp) {
         unsafe {
             let seal = Seal::of(a, get!(op, input.from));
-            if !seal.plain() {
-                wait_since(w.since, FIRST_LOOK);
-            }
             let squares = if get!(op, input.splits) != 0 {
-                self.fill_combined(op, seal)
+                self.fill_combined(op, seal, w)
             } else if seal.plain() && get!(op, input.len) % 4 != 0 {
                 self.fill_short(op)
             } else {
-                self.fill_vectors(op, seal)
+                self.fill_vectors(op, seal, w)
             };
             if !get!(op, input.norm).is_null() {
                 let squares = warp::reduce_sum_f32(squares);
@@ -141,7 +138,7 @@ impl Row {
     }
 
     #[inline(always)]
-    unsafe fn fill_vectors(&self, op: Current, seal: Seal) -> f32 {
+    unsafe fn fill_vectors(&self, op: Current, seal: Seal, w: &Warp) -> f32 {
         unsafe {
             let (x, norm) = (get!(op, input.x), get!(op, input.norm));
             let len = get!(op, input.len);
@@ -153,6 +150,7 @@ impl Row {
                 let at = |u: usize| base + 4 * (t + THREADS * u as u32);
                 // What is known beforehand comes while the rest is awaited.
                 let weights = unrolled!(4, |u| load_norm(norm, at(u), len));
+                wait_since(w.since, FIRST_LOOK);
                 let mut words = unrolled!(4, |u| if at(u) < len {
                     ld_relaxed_v4_u32(x.add(at(u) as usize))
                 } else {
@@ -216,10 +214,11 @@ impl Row {
 
     /// From attention's parts.
     #[inline(always)]
-    unsafe fn fill_combined(&self, op: Current, seal: Seal) -> f32 {
+    unsafe fn fill_combined(&self, op: Current, seal: Seal, w: &Warp) -> f32 {
         unsafe {
             let len = get!(op, input.len);
             let (t, cols) = (thread_idx_x(), self.groups * GROUP as u32);
+            wait_since(w.since, FIRST_LOOK);
             let mut base = 0;
             while base < cols {
                 let i = base + 4 * t;
