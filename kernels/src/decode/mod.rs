@@ -331,7 +331,7 @@ unsafe fn prefetch(op: Current) {
         };
         match thread_idx_x() / 32 {
             12 => ask(get!(op, input.norm), get!(op, input.len)),
-            w if w >= 9 && w < 12 => {
+            w @ 9..12 => {
                 let rows = core::mem::offset_of!(Matrix, rows) as u32;
                 ask(op.bias(w - 9), u32::load(op.matrix(w - 9) + rows));
             }

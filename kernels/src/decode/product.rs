@@ -412,7 +412,7 @@ unsafe fn multiply(
         };
         let (ty0, ty1) = (matrix_field(op, which, ty), matrix_field(op, other, ty));
         let left = |len: u32, at: u32| {
-            let left = if at < len { len - at } else { 0 };
+            let left = len.saturating_sub(at);
             if left < TILE as u32 {
                 left
             } else {
