@@ -309,6 +309,7 @@ fn measure(common: &Common, column: Column, file: &Arc<Gguf>, golden: &Golden) -
         let chunks = [1, prompt.ids.len()];
         for &chunk in &chunks[usize::from(slow)..] {
             direct.reset();
+            direct.expect(prompt.ids.len());
             for ids in prompt.ids.chunks(chunk) {
                 direct.feed(ids)?;
             }

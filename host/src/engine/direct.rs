@@ -50,6 +50,12 @@ impl Direct {
     /// Starts a new sequence; the cache's contents are forgotten.
     pub fn reset(&mut self) {
         self.past = 0;
+        self.horizon = 0;
+    }
+
+    /// Says that the sequence will come to so many tokens: see [`Span::horizon`].
+    pub fn expect(&mut self, tokens: usize) {
+        self.horizon = tokens;
     }
 
     /// Says how many tokens there are in all, before the first chunk of them costs any work.
@@ -87,7 +93,7 @@ impl Direct {
     /// As [`Runner::forward`].
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
         self.check(tokens)?;
-        self.horizon = self.past + tokens.len();
+        self.horizon = self.horizon.max(self.past + tokens.len());
         let chunks = tokens.chunks(self.runner.step_rows());
         let last = chunks.len().saturating_sub(1);
         for (i, chunk) in chunks.enumerate() {
@@ -107,7 +113,7 @@ impl Direct {
     /// As [`Runner::forward`].
     pub fn feed_each(&mut self, tokens: &[u32], mut each: impl FnMut(Vec<f32>)) -> Result<()> {
         self.check(tokens)?;
-        self.horizon = self.past + tokens.len();
+        self.horizon = self.horizon.max(self.past + tokens.len());
         for chunk in tokens.chunks(MAX_OUTPUTS) {
             self.step(chunk, (0..chunk.len()).collect())?;
             for output in 0..chunk.len() {
