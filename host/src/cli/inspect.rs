@@ -545,12 +545,12 @@ mod tests {
         );
         w.tensor("a.weight", &[2, 3], GgmlType::F32).unwrap();
         w.tensor("b.weight", &[32], GgmlType::Q8_0).unwrap();
-        w.tensor("c.weight", &[256], GgmlType::IQ2_XXS).unwrap();
+        w.tensor("c.weight", &[256], GgmlType::Q8_K).unwrap();
         let mut payload = w.begin(Vec::new()).unwrap();
         for v in [0.1f32, -0.0, 1e-45, f32::MAX, f32::NAN, f32::NEG_INFINITY] {
             payload.write(&v.to_le_bytes()).unwrap();
         }
-        payload.write(&[1; 34 + 66]).unwrap();
+        payload.write(&[1; 34 + 292]).unwrap();
         Gguf::from_bytes("sample.gguf", payload.finish().unwrap()).unwrap()
     }
 
@@ -581,7 +581,7 @@ mod tests {
             "vocabulary      9 tokens",
             "string[9]",
             "... 3 more",
-            "IQ2_XXS       66 B in 1 tensor\n",
+            "Q8_K         292 B in 1 tensor\n",
             "2 x 3",
             "cpu             will not run: ",
             "llama.block_count",
@@ -604,7 +604,7 @@ mod tests {
             9
         );
         assert_eq!(json["types"]["Q8_0"]["bytes"], 34);
-        assert_eq!(json["tensors"][2]["type"], "IQ2_XXS");
+        assert_eq!(json["tensors"][2]["type"], "Q8_K");
         assert_eq!(json["tensors"][0]["dims"], serde_json::json!([2, 3]));
         assert_eq!(json["shape"]["head_length"], 16);
         assert_eq!(json["devices"][0]["backend"], "cpu");
@@ -651,7 +651,7 @@ mod tests {
             ("a.weight", 7, None, "has 6 elements"),
             ("a.weight", 1, Some(6), "has 6 elements"),
             ("a.weight", 1, Some(u64::MAX), "has 6 elements"),
-            ("c.weight", 0, None, "no dequantisation for type IQ2_XXS"),
+            ("c.weight", 0, None, "no dequantisation for type Q8_K"),
         ];
         for (name, offset, count, message) in cases {
             let mut out = Vec::new();
