@@ -5,14 +5,17 @@
 //! softmax (arXiv:2205.14135); teams, then warps merge at the end, and the product that follows merges splits.
 
 use super::seal::Seal;
-use super::{AHEAD, Coming, Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, Warp, get};
+use super::{
+    AHEAD, Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, Warp, await_op, copy_op, get, sync,
+};
 use crate::attention::{LoadEight, NONE};
 use crate::rows::BLOCK_TOKENS;
 use crate::types::to_f16;
 use crate::unrolled;
+use cuda_std::int::quotient;
 use cuda_std::memory::{ld_v4_u32, ldg_u32};
 use cuda_std::shared;
-use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id, sync_threads, thread_idx_x};
+use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id, thread_idx_x};
 use cuda_std::{float, warp};
 
 /// Each warp's part of a head: sums of up to 256 elements, peak and mass.
@@ -37,7 +40,7 @@ struct Part {
 #[inline(always)]
 pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
-        let coming = Coming::load(a, w.index + AHEAD);
+        copy_op(a, w.index + AHEAD);
         let head_dim = get!(op, cache.head_dim);
         let splits = get!(op, splits);
         let heads = get!(op, heads);
@@ -53,8 +56,9 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
         let seal = Seal::of(a, number);
         let mut index = block_idx_x();
         while index < heads * splits {
-            let (head, split) = (index / splits, index % splits);
-            let chunk = tokens.div_ceil(splits);
+            let head = quotient(index, splits);
+            let split = index - head * splits;
+            let chunk = quotient(tokens + splits - 1, splits);
             let first = split * chunk;
             let last = if first + chunk < tokens {
                 first + chunk
@@ -62,8 +66,8 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 tokens
             };
             // Whole turns of all teams, so that no warp is left with a remainder of another's.
-            let teams = 32 / team_lanes;
-            let share = chunk.div_ceil(WARPS).next_multiple_of(teams);
+            let teams = quotient(32, team_lanes);
+            let share = (chunk.div_ceil(WARPS) + teams - 1) & !(teams - 1);
             let from = first + warp_index * share;
             let to = if from + share < last {
                 from + share
@@ -81,7 +85,7 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 slot.add(256).store(part.peak);
                 slot.add(257).store(part.mass);
             }
-            sync_threads();
+            sync();
             // A thread per element merges the warps.
             let e = thread_idx_x();
             if e < head_dim + 2 {
@@ -101,11 +105,11 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 // Elements, then peak, then mass.
                 seal.write(to, if e == head_dim { peak } else { sum });
             }
-            sync_threads();
+            sync();
             index += grid_dim_x();
         }
-        coming.store();
-        sync_threads();
+        await_op();
+        sync();
     }
 }
 
@@ -115,14 +119,15 @@ unsafe fn attend_tokens(a: &DecodeArgs, op: Current, head: u32, from: u32, to: u
     unsafe {
         let head_dim = get!(op, cache.head_dim);
         let kv_heads = get!(op, cache.kv_heads);
-        let kv_head = head / (get!(op, heads) / kv_heads);
+        let kv_head = quotient(head, quotient(get!(op, heads), kv_heads));
         let scale = get!(op, scale) * LOG2_E;
         let (keys_at, values_at) = (get!(op, cache.keys), get!(op, cache.values));
         let fresh = get!(op, fresh);
         let lane = lane_id();
         let team_lanes = head_dim.div_ceil(8).next_power_of_two();
-        let teams = 32 / team_lanes;
-        let (team, member) = (lane / team_lanes, lane % team_lanes);
+        let teams = quotient(32, team_lanes);
+        let team = quotient(lane, team_lanes);
+        let member = lane - team * team_lanes;
         let element = member * 8;
         let active = element < head_dim;
         let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 8]);
