@@ -6,7 +6,8 @@
 
 use super::seal::Seal;
 use super::{
-    AHEAD, Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, Warp, await_op, copy_op, get, sync,
+    AHEAD, Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, Warp, await_op, blocks, copy_op, get, lane,
+    sync, thread,
 };
 use crate::attention::{LoadEight, NONE};
 use crate::rows::BLOCK_TOKENS;
@@ -15,7 +16,7 @@ use crate::unrolled;
 use cuda_std::int::quotient;
 use cuda_std::memory::{ld_v4_u32, ldg_u32};
 use cuda_std::shared;
-use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id, thread_idx_x};
+use cuda_std::thread::block_idx_x;
 use cuda_std::{float, warp};
 
 /// Each warp's part of a head: sums of up to 256 elements, peak and mass.
@@ -45,7 +46,7 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
         let splits = get!(op, splits);
         let heads = get!(op, heads);
         let team_lanes = head_dim.div_ceil(8).next_power_of_two();
-        let (warp_index, lane) = (thread_idx_x() / 32, lane_id());
+        let (warp_index, lane) = (thread() / 32, lane());
         let tokens = a.position + 1;
         let parts = shared::at::<f32>(ROWS_AT + w.index % 2 * a.row_bytes);
         let number = if get!(op, sealed) != 0 {
@@ -87,7 +88,7 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
             }
             sync();
             // A thread per element merges the warps.
-            let e = thread_idx_x();
+            let e = thread();
             if e < head_dim + 2 {
                 let mut peak = NONE;
                 for w in 0..WARPS {
@@ -106,7 +107,7 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 seal.write(to, if e == head_dim { peak } else { sum });
             }
             sync();
-            index += grid_dim_x();
+            index += blocks();
         }
         await_op();
         sync();
@@ -123,7 +124,7 @@ unsafe fn attend_tokens(a: &DecodeArgs, op: Current, head: u32, from: u32, to: u
         let scale = get!(op, scale) * LOG2_E;
         let (keys_at, values_at) = (get!(op, cache.keys), get!(op, cache.values));
         let fresh = get!(op, fresh);
-        let lane = lane_id();
+        let lane = lane();
         let team_lanes = head_dim.div_ceil(8).next_power_of_two();
         let teams = quotient(32, team_lanes);
         let team = quotient(lane, team_lanes);

@@ -29,17 +29,19 @@ mod task;
 
 use crate::rows::{CacheLayer, Rotation};
 use crate::types::{Matrix, NO_MATRIX};
+use cuda_std::int::here;
 use cuda_std::kernel;
 use cuda_std::memory::{cp_async_16, cp_async_wait_all, ldg_u32, ldg_v2_u32};
 use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{
-    bar_sync, block_idx_x, globaltimer, lane_id, sync_threads, thread_idx_x,
+    bar_sync, block_idx_x, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
 };
 use ring::Ring;
 
 pub use ring::TURNS;
 pub use row::row_bytes;
 pub use seal::{NUMBERS, PLAIN};
+pub use task::{MAX_SEGMENTS, Segment};
 
 /// Warps of a block that compute.
 pub const WARPS: u32 = 16;
@@ -151,6 +153,9 @@ const _: () = assert!(
 #[derive(Clone, Copy)]
 pub struct DecodeArgs {
     pub ops: *const Op,
+    /// The operations' [segments](Op::segments), those with tasks, in order; one without after them.
+    pub segments: *const Segment,
+    pub segment_count: u32,
     pub count: u32,
     /// Added to every number of this launch's operations; below [`NUMBERS`].
     pub base: u32,
@@ -189,8 +194,8 @@ pub mod point {
 /// Notes the time in the first thread of block 0, if it is asked for.
 #[inline(always)]
 unsafe fn note(a: &DecodeArgs, index: u32, point: usize) {
-    if !a.trace.is_null() && thread_idx_x() == 0 && block_idx_x() == 0 {
-        let at = index as usize * point::COUNT + point;
+    if !a.trace.is_null() && thread() == 0 && block_idx_x() == 0 {
+        let at = here(index) as usize * point::COUNT + point;
         unsafe { a.trace.add(at).write(globaltimer()) }
     }
 }
@@ -331,7 +336,7 @@ impl<T> Field for *mut T {
 /// barrier must follow.
 #[inline(always)]
 unsafe fn copy_op(a: &DecodeArgs, index: u32) {
-    let (warp, at) = (thread_idx_x() / 32, 16 * lane_id());
+    let (warp, at) = (thread() / 32, 16 * lane());
     if warp == WARPS - 1 && index < a.count && at < OP_BYTES {
         let to = SharedPtr::<u8>::from_addr(Current::at(index).0 + at);
         unsafe {
@@ -352,6 +357,24 @@ struct Warp {
     /// Index of the current operation.
     index: u32,
     ring: Ring,
+}
+
+/// Lane and thread of the block, as numbers from which nothing is computed beforehand: what follows from them would
+/// else take registers throughout the launch.
+#[inline(always)]
+fn lane() -> u32 {
+    here(lane_id())
+}
+
+#[inline(always)]
+fn thread() -> u32 {
+    here(thread_idx_x())
+}
+
+/// Blocks of the grid, likewise.
+#[inline(always)]
+fn blocks() -> u32 {
+    here(grid_dim_x())
 }
 
 /// A barrier of the warps that compute: the feeders do not come to it.

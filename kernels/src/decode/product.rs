@@ -4,8 +4,8 @@ use super::ring::Tile;
 use super::row::{Group, Row, norm_scale};
 use super::seal::{Seal, pause};
 use super::task::{Task, first_run, first_task, matrix_field, task_stride};
-use super::{AHEAD, Current, DecodeArgs, PLAIN, Source, WARPS, Warp, await_op, copy_op, get, kind, note,
-    point, sync};
+use super::{AHEAD, Current, DecodeArgs, PLAIN, Source, WARPS, Warp, await_op, blocks, copy_op, get, kind,
+    lane, note, point, sync, thread};
 use crate::for_each_type;
 use crate::rows::BLOCK_TOKENS;
 use crate::sample::{max_u64, rank, warp_max};
@@ -16,7 +16,7 @@ use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
 };
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::{block_idx_x, clock, grid_dim_x, lane_id, thread_idx_x};
+use cuda_std::thread::{block_idx_x, clock};
 use cuda_std::{float, half, warp};
 
 /// Tasks that a warp brings to an end together.
@@ -57,7 +57,7 @@ impl Output {
     #[inline(always)]
     unsafe fn of(a: &DecodeArgs, op: Current, index: u32) -> Output {
         unsafe {
-            let (lane, count) = (lane_id(), get!(op, tasks));
+            let (lane, count) = (lane(), get!(op, tasks));
             let index = index + lane / 4 % BATCH * task_stride();
             let exists = index < count;
             let task = Task::of(op, if exists { index } else { 0 });
@@ -149,7 +149,7 @@ impl Turn {
     #[inline(always)]
     fn new(a: &DecodeArgs, tile: u32, runs: Runs, at: u32) -> Turn {
         Turn {
-            lane: lane_id(),
+            lane: lane(),
             tiles: [tile, tile + a.tile_bytes],
             groups: [
                 left(runs.first(), at),
@@ -244,7 +244,7 @@ unsafe fn dot_float<T: Sixteen>(row: &Row, tile: u32, groups: u32, at: u32) -> f
     unsafe {
         let mut sum = 0.0;
         // 16 bytes a lane at a time.
-        let mut unit = lane_id();
+        let mut unit = lane();
         while unit * (T::WEIGHTS as u32) < groups * GROUP as u32 {
             let w = SharedPtr::<u32>::from_addr(tile + 16 * unit).load_v4();
             let w = T::unpack_sixteen(w);
@@ -367,7 +367,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         let gate = get!(op, kind) == kind::GATE_UP;
         let groups = matrix_field(op, 0, offset_of!(Matrix, cols)) / GROUP as u32;
         let runs = Runs::of(groups, split);
-        let mut index = first_task(thread_idx_x() / 32);
+        let mut index = first_task(thread() / 32);
         let mut output = Output::of(a, op, index);
         let mut types = Types::of(op, gate, warp::shuffle_idx(output.m(), 0));
         let mut waits = true;
@@ -401,7 +401,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 break;
             }
             let row = Row::new(a, w.index, runs.groups() * GROUP as u32);
-            let lane = lane_id();
+            let lane = lane();
             let mut x = row.group(at + lane);
             let mut turn_v = [dot(&pair[0], &x), 0.0];
             if runs.second() != 0 {
@@ -499,7 +499,7 @@ unsafe fn finish(
 ) -> u64 {
     unsafe {
         // At each of the first two steps a lane passes on what is not of its task, and has half as many.
-        let lane = lane_id();
+        let lane = lane();
         let up = lane & 8 != 0;
         let keep = |i: usize| if up { sums[i + 2] } else { sums[i] };
         let pass = |i: usize| if up { sums[i] } else { sums[i + 2] };
@@ -596,7 +596,7 @@ unsafe fn choose(a: &DecodeArgs, best: u64) {
         // Other warps still read the scratch that this uses.
         sync();
         let best = block_max(best);
-        let t = thread_idx_x();
+        let t = thread();
         let high = u64::from(a.sequence) << 32;
         if t < 2 {
             let half = if t == 0 { best >> 32 } else { best } as u32;
@@ -606,7 +606,7 @@ unsafe fn choose(a: &DecodeArgs, best: u64) {
         if block_idx_x() == 0 {
             let mut best = 0;
             let mut block = t;
-            while block < grid_dim_x() {
+            while block < blocks() {
                 let read = |half: u32| {
                     let p = a.ranks.add((2 * block + half) as usize);
                     let mut v = ld_relaxed_u64(p);
@@ -635,8 +635,8 @@ unsafe fn block_max(best: u64) -> u64 {
     unsafe {
         let scratch = shared::at::<u64>(0);
         let mut best = warp_max(best);
-        if lane_id() == 0 {
-            scratch.add(thread_idx_x() / 32).store(best);
+        if lane() == 0 {
+            scratch.add(thread() / 32).store(best);
         }
         sync();
         for i in 0..WARPS {

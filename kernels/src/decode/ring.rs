@@ -5,15 +5,17 @@
 //! which they will be computed, and copy a turn wherever a ring has room. Each turn has two barriers in shared
 //! memory ([`mbarrier`]): one says that it has come, the other that it has been read.
 
-use super::task::{Rest, Task, first_task, task_stride};
+use super::task::{Segment, first_task, task_stride};
 use super::{BARRIERS_AT, DecodeArgs, FEEDERS, Listed, ROWS_AT, Source, WARPS, get, matrix_at};
 use crate::types::{Matrix, Planes, Quantised, TILE, Weights};
+use crate::unrolled;
 use core::marker::PhantomData;
 use core::mem::offset_of;
+use cuda_std::int::{opaque, quotient};
 use cuda_std::mbarrier;
-use cuda_std::memory::{cp_async_16_if, cp_async_wait_all, prefetch_l2};
+use cuda_std::memory::{cp_async_16_if, cp_async_wait_all, ldg_v4_u32_here, prefetch_l2};
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id, thread_idx_x};
+use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id, nanosleep, thread_idx_x};
 use cuda_std::warp;
 
 /// How many turns a ring may have.
@@ -196,56 +198,118 @@ impl Ring {
     }
 }
 
+/// What is still to be copied of a run.
+#[derive(Clone, Copy)]
+struct Rest {
+    from: *const u8,
+    bytes: u32,
+}
+
+impl Rest {
+    const NOTHING: Rest = Rest {
+        from: core::ptr::null(),
+        bytes: 0,
+    };
+
+    /// Bytes of the next tile.
+    #[inline(always)]
+    fn next(&self, tile: u32) -> u32 {
+        if self.bytes < tile { self.bytes } else { tile }
+    }
+
+    #[inline(always)]
+    unsafe fn advance(&mut self, tile: u32) {
+        let bytes = self.next(tile);
+        self.from = unsafe { self.from.add(bytes as usize) };
+        self.bytes -= bytes;
+    }
+}
+
+/// A segment, loaded ahead: no field is looked at before its time.
+type Coming = [[u32; 4]; 4];
+
 /// How far the feeding of a warp has come.
 struct Feed {
     warp: u32,
-    /// Index of the operation, and the task after the one that is being copied.
-    op: u32,
+    /// The current segment, and the next on its way.
+    segment: Segment,
+    coming: Coming,
+    /// Index of the next.
+    next: u32,
+    /// The task after the one that is being copied, where its runs begin, and its place in the period.
     task: u32,
+    from: [*const u8; 2],
+    place_in_period: u32,
+    /// From a task to the next: bytes of each run, and places in the period.
+    strides: [usize; 2],
+    places: u32,
     /// What is not copied yet of the task's runs.
     rest: [Rest; 2],
     place: Place,
 }
 
 impl Feed {
+    #[inline(always)]
+    unsafe fn load(a: &DecodeArgs, index: u32) -> Coming {
+        // The list ends with a segment that has no tasks.
+        let index = if index < a.segment_count { index } else { a.segment_count };
+        let p = unsafe { a.segments.add(index as usize).cast::<u8>() };
+        unrolled!(4, |i| unsafe { ldg_v4_u32_here(p.add(16 * i)) })
+    }
+
+    /// Enters the next segment.
+    #[inline(always)]
+    unsafe fn enter(&mut self, a: &DecodeArgs) {
+        let before = self.segment.op;
+        // Sixteen words, as the host wrote them.
+        self.segment = unsafe { core::mem::transmute::<Coming, Segment>(self.coming) };
+        self.next += 1;
+        self.coming = unsafe { Feed::load(a, self.next) };
+        let s = &self.segment;
+        if s.op != before {
+            self.task = first_task(self.warp);
+        }
+        let bytes = |tasks: u32, step: u32, periods: u32| {
+            tasks as usize * step as usize + periods as usize * s.jump as usize
+        };
+        unsafe {
+            let t = self.task.wrapping_sub(s.first);
+            let periods = quotient(t, s.period);
+            self.place_in_period = t - periods * s.period;
+            self.from =
+                [0, 1].map(|i| s.bases[i].wrapping_add(bytes(t, s.steps[i], periods)));
+            let periods = quotient(task_stride(), s.period);
+            self.places = task_stride() - periods * s.period;
+            self.strides = s.steps.map(|step| bytes(task_stride(), step, periods));
+        }
+    }
+
     /// Goes to the warp's next task if it is through with one; false if there is none.
     #[inline(always)]
     unsafe fn seek(&mut self, a: &DecodeArgs) -> bool {
         while self.rest[0].bytes == 0 {
-            if self.op >= a.count {
-                return false;
-            }
-            unsafe {
-                let op = Listed(a.ops.add(self.op as usize));
-                if self.task < get!(op, tasks) {
-                    self.rest = Task::of(op, self.task).rest(op);
-                    self.task += task_stride();
-                } else {
-                    self.op += 1;
-                    self.task = first_task(self.warp);
+            if self.task < self.segment.end {
+                let s = &self.segment;
+                let second = if self.task == s.single { 0 } else { 1 };
+                let from = [self.from[0], self.from[second]];
+                self.rest = [0, 1].map(|i| Rest {
+                    from: from[i],
+                    bytes: s.runs[i],
+                });
+                self.task += task_stride();
+                self.from = [0, 1].map(|i| self.from[i].wrapping_add(self.strides[i]));
+                self.place_in_period += self.places;
+                if self.place_in_period >= s.period {
+                    self.place_in_period -= s.period;
+                    self.from = self.from.map(|from| from.wrapping_add(s.jump as usize));
                 }
+            } else if self.next > a.segment_count {
+                return false;
+            } else {
+                unsafe { self.enter(a) }
             }
         }
         true
-    }
-}
-
-impl Rest {
-    /// Bytes of the next tile.
-    #[inline(always)]
-    fn next(&self) -> u32 {
-        if self.bytes < self.tile {
-            self.bytes
-        } else {
-            self.tile
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn advance(&mut self) {
-        let bytes = self.next();
-        self.from = unsafe { self.from.add(bytes as usize) };
-        self.bytes -= bytes;
     }
 }
 
@@ -274,19 +338,20 @@ unsafe fn copy(to: u32, from: *const u8, bytes: u32) {
 /// What a feeder warp does: lane `l` knows of warp `l % FED` of those it feeds; the copies are all lanes' work.
 #[inline(always)]
 pub unsafe fn feed(a: &DecodeArgs) {
-    const NOTHING: Rest = Rest {
-        from: core::ptr::null(),
-        bytes: 0,
-        tile: 0,
-    };
     unsafe {
         let feeder = thread_idx_x() / 32 - WARPS;
         let warp = feeder * FED + lane_id() % FED;
         let mut f = Feed {
             warp,
-            op: 0,
+            segment: Segment::NONE,
+            coming: Feed::load(a, 0),
+            next: 0,
             task: first_task(warp),
-            rest: [NOTHING; 2],
+            from: [core::ptr::null(); 2],
+            place_in_period: 0,
+            strides: [0; 2],
+            places: 0,
+            rest: [Rest::NOTHING; 2],
             place: Place::first(a, warp),
         };
         let mut prefetched = 0;
@@ -297,8 +362,10 @@ pub unsafe fn feed(a: &DecodeArgs) {
             // The first lanes say it for all, who might have looked at different times.
             let mask = warp::ballot(empty) & ((1 << FED) - 1);
             let ready = mask >> (lane_id() % FED) & 1 != 0;
-            let bytes = [f.rest[0].next(), f.rest[1].next()];
-            for k in 0..FED {
+            let tiles = f.segment.tiles;
+            let bytes = [0, 1].map(|i| f.rest[i].next(tiles[i]));
+            let mut k = 0;
+            while k < FED {
                 if mask >> k & 1 != 0 {
                     let from = [0, 1].map(|i| {
                         let from = f.rest[i].from as u64;
@@ -313,26 +380,32 @@ pub unsafe fn feed(a: &DecodeArgs) {
                     copy(turn + a.tile_bytes, from[1], bytes[1]);
                     mbarrier::arrive_after_copies(SharedPtr::from_addr(come));
                 }
+                // Not unrolled.
+                k += opaque(1);
             }
             if ready {
-                f.rest[0].advance();
-                f.rest[1].advance();
+                f.rest[0].advance(tiles[0]);
+                f.rest[1].advance(tiles[1]);
                 f.place = f.place.next(a, warp);
             }
-            let reached = warp::shuffle_idx(f.op, 0);
+            let reached = warp::shuffle_idx(f.segment.op, 0);
             while prefetched < reached {
                 prefetched += 1;
-                if prefetched < a.count {
-                    prefetch(Listed(a.ops.add(prefetched as usize)), feeder);
-                }
+                prefetch(Listed(a.ops.add(prefetched as usize)), feeder);
             }
-            if mask == 0 && !warp::any(more) {
-                break;
+            if mask == 0 {
+                if !warp::any(more) {
+                    break;
+                }
+                nanosleep(PAUSE);
             }
         }
         cp_async_wait_all();
     }
 }
+
+/// Nanoseconds between two looks for room: a warp that looks takes time from those that compute.
+const PAUSE: u32 = 100;
 
 /// Asks for what an operation reads that neither the rings nor another operation bring: norm weights and biases.
 #[inline(always)]

@@ -1,14 +1,14 @@
 //! A product's input row in shared memory.
 
 use super::seal::{Seal, pause};
-use super::{Current, DecodeArgs, ROWS_AT, WARPS, get};
+use super::{Current, DecodeArgs, ROWS_AT, WARPS, get, lane, thread};
 use crate::attention::NONE;
 use crate::types::GROUP;
 use crate::unrolled;
 use cuda_std::int::{dp4a, quotient};
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::{lane_id, thread_idx_x, wait_since};
+use cuda_std::thread::wait_since;
 use cuda_std::{float, warp};
 
 /// Cycles from a warp's last operation to its first look for the next input: looks that come too early delay what
@@ -130,9 +130,9 @@ impl Row {
             };
             if !get!(op, input.norm).is_null() {
                 let squares = warp::reduce_sum_f32(squares);
-                if lane_id() == 0 {
+                if lane() == 0 {
                     squares_of(index)
-                        .add(thread_idx_x() / 32)
+                        .add(thread() / 32)
                         .store(squares);
                 }
             }
@@ -145,7 +145,7 @@ impl Row {
             let (x, norm) = (get!(op, input.x), get!(op, input.norm));
             let len = get!(op, input.len);
             let keep = get!(op, input.keep_f32) != 0;
-            let (t, cols) = (thread_idx_x(), self.cols);
+            let (t, cols) = (thread(), self.cols);
             let mut squares = 0.0;
             let mut base = 0;
             while base < cols {
@@ -188,7 +188,7 @@ impl Row {
         unsafe {
             let (x, norm) = (get!(op, input.x), get!(op, input.norm));
             let len = get!(op, input.len);
-            let (t, cols) = (thread_idx_x(), self.cols);
+            let (t, cols) = (thread(), self.cols);
             let mut squares = 0.0;
             let mut base = 0;
             while base < cols {
@@ -222,7 +222,7 @@ impl Row {
     unsafe fn fill_combined(&self, op: Current, seal: Seal, since: u32) -> f32 {
         unsafe {
             let len = get!(op, input.len);
-            let (t, cols) = (thread_idx_x(), self.cols);
+            let (t, cols) = (thread(), self.cols);
             wait_since(since, FIRST_LOOK);
             let mut base = 0;
             while base < cols {
