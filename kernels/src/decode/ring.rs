@@ -11,7 +11,7 @@ use crate::types::{Matrix, Planes, Quantised, TILE, Weights};
 use crate::unrolled;
 use core::marker::PhantomData;
 use core::mem::offset_of;
-use cuda_std::int::{opaque, quotient};
+use cuda_std::int::quotient;
 use cuda_std::mbarrier;
 use cuda_std::memory::{cp_async_16_if, cp_async_wait_all, ldg_v4_u32_here, prefetch_l2};
 use cuda_std::shared::{self, SharedPtr};
@@ -22,15 +22,16 @@ use cuda_std::warp;
 pub const TURNS: [u32; 6] = [8, 6, 4, 3, 2, 1];
 const MAX_TURNS: u32 = TURNS[0];
 
-/// Bytes of a turn's two barriers: that it has come, which takes an arrival of every lane of the feeder, and that
+/// Bytes of a turn's two barriers: that it has come, which takes an arrival of every lane that copies, and that
 /// it has been read, which takes one of the warp.
 const TURN_BARRIERS: u32 = 16;
 const READ_AT: u32 = 8;
 /// Bytes of all barriers.
 pub(super) const BARRIERS_BYTES: u32 = WARPS * MAX_TURNS * TURN_BARRIERS;
 
-/// Warps that a feeder feeds.
+/// Warps that a feeder feeds, and its lanes for each.
 const FED: u32 = WARPS / FEEDERS;
+const TEAM: u32 = 32 / FED;
 
 /// The barriers of a warp's first turn.
 #[inline(always)]
@@ -45,7 +46,7 @@ pub unsafe fn init() {
     if t < WARPS * MAX_TURNS {
         let barrier = shared::at::<u64>(BARRIERS_AT + t * TURN_BARRIERS);
         unsafe {
-            mbarrier::init(barrier, 32);
+            mbarrier::init(barrier, TEAM);
             mbarrier::init(barrier.byte_add(READ_AT), 1);
         }
     }
@@ -313,34 +314,43 @@ impl Feed {
     }
 }
 
-/// Starts the copy of so many bytes, 16 a lane at a time.
+/// Starts the copy of so many bytes, by a team.
 #[inline(always)]
 unsafe fn copy(to: u32, from: *const u8, bytes: u32) {
-    let at = 16 * lane_id();
-    let to = SharedPtr::<u8>::from_addr(to + at);
+    /// Bytes that a team copies at once.
+    const STEP: u32 = 16 * TEAM;
+    let at = 16 * (lane_id() % TEAM);
+    let mut to = SharedPtr::<u8>::from_addr(to + at);
     unsafe {
-        let from = from.add(at as usize);
+        let mut from = from.add(at as usize);
+        // Four bits and their scales take five steps.
         cp_async_16_if::<0, _, _>(at < bytes, to, from);
-        cp_async_16_if::<512, _, _>(at + 512 < bytes, to, from);
-        // Most tiles end here, the largest of a quantised type before the next branch.
-        if bytes > 1024 {
-            cp_async_16_if::<1024, _, _>(at + 1024 < bytes, to, from);
-            let mut more = 1536;
-            while more < bytes {
-                let inside = at + more < bytes;
-                cp_async_16_if::<0, _, _>(inside, to.byte_add(more), from.add(more as usize));
-                more += 512;
-            }
+        cp_async_16_if::<{ STEP }, _, _>(at + STEP < bytes, to, from);
+        cp_async_16_if::<{ 2 * STEP }, _, _>(at + 2 * STEP < bytes, to, from);
+        cp_async_16_if::<{ 3 * STEP }, _, _>(at + 3 * STEP < bytes, to, from);
+        cp_async_16_if::<{ 4 * STEP }, _, _>(at + 4 * STEP < bytes, to, from);
+        let mut more = 5 * STEP;
+        while more < bytes {
+            (to, from) = (to.byte_add(more), from.add(more as usize));
+            cp_async_16_if::<0, _, _>(at + more < bytes, to, from);
+            cp_async_16_if::<{ STEP }, _, _>(at + more + STEP < bytes, to, from);
+            cp_async_16_if::<{ 2 * STEP }, _, _>(at + more + 2 * STEP < bytes, to, from);
+            cp_async_16_if::<{ 3 * STEP }, _, _>(at + more + 3 * STEP < bytes, to, from);
+            (to, from) = (
+                to.byte_add(more.wrapping_neg()),
+                from.wrapping_sub(more as usize),
+            );
+            more += 4 * STEP;
         }
     }
 }
 
-/// What a feeder warp does: lane `l` knows of warp `l % FED` of those it feeds; the copies are all lanes' work.
+/// What a feeder warp does: its lanes form a team for each warp that it feeds.
 #[inline(always)]
 pub unsafe fn feed(a: &DecodeArgs) {
     unsafe {
         let feeder = thread_idx_x() / 32 - WARPS;
-        let warp = feeder * FED + lane_id() % FED;
+        let warp = feeder * FED + lane_id() / TEAM;
         let mut f = Feed {
             warp,
             segment: Segment::NONE,
@@ -359,39 +369,17 @@ pub unsafe fn feed(a: &DecodeArgs) {
             let more = f.seek(a);
             // The place's last turn was of the phase before.
             let empty = more && mbarrier::test(f.place.read(), f.place.parity ^ 1);
-            // The first lanes say it for all, who might have looked at different times.
-            let mask = warp::ballot(empty) & ((1 << FED) - 1);
-            let ready = mask >> (lane_id() % FED) & 1 != 0;
-            let tiles = f.segment.tiles;
-            let bytes = [0, 1].map(|i| f.rest[i].next(tiles[i]));
-            let mut k = 0;
-            while k < FED {
-                if mask >> k & 1 != 0 {
-                    let from = [0, 1].map(|i| {
-                        let from = f.rest[i].from as u64;
-                        let low = warp::shuffle_idx(from as u32, k);
-                        let high = warp::shuffle_idx((from >> 32) as u32, k);
-                        (u64::from(low) | (u64::from(high) << 32)) as *const u8
-                    });
-                    let bytes = [0, 1].map(|i| warp::shuffle_idx(bytes[i], k));
-                    let turn = warp::shuffle_idx(f.place.turn, k);
-                    let come = warp::shuffle_idx(f.place.barriers, k);
-                    copy(turn, from[0], bytes[0]);
-                    copy(turn + a.tile_bytes, from[1], bytes[1]);
-                    mbarrier::arrive_after_copies(SharedPtr::from_addr(come));
-                }
-                // Not unrolled.
-                k += opaque(1);
-            }
-            if ready {
+            let mask = warp::ballot(empty);
+            // A team's first lane says it for all, who might have looked at different times.
+            if mask >> (lane_id() / TEAM * TEAM) & 1 != 0 {
+                let tiles = f.segment.tiles;
+                copy(f.place.turn, f.rest[0].from, f.rest[0].next(tiles[0]));
+                let second = f.place.turn + a.tile_bytes;
+                copy(second, f.rest[1].from, f.rest[1].next(tiles[1]));
+                mbarrier::arrive_after_copies(f.place.come());
                 f.rest[0].advance(tiles[0]);
                 f.rest[1].advance(tiles[1]);
                 f.place = f.place.next(a, warp);
-            }
-            let reached = warp::shuffle_idx(f.segment.op, 0);
-            while prefetched < reached {
-                prefetched += 1;
-                prefetch(Listed(a.ops.add(prefetched as usize)), feeder);
             }
             if mask == 0 {
                 if !warp::any(more) {
@@ -399,13 +387,18 @@ pub unsafe fn feed(a: &DecodeArgs) {
                 }
                 nanosleep(PAUSE);
             }
+            let reached = warp::shuffle_idx(f.segment.op, 0);
+            while prefetched < reached {
+                prefetched += 1;
+                prefetch(Listed(a.ops.add(prefetched as usize)), feeder);
+            }
         }
         cp_async_wait_all();
     }
 }
 
 /// Nanoseconds between two looks for room: a warp that looks takes time from those that compute.
-const PAUSE: u32 = 100;
+const PAUSE: u32 = 400;
 
 /// Asks for what an operation reads that neither the rings nor another operation bring: norm weights and biases.
 #[inline(always)]
