@@ -89,22 +89,36 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
             sync();
             // A thread per element merges the warps.
             let e = thread();
-            if e < head_dim + 2 {
+            let whole = splits == 1;
+            if e < if whole { head_dim } else { head_dim + 2 } {
                 let mut peak = NONE;
                 for w in 0..WARPS {
                     peak = peak.max(parts.add(w * PART + 256).load());
                 }
-                let mut sum = 0.0;
+                let (mut sum, mut mass) = (0.0, 0.0);
                 for w in 0..WARPS {
                     let at = parts.add(w * PART);
                     let weight = float::exp2_approx(at.add(256).load() - peak);
-                    let element = if e < head_dim { e } else { 257 };
-                    sum += weight * at.add(element).load();
+                    mass += weight * at.add(257).load();
+                    if e < head_dim {
+                        sum += weight * at.add(e).load();
+                    }
                 }
-                let stride = head_dim + 4;
-                let to = get!(op, out).add(((head * splits + split) * stride + e) as usize);
-                // Elements, then peak, then mass.
-                seal.write(to, if e == head_dim { peak } else { sum });
+                let out = get!(op, out);
+                if whole {
+                    seal.write(out.add((head * head_dim + e) as usize), sum * float::rcp_approx(mass));
+                } else {
+                    // Elements, then peak, then mass.
+                    let v = if e < head_dim {
+                        sum
+                    } else if e == head_dim {
+                        peak
+                    } else {
+                        mass
+                    };
+                    let stride = head_dim + 4;
+                    seal.write(out.add(((head * splits + split) * stride + e) as usize), v);
+                }
             }
             sync();
             index += blocks();
@@ -134,14 +148,6 @@ unsafe fn attend_tokens(a: &DecodeArgs, op: Current, head: u32, from: u32, to: u
         let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 8]);
         let written = Seal::of(a, get!(op, input.from));
         let mut scaled = [0.0; 8];
-        if active && from < to {
-            let q = get!(op, input.x).add((head * head_dim + element) as usize);
-            let (x, y) = (written.read4(q), written.read4(q.add(4)));
-            for k in 0..4 {
-                scaled[k] = x[k] * scale;
-                scaled[k + 4] = y[k] * scale;
-            }
-        }
         let mut base = from;
         // Every lane takes every turn, for the shuffles; a team past the end has nothing to add.
         while base < to {
@@ -162,6 +168,15 @@ unsafe fn attend_tokens(a: &DecodeArgs, op: Current, head: u32, from: u32, to: u
                         keys[u] = ld_v4_u32(keys_at.add(at));
                         values[u] = ld_v4_u32(values_at.add(at));
                     }
+                }
+            }
+            // The first keys are on their way while the query is awaited.
+            if active && base == from {
+                let q = get!(op, input.x).add((head * head_dim + element) as usize);
+                let (x, y) = (written.read4(q), written.read4(q.add(4)));
+                for k in 0..4 {
+                    scaled[k] = x[k] * scale;
+                    scaled[k + 4] = y[k] * scale;
                 }
             }
             let mut scores = [0.0; UNROLL];

@@ -44,7 +44,7 @@ pub use seal::{NUMBERS, PLAIN};
 pub use task::{MAX_SEGMENTS, Segment};
 
 /// Warps of a block that compute.
-pub const WARPS: u32 = 16;
+pub const WARPS: u32 = 12;
 /// Warps of a block that bring weights, one on each of the multiprocessor's schedulers.
 const FEEDERS: u32 = 4;
 /// Threads per block, one block per multiprocessor.
@@ -72,7 +72,7 @@ pub mod kind {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Input {
-    /// f32, `len` long. With `splits`, attention's parts instead: f32
+    /// f32, `len` long. With `splits`, several parts of attention instead: f32
     /// `[heads][splits][head_dim + 4]`, unnormalised sums, their peak and mass, two unused.
     pub x: *const f32,
     /// RMS norm's weight; null for no norm.
@@ -109,7 +109,8 @@ pub struct Op {
     /// Tasks of a product, one per warp and turn: [`Op::count_tasks`].
     pub tasks: u32,
     pub heads: u32,
-    /// Parts that each head's tokens are cut into, at most [`MAX_SPLITS`]; a block takes one at a time.
+    /// Parts that each head's tokens are cut into, at most [`MAX_SPLITS`]; a block takes one at a time. A single part
+    /// is normalised, and `out` a row.
     pub splits: u32,
     /// Of the attention scores, or of the embedding.
     pub scale: f32,
@@ -384,7 +385,7 @@ fn sync() {
 }
 
 /// Carries `ops` in order over one row. The launch is cooperative, with [`shared_bytes`].
-#[kernel(launch_bounds(640, 1))]
+#[kernel(launch_bounds(512, 1))]
 pub unsafe fn decode(a: DecodeArgs) {
     unsafe {
         ring::init();

@@ -1,7 +1,7 @@
 //! Products with the input row: plain ones, gate and up, queries, keys and values.
 
 use super::ring::Tile;
-use super::row::{Group, Row, norm_scale};
+use super::row::{Group, Row, ask, norm_scale};
 use super::seal::{Seal, pause};
 use super::task::{Task, first_run, first_task, matrix_field, task_stride};
 use super::{AHEAD, Current, DecodeArgs, PLAIN, Source, WARPS, Warp, await_op, blocks, copy_op, get, kind,
@@ -16,7 +16,7 @@ use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
 };
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::{block_idx_x, clock};
+use cuda_std::thread::block_idx_x;
 use cuda_std::{float, half, warp};
 
 /// Tasks that a warp brings to an end together.
@@ -26,31 +26,27 @@ const BATCH: u32 = 4;
 /// half of the warp, the second's in the upper. Of four neighbours with the same output the first writes it.
 #[derive(Clone, Copy)]
 struct Output {
-    /// Its row, with the matrix and whether it exists above: see the functions.
-    packed: u32,
+    /// Where it goes.
+    to: *mut f32,
+    /// Its matrix, and above it whether this lane writes it.
+    flags: u32,
     bias: f32,
     /// Cosine and sine of a rotation's angle; or the bits of the word that is added to.
     turn: (f32, f32),
 }
 
 impl Output {
-    const ROW_BITS: u32 = 28;
-
-    /// Its row.
-    #[inline(always)]
-    fn r(&self) -> u32 {
-        self.packed & ((1 << Self::ROW_BITS) - 1)
-    }
+    const WRITES: u32 = 4;
 
     /// Its matrix.
     #[inline(always)]
     fn m(&self) -> u32 {
-        self.packed >> Self::ROW_BITS & 3
+        self.flags % Self::WRITES
     }
 
     #[inline(always)]
-    fn exists(&self) -> bool {
-        self.packed >> 31 != 0
+    fn writes(&self) -> bool {
+        self.flags & Self::WRITES != 0
     }
 
     /// Of the batch that begins with task `index`. What it asks for comes while the input is awaited.
@@ -66,10 +62,13 @@ impl Output {
             } else {
                 (task.m1, task.r1)
             };
-            // A matrix's last row may be without a second.
-            let writes = exists && (lane < 16 || (task.m0, task.r0) != (task.m1, task.r1));
+            // A matrix's last row may be without a second; of a split row's halves, and of a gate and its up, the first
+            // writes.
+            let second = (task.m0, task.r0) != (task.m1, task.r1) && get!(op, kind) != kind::GATE_UP;
+            let writes = exists && lane % 4 == 0 && (lane < 16 || second);
             let mut output = Output {
-                packed: r | (m << Self::ROW_BITS) | (u32::from(writes) << 31),
+                to: get!(op, out).wrapping_add(r as usize),
+                flags: m | if writes { Self::WRITES } else { 0 },
                 bias: 0.0,
                 turn: (1.0, 0.0),
             };
@@ -83,8 +82,7 @@ impl Output {
                     let at = (a.position * (get!(op, rotation.dims) / 2) + task.pair) as usize * 2;
                     output.turn = (ldg_f32(table.add(at)), ldg_f32(table.add(at + 1)));
                 } else if get!(op, add) != 0 {
-                    let word = ld_relaxed_u32(get!(op, out).add(r as usize).cast());
-                    output.turn.0 = f32::from_bits(word);
+                    output.turn.0 = f32::from_bits(ld_relaxed_u32(output.to.cast()));
                 }
             }
             output
@@ -361,7 +359,7 @@ unsafe fn dot_turn_float(
 pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
         copy_op(a, w.index + AHEAD);
-        let since = clock();
+        let asked = ask(op);
         let count = get!(op, tasks);
         let split = get!(op, split) != 0;
         let gate = get!(op, kind) == kind::GATE_UP;
@@ -372,6 +370,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         let mut types = Types::of(op, gate, warp::shuffle_idx(output.m(), 0));
         let mut waits = true;
         let mut best = 0;
+        let mut scale = 1.0;
         // A lane's sum of each task of the batch, of its half's row; of the current task, of both rows.
         let mut sums = [0.0f32; BATCH as usize];
         let mut k = 0;
@@ -383,15 +382,20 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             if any {
                 let tile = w.ring.wait();
                 pair = unpack_turn(types, Turn::new(a, tile, runs, at));
+                // What is unpacked needs its place no more.
+                if !types.any_float() {
+                    w.ring.release(a);
+                }
             }
             if waits {
                 waits = false;
                 if block_idx_x() < count {
-                    Row::new(a, w.index, runs.groups() * GROUP as u32).fill(a, op, w.index, since);
+                    Row::new(a, w.index, runs.groups() * GROUP as u32).fill(a, op, w.index, asked);
                 }
                 await_op();
                 sync();
                 note(a, w.index, point::INPUT);
+                scale = norm_scale(op, w.index);
                 // Said here, so that they take no registers before.
                 (sums, k) = ([0.0; BATCH as usize], 0);
                 (v, at) = ([0.0; 2], 0);
@@ -417,8 +421,8 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             if types.any_float() {
                 let turn = Turn::new(a, w.ring.turn(), runs, at);
                 turn_v = dot_turn_float(types, &row, turn, [at, runs.second() + at], turn_v);
+                w.ring.release(a);
             }
-            w.ring.release(a);
             v[0] += turn_v[0];
             v[1] += turn_v[1];
             at += TILE as u32;
@@ -438,7 +442,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             k += 1;
             index += task_stride();
             if k == BATCH || index >= count {
-                best = max_u64(best, finish(a, op, &output, sums, norm_scale(op, w.index)));
+                best = max_u64(best, finish(a, op, &output, sums, scale));
                 if index >= count {
                     break;
                 }
@@ -516,49 +520,51 @@ unsafe fn finish(
         v += warp::shuffle_xor(v, 2);
         v += warp::shuffle_xor(v, 1);
         let low = lane < 16;
-        let op_kind = get!(op, kind);
         let number = if get!(op, sealed) != 0 {
             get!(op, number)
         } else {
             PLAIN
         };
         let seal = Seal::of(a, number);
-        let writes = output.exists() && lane % 4 == 0;
-        let to = get!(op, out).add(output.r() as usize);
         v = v * scale + output.bias;
-        let mut best = 0;
-        if op_kind == kind::PRODUCT {
-            let mut writes = writes;
-            if get!(op, split) != 0 {
-                // Both halves have the bias.
-                v += warp::shuffle_xor(v, 16) - output.bias;
-                writes = writes && low;
-            }
-            if writes {
-                best = rank(v, output.r() as usize);
-                if get!(op, add) != 0 {
-                    let before = Seal::of(a, get!(op, add_from));
-                    v += before.await_word(to, output.turn.0.to_bits());
+        match get!(op, kind) {
+            kind::PRODUCT => {
+                if get!(op, split) != 0 {
+                    // Both halves have the bias.
+                    v += warp::shuffle_xor(v, 16) - output.bias;
                 }
-                seal.write(to, v);
+                if output.writes() {
+                    if get!(op, add) != 0 {
+                        let before = Seal::of(a, get!(op, add_from));
+                        v += before.await_word(output.to, output.turn.0.to_bits());
+                    }
+                    seal.write(output.to, v);
+                    if get!(op, choose) != 0 {
+                        let bytes = output.to as usize - get!(op, out) as usize;
+                        return rank(v, bytes / 4);
+                    }
+                }
             }
-            return best;
+            kind::GATE_UP => {
+                let up = warp::shuffle_xor(v, 16);
+                if output.writes() {
+                    seal.write(output.to, silu(v) * up);
+                }
+            }
+            _ => {
+                let other = warp::shuffle_xor(v, 16);
+                if output.writes() {
+                    let (cos, sin) = output.turn;
+                    let v = v * cos + if low { -other } else { other } * sin;
+                    if output.m() == 0 {
+                        seal.write(output.to, v);
+                    } else {
+                        write_cache(a, op, output, v, seal);
+                    }
+                }
+            }
         }
-        let other = warp::shuffle_xor(v, 16);
-        if op_kind == kind::GATE_UP {
-            if writes && low {
-                seal.write(to, silu(v) * other);
-            }
-        } else if writes {
-            let (cos, sin) = output.turn;
-            let v = v * cos + if low { -other } else { other } * sin;
-            if output.m() == 0 {
-                seal.write(to, v);
-            } else {
-                write_cache(a, op, output, v, seal);
-            }
-        }
-        best
+        0
     }
 }
 
@@ -566,7 +572,7 @@ unsafe fn finish(
 #[inline(always)]
 unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal: Seal) {
     unsafe {
-        let r = output.r();
+        let r = ((output.to as usize - get!(op, out) as usize) / 4) as u32;
         let (base, which) = if output.m() == 1 {
             (get!(op, cache.keys), 0)
         } else {

@@ -29,9 +29,10 @@ const READ_AT: u32 = 8;
 /// Bytes of all barriers.
 pub(super) const BARRIERS_BYTES: u32 = WARPS * MAX_TURNS * TURN_BARRIERS;
 
-/// Warps that a feeder feeds, and its lanes for each.
+/// Warps that a feeder feeds, and its lanes for each; some may be left over.
 const FED: u32 = WARPS / FEEDERS;
-const TEAM: u32 = 32 / FED;
+const TEAM: u32 = 8;
+const _: () = assert!(FED * TEAM <= 32 && FED * FEEDERS == WARPS);
 
 /// The barriers of a warp's first turn.
 #[inline(always)]
@@ -355,7 +356,11 @@ pub unsafe fn feed(a: &DecodeArgs) {
             warp,
             segment: Segment::NONE,
             coming: Feed::load(a, 0),
-            next: 0,
+            next: if lane_id() / TEAM < FED {
+                0
+            } else {
+                a.segment_count + 1
+            },
             task: first_task(warp),
             from: [core::ptr::null(); 2],
             place_in_period: 0,

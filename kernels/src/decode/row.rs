@@ -8,12 +8,7 @@ use crate::unrolled;
 use cuda_std::int::{dp4a, quotient};
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::wait_since;
 use cuda_std::{float, warp};
-
-/// Cycles from a warp's last operation to its first look for the next input: looks that come too early delay what
-/// they look for.
-const FIRST_LOOK: u32 = 500;
 
 /// Shared memory for an input row of `cols` values (a multiple of 32); `float` where any matrix is of
 /// a float type.
@@ -52,25 +47,50 @@ fn squares_of(index: u32) -> SharedPtr<f32> {
 #[inline(always)]
 pub unsafe fn norm_scale(op: Current, index: u32) -> f32 {
     unsafe {
-        if get!(op, input.norm).is_null() {
-            return 1.0;
+        let mut sum = 0.0;
+        for i in 0..WARPS / 4 {
+            let v = squares_of(index).add(4 * i).load_v4();
+            sum += (v[0] + v[1]) + (v[2] + v[3]);
         }
-        let quarter = unrolled!(4, |i| {
-            let v = squares_of(index).add(4 * i as u32).load_v4();
-            (v[0] + v[1]) + (v[2] + v[3])
-        });
-        let sum = (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
-        float::rsqrt_approx(sum * get!(op, input.inverse_len) + get!(op, input.eps))
+        let scale = float::rsqrt_approx(sum * get!(op, input.inverse_len) + get!(op, input.eps));
+        // Without a branch: this goes beside the first products.
+        if get!(op, input.norm).is_null() {
+            1.0
+        } else {
+            scale
+        }
     }
 }
 
-const _: () = assert!(WARPS == 16, "squares are read as 4 vectors");
+const _: () = assert!(WARPS.is_multiple_of(4), "squares are read as vectors");
 
 const THREADS: u32 = 32 * WARPS;
-/// Vectors of four values that a thread looks for at once.
-const VECTORS: usize = 2;
-/// Values that the block looks for at once.
-const STRIDE: u32 = VECTORS as u32 * 4 * THREADS;
+/// Values that the block takes at once, four a thread.
+const STRIDE: u32 = 4 * THREADS;
+
+/// This thread's first values of a row, and their norm weights, on their way.
+#[derive(Clone, Copy)]
+pub struct Asked {
+    words: [u32; 4],
+    weights: [f32; 4],
+}
+
+/// Asks for the input of `op` before anything else is done: a block that comes late finds it there at the first look.
+#[inline(always)]
+pub unsafe fn ask(op: Current) -> Asked {
+    unsafe {
+        let (len, i) = (get!(op, input.len), 4 * thread());
+        let mut asked = Asked {
+            words: [0; 4],
+            weights: [1.0; 4],
+        };
+        if get!(op, input.splits) == 0 && len % 4 == 0 && i < len {
+            asked.words = ld_relaxed_v4_u32(get!(op, input.x).add(i as usize));
+            asked.weights = load_norm(get!(op, input.norm), i, len);
+        }
+        asked
+    }
+}
 
 impl Row {
     /// The row of so many values of operation `index`. Rows of neighbouring operations lie apart, so that a block may
@@ -115,18 +135,17 @@ impl Row {
     /// Waits for the input of `op`, multiplies it by the norm weight, quantises and stores it. A barrier of
     /// the block must follow.
     ///
-    /// Each thread takes four values at a time, eight threads a group. Of a short row the first warps take all: they have
-    /// the most tasks, and come late enough to find the input there at the first look.
+    /// Each thread takes four values at a time, eight threads a group.
     #[inline(always)]
-    pub unsafe fn fill(&self, a: &DecodeArgs, op: Current, index: u32, since: u32) {
+    pub unsafe fn fill(&self, a: &DecodeArgs, op: Current, index: u32, asked: Asked) {
         unsafe {
             let seal = Seal::of(a, get!(op, input.from));
             let squares = if get!(op, input.splits) != 0 {
-                self.fill_combined(op, seal, since)
+                self.fill_combined(op, seal)
             } else if get!(op, input.len) % 4 != 0 {
                 self.fill_words(op, seal)
             } else {
-                self.fill_vectors(op, seal, since)
+                self.fill_vectors(op, seal, asked)
             };
             if !get!(op, input.norm).is_null() {
                 let squares = warp::reduce_sum_f32(squares);
@@ -140,43 +159,42 @@ impl Row {
     }
 
     #[inline(always)]
-    unsafe fn fill_vectors(&self, op: Current, seal: Seal, since: u32) -> f32 {
+    unsafe fn fill_vectors(&self, op: Current, seal: Seal, asked: Asked) -> f32 {
         unsafe {
             let (x, norm) = (get!(op, input.x), get!(op, input.norm));
             let len = get!(op, input.len);
             let keep = get!(op, input.keep_f32) != 0;
             let (t, cols) = (thread(), self.cols);
-            let mut squares = 0.0;
-            let mut base = 0;
-            while base < cols {
-                let at = |u: usize| base + 4 * (t + THREADS * u as u32);
-                // What is known beforehand comes while the rest is awaited.
-                let weights = unrolled!(2, |u| load_norm(norm, at(u), len));
-                wait_since(since, FIRST_LOOK);
-                let mut words = unrolled!(2, |u| if at(u) < len {
-                    ld_relaxed_v4_u32(x.add(at(u) as usize))
+            let look = |i: u32| {
+                if i < len {
+                    ld_relaxed_v4_u32(x.add(i as usize))
                 } else {
                     [0; 4]
-                });
-                for u in 0..VECTORS {
-                    // Whole warps: the lanes stay together for the shuffles, those past the end carry zeros.
-                    if base + 4 * (t / 32 * 32 + THREADS * u as u32) < cols {
-                        let mut v = [0.0; 4];
-                        if at(u) < len {
-                            while !seal.all_on(words[u]) {
-                                pause();
-                                words[u] = ld_relaxed_v4_u32(x.add(at(u) as usize));
-                            }
-                            for k in 0..4 {
-                                v[k] = seal.open(words[u][k]);
-                                squares += v[k] * v[k];
-                                v[k] *= weights[u][k];
-                            }
-                        }
-                        self.store(at(u), cols, v, keep);
+                }
+            };
+            let mut squares = 0.0;
+            let mut i = 4 * t;
+            let Asked { mut words, mut weights } = asked;
+            let mut next = look(i + STRIDE);
+            // Whole warps: the lanes stay together for the shuffles, those past the end carry zeros.
+            while i & !127 < cols {
+                let after = look(i + 2 * STRIDE);
+                let weights_after = load_norm(norm, i + STRIDE, len);
+                let mut v = [0.0; 4];
+                if i < len {
+                    while !seal.all_on(words) {
+                        pause();
+                        words = look(i);
+                    }
+                    for k in 0..4 {
+                        v[k] = seal.open(words[k]);
+                        squares += v[k] * v[k];
+                        v[k] *= weights[k];
                     }
                 }
-                base += STRIDE;
+                self.store(i, cols, v, keep);
+                (words, next, weights) = (next, after, weights_after);
+                i += STRIDE;
             }
             squares
         }
@@ -219,11 +237,10 @@ impl Row {
 
     /// From attention's parts.
     #[inline(always)]
-    unsafe fn fill_combined(&self, op: Current, seal: Seal, since: u32) -> f32 {
+    unsafe fn fill_combined(&self, op: Current, seal: Seal) -> f32 {
         unsafe {
             let len = get!(op, input.len);
             let (t, cols) = (thread(), self.cols);
-            wait_since(since, FIRST_LOOK);
             let mut base = 0;
             while base < cols {
                 let i = base + 4 * t;

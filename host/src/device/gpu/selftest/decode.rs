@@ -387,7 +387,8 @@ fn attend<D: Driver>(
         Op {
             kind: kind::PRODUCT,
             input: Input {
-                splits,
+                // A single part is a row.
+                splits: if splits == 1 { 0 } else { splits },
                 head_dim: head_dim as u32,
                 from: 3,
                 ..input(&parts, None, 0.0, len, true)
