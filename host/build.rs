@@ -9,12 +9,14 @@ fn main() {
         return;
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let built = CudaBuilder::new("../kernels")
-        .arch(NvvmArch::Compute80)
-        .copy_to(out.join("kernels.sm_80.ptx"))
-        .build();
-    if let Err(error) = built {
-        eprintln!("error: the GPU kernels could not be built: {error}");
-        std::process::exit(1);
+    for arch in [NvvmArch::Compute80, NvvmArch::Compute90] {
+        let built = CudaBuilder::new("../kernels")
+            .arch(arch)
+            .copy_to(out.join(format!("kernels.{}.ptx", arch.name())))
+            .build();
+        if let Err(error) = built {
+            eprintln!("error: the GPU kernels could not be built: {error}");
+            std::process::exit(1);
+        }
     }
 }

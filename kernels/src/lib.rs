@@ -50,6 +50,7 @@ cuda_std::kernels![
     attention::attend_f32,
     attention::attend_q8,
     decode::decode,
+    decode::decode_bulk,
     dense::dense_128x128,
     dense::dense_64x128,
     dense::dense_64x64,

@@ -2,10 +2,17 @@
 
 /// `(architecture, text)` of each module, oldest architecture first.
 #[cfg(feature = "cuda")]
-pub static MODULES: &[(&str, &str)] = &[(
-    "sm_80",
-    include_str!(concat!(env!("OUT_DIR"), "/kernels.sm_80.ptx")),
-)];
+pub static MODULES: &[(&str, &str)] = &[
+    (
+        "sm_80",
+        include_str!(concat!(env!("OUT_DIR"), "/kernels.sm_80.ptx")),
+    ),
+    // The copy engine brings the weights of a decode step.
+    (
+        "sm_90",
+        include_str!(concat!(env!("OUT_DIR"), "/kernels.sm_90.ptx")),
+    ),
+];
 
 /// A build without the feature `cuda` embeds no module.
 #[cfg(not(feature = "cuda"))]

@@ -10,16 +10,37 @@ use crate::shared::SharedPtr;
 #[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
-/// The host's picture of a barrier: expected and missing arrivals, and the phase's parity.
+/// The host's picture of a barrier: expected and missing arrivals, the phase's parity, and bytes that are to come.
 #[cfg(not(target_arch = "nvptx64"))]
-mod word {
-    pub fn new(expected: u32, missing: u32, parity: u32) -> u64 {
-        u64::from(expected) | (u64::from(missing) << 24) | (u64::from(parity) << 48)
+#[derive(Clone, Copy)]
+struct State {
+    expected: u32,
+    missing: u32,
+    parity: u32,
+    bytes: u32,
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+impl State {
+    unsafe fn load(barrier: SharedPtr<u64>) -> State {
+        let word = unsafe { barrier.load() };
+        let part = |shift: u32| (word >> shift) as u32 & 0xfff;
+        State {
+            expected: part(0),
+            missing: part(12),
+            parity: part(24) & 1,
+            bytes: (word >> 32) as u32,
+        }
     }
 
-    pub fn read(word: u64) -> (u32, u32, u32) {
-        let part = |shift: u32| (word >> shift) as u32 & 0xff_ffff;
-        (part(0), part(24), part(48) & 1)
+    /// Stores it; a phase that misses nothing is followed by the next.
+    unsafe fn store(mut self, barrier: SharedPtr<u64>) {
+        if self.missing == 0 && self.bytes == 0 {
+            self.missing = self.expected;
+            self.parity ^= 1;
+        }
+        let low = self.expected | (self.missing << 12) | (self.parity << 24);
+        unsafe { barrier.store(u64::from(low) | (u64::from(self.bytes) << 32)) }
     }
 }
 
@@ -36,7 +57,13 @@ pub unsafe fn init(barrier: SharedPtr<u64>, count: u32) {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     unsafe {
-        barrier.store(word::new(count, count, 0));
+        let state = State {
+            expected: count,
+            missing: count,
+            parity: 0,
+            bytes: 0,
+        };
+        state.store(barrier);
     }
 }
 
@@ -53,12 +80,61 @@ pub unsafe fn arrive(barrier: SharedPtr<u64>) {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     unsafe {
-        let (expected, missing, parity) = word::read(barrier.load());
-        barrier.store(if missing > 1 {
-            word::new(expected, missing - 1, parity)
-        } else {
-            word::new(expected, expected, parity ^ 1)
-        });
+        let mut state = State::load(barrier);
+        state.missing -= 1;
+        state.store(barrier);
+    }
+}
+
+/// Arrives, and says that so many bytes will come by [`copy_bulk`] before the phase is done.
+///
+/// # Safety
+/// As [`arrive`].
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+#[inline(always)]
+pub unsafe fn arrive_expecting(barrier: SharedPtr<u64>, bytes: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("{{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [{0}], {1}; }}",
+            in(reg32) barrier.addr(), in(reg32) bytes, options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    unsafe {
+        let mut state = State::load(barrier);
+        state.missing -= 1;
+        state.bytes += bytes;
+        state.store(barrier);
+    }
+}
+
+/// Starts a copy of `bytes` from global to shared memory, by the copy engine; its arrival counts at `barrier`.
+///
+/// # Safety
+/// `to` and `from` are valid for `bytes` and 16-byte aligned, `bytes` a multiple of 16; the barrier expects them.
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+#[inline(always)]
+pub unsafe fn copy_bulk(to: SharedPtr<u8>, from: *const u8, bytes: u32, barrier: SharedPtr<u64>) {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{0}], [{1}], {2}, [{3}];",
+            in(reg32) to.addr(), in(reg64) from as u64, in(reg32) bytes, in(reg32) barrier.addr(),
+            options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    unsafe {
+        let aligned = (to.addr() | bytes | from as usize as u32) % 16 == 0;
+        if !aligned {
+            emulator::fail("a bulk copy that is not aligned to 16 bytes".to_owned());
+        }
+        let mut i = 0;
+        while i < bytes {
+            emulator::copy_async(to.addr() + i, from.add(i as usize), 16, 16);
+            i += 16;
+        }
+        emulator::wait_copies(0, true);
+        let mut state = State::load(barrier);
+        state.bytes -= bytes;
+        state.store(barrier);
     }
 }
 
@@ -95,7 +171,7 @@ pub unsafe fn test(barrier: SharedPtr<u64>, parity: u32) -> bool {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     unsafe {
-        let done = word::read(barrier.load()).2 != parity & 1;
+        let done = State::load(barrier).parity != parity & 1;
         if !done {
             emulator::spin();
         }
@@ -109,5 +185,31 @@ pub unsafe fn test(barrier: SharedPtr<u64>, parity: u32) -> bool {
 /// As [`test`].
 #[inline(always)]
 pub unsafe fn wait(barrier: SharedPtr<u64>, parity: u32) {
-    while !unsafe { test(barrier, parity) } {}
+    while !unsafe { try_wait(barrier, parity) } {}
+}
+
+/// As [`test`]; where the hardware can, the thread sleeps for a while first.
+#[inline(always)]
+unsafe fn try_wait(barrier: SharedPtr<u64>, parity: u32) -> bool {
+    #[cfg(cuda_sm_90)]
+    unsafe {
+        let done: u32;
+        asm!("{{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [{1}], {2}; selp.u32 {0}, 1, 0, p; }}",
+            out(reg32) done, in(reg32) barrier.addr(), in(reg32) parity, options(nostack, preserves_flags));
+        done != 0
+    }
+    #[cfg(not(cuda_sm_90))]
+    unsafe {
+        test(barrier, parity)
+    }
+}
+
+/// Shows barriers that were [made](init) to the copy engine.
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+#[inline(always)]
+pub fn show_to_copies() {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("fence.mbarrier_init.release.cluster;", options(nostack, preserves_flags));
+    }
 }

@@ -7,8 +7,8 @@
 //!   between blocks, and there is no barrier: every word carries in its low bits the number of the operation
 //!   that wrote it ([`seal`]), and who needs a word looks until it is there. That costs about half of a
 //!   barrier over the grid and the read behind it.
-//! - Weights come through rings in shared memory ([`ring`]), one for each warp that computes. Four warps do nothing
-//!   but keep these full: they know the tasks of all operations to come, so that the memory never waits for an
+//! - Weights come through rings in shared memory ([`ring`]), one for each warp that computes. One more warp does nothing
+//!   but keep these full: it knows the tasks of all operations to come, so that the memory never waits for an
 //!   operation to end.
 //!
 //! In a product ([`product`]), every block brings the whole input row into shared memory, quantised to 8 bits per
@@ -44,11 +44,9 @@ pub use seal::{NUMBERS, PLAIN};
 pub use task::{MAX_SEGMENTS, Segment};
 
 /// Warps of a block that compute.
-pub const WARPS: u32 = 12;
-/// Warps of a block that bring weights, one on each of the multiprocessor's schedulers.
-const FEEDERS: u32 = 4;
-/// Threads per block, one block per multiprocessor.
-pub const THREADS: u32 = 32 * (WARPS + FEEDERS);
+pub const WARPS: u32 = 15;
+/// Threads per block, one block per multiprocessor: those warps, and one that brings weights.
+pub const THREADS: u32 = 32 * (WARPS + 1);
 
 /// Most splits of a head's tokens; see [`Op::splits`].
 pub const MAX_SPLITS: u32 = 16;
@@ -378,17 +376,31 @@ fn blocks() -> u32 {
     here(grid_dim_x())
 }
 
-/// A barrier of the warps that compute: the feeders do not come to it.
+/// A barrier of the warps that compute: the feeder does not come to it.
 #[inline(always)]
 fn sync() {
     bar_sync(1, 32 * WARPS);
 }
 
-/// Carries `ops` in order over one row. The launch is cooperative, with [`shared_bytes`].
+/// Carries `ops` in order over one row. The launch is cooperative, with [`shared_bytes`]. From compute capability 9.0 on
+/// the copy engine brings the weights.
 #[kernel(launch_bounds(512, 1))]
 pub unsafe fn decode(a: DecodeArgs) {
+    unsafe { run::<{ cfg!(cuda_sm_90) }>(a) }
+}
+
+/// [`decode`] as a module for compute capability 9.0 has it, for the emulator.
+#[cfg(not(target_arch = "nvptx64"))]
+#[kernel(launch_bounds(512, 1))]
+pub unsafe fn decode_bulk(a: DecodeArgs) {
+    unsafe { run::<true>(a) }
+}
+
+#[inline(always)]
+unsafe fn run<const BULK: bool>(a: DecodeArgs) {
     unsafe {
-        ring::init();
+        ring::init::<BULK>();
+        row::init();
         let mut i = 0;
         while i < AHEAD {
             copy_op(&a, i);
@@ -397,7 +409,7 @@ pub unsafe fn decode(a: DecodeArgs) {
         await_op();
         sync_threads();
         if thread_idx_x() >= 32 * WARPS {
-            ring::feed(&a);
+            ring::feed::<BULK>(&a);
             return;
         }
         let mut w = Warp {

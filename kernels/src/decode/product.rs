@@ -10,7 +10,7 @@ use crate::for_each_type;
 use crate::rows::BLOCK_TOKENS;
 use crate::sample::{max_u64, rank, warp_max};
 use crate::types::*;
-use core::mem::offset_of;
+use core::mem::{MaybeUninit, offset_of};
 use cuda_std::int::{dp4a_us, here, opaque, quotient};
 use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
@@ -97,8 +97,8 @@ struct Unpacked {
     affine: Affine,
 }
 
-/// A turn's groups of this lane.
-type Pair = [Unpacked; 2];
+/// A turn's groups of this lane. Where there are none nothing is written, not even zeros: they are many registers.
+type Pair = MaybeUninit<[Unpacked; 2]>;
 
 /// A turn in shared memory: addresses of the two tiles, and their groups; and the lane that reads it.
 #[derive(Clone, Copy)]
@@ -193,7 +193,7 @@ unsafe fn pair_quantised<T: Quantised>(turn: Turn) -> Pair {
     unsafe {
         let first = load::<T>(&turn, 0);
         let second = load::<T>(&turn, 1);
-        [unpacked::<T>(first, &turn), unpacked::<T>(second, &turn)]
+        Pair::new([unpacked::<T>(first, &turn), unpacked::<T>(second, &turn)])
     }
 }
 
@@ -201,27 +201,20 @@ unsafe fn pair_quantised<T: Quantised>(turn: Turn) -> Pair {
 /// loads in flight are worth.
 #[inline(always)]
 unsafe fn pair_looked_up<T: Quantised>(turn: Turn) -> Pair {
-    let mut pair = [NOTHING; 2];
     let mut turn = turn;
+    let mut pair = [MaybeUninit::uninit(); 2];
     let mut i = 0;
     while i < 2 {
         turn.lane = here(turn.lane);
         pair[0] = pair[1];
-        pair[1] = unpacked::<T>(unsafe { load::<T>(&turn, 0) }, &turn);
+        pair[1] = MaybeUninit::new(unpacked::<T>(unsafe { load::<T>(&turn, 0) }, &turn));
         (turn.tiles[0], turn.groups[0]) = (turn.tiles[1], turn.groups[1]);
         // Not unrolled.
         i += opaque(1);
     }
-    pair
+    // Both were written.
+    unsafe { Pair::new([pair[0].assume_init(), pair[1].assume_init()]) }
 }
-
-const NOTHING: Unpacked = Unpacked {
-    levels: [0; 8],
-    affine: Affine {
-        d: [0.0; 2],
-        m: [0.0; 2],
-    },
-};
 
 /// This lane's part of the product of one group.
 #[inline(always)]
@@ -236,28 +229,30 @@ fn dot(w: &Unpacked, x: &Group) -> f32 {
     x.d * product + (a.m[0] * x.sums[0] + a.m[1] * x.sums[1])
 }
 
-/// This lane's part of the product of a tile of float weights with the f32 row from group `at` on.
+/// This lane's parts of a turn's products of float weights with the f32 row, whose groups `at` the tiles begin with.
 #[inline(always)]
-unsafe fn dot_float<T: Sixteen>(row: &Row, tile: u32, groups: u32, at: u32) -> f32 {
+unsafe fn dot_float<T: Sixteen>(row: &Row, turn: &Turn, at: [u32; 2]) -> [f32; 2] {
     unsafe {
-        let mut sum = 0.0;
-        // 16 bytes a lane at a time.
-        let mut unit = lane();
-        while unit * (T::WEIGHTS as u32) < groups * GROUP as u32 {
-            let w = SharedPtr::<u32>::from_addr(tile + 16 * unit).load_v4();
-            let w = T::unpack_sixteen(w);
-            let e = at * GROUP as u32 + unit * T::WEIGHTS as u32;
-            let mut k = 0;
-            while k < T::WEIGHTS {
-                let x = row.values().add(e + k as u32).load_v4();
-                for j in 0..4 {
-                    sum += w[k + j] * x[j];
+        [0, 1].map(|i| {
+            let mut sum = 0.0;
+            // 16 bytes a lane at a time.
+            let mut unit = turn.lane;
+            while unit * (T::WEIGHTS as u32) < turn.groups[i] * GROUP as u32 {
+                let w = SharedPtr::<u32>::from_addr(turn.tiles[i] + 16 * unit).load_v4();
+                let w = T::unpack_sixteen(w);
+                let e = at[i] * GROUP as u32 + unit * T::WEIGHTS as u32;
+                let mut k = 0;
+                while k < T::WEIGHTS {
+                    let x = row.values().add(e + k as u32).load_v4();
+                    for j in 0..4 {
+                        sum += w[k + j] * x[j];
+                    }
+                    k += 4;
                 }
-                k += 4;
+                unit += 32;
             }
-            unit += 32;
-        }
-        sum
+            sum
+        })
     }
 }
 
@@ -269,87 +264,30 @@ macro_rules! turn_by_type {
             unsafe {
                 match ty {
                     $($ty => turn_by_type!(@$kind pair $name, turn),)*
-                    _ => [NOTHING; 2],
+                    _ => Pair::uninit(),
                 }
             }
         }
 
         /// [`dot_float`] of type `ty`.
         #[inline(always)]
-        unsafe fn dot_float_of(ty: u32, row: &Row, tile: u32, groups: u32, at: u32) -> f32 {
+        unsafe fn dot_float_of(ty: u32, row: &Row, turn: &Turn, at: [u32; 2]) -> [f32; 2] {
             unsafe {
                 match ty {
-                    $($ty => turn_by_type!(@$kind dot $name, row, tile, groups, at),)*
-                    _ => f32::NAN,
+                    $($ty => turn_by_type!(@$kind dot $name, row, turn, at),)*
+                    _ => [f32::NAN; 2],
                 }
             }
         }
     };
     (@quantised pair $name:ident, $($arg:expr),*) => { pair_quantised::<$name>($($arg),*) };
     (@looked_up pair $name:ident, $($arg:expr),*) => { pair_looked_up::<$name>($($arg),*) };
-    (@float pair $name:ident, $($arg:expr),*) => { [NOTHING; 2] };
-    (@quantised dot $name:ident, $($arg:expr),*) => { f32::NAN };
-    (@looked_up dot $name:ident, $($arg:expr),*) => { f32::NAN };
+    (@float pair $name:ident, $($arg:expr),*) => { Pair::uninit() };
+    (@quantised dot $name:ident, $($arg:expr),*) => { [f32::NAN; 2] };
+    (@looked_up dot $name:ident, $($arg:expr),*) => { [f32::NAN; 2] };
     (@float dot $name:ident, $($arg:expr),*) => { dot_float::<$name>($($arg),*) };
 }
 for_each_type!(turn_by_type);
-
-/// A turn's groups of a matrix each; those of float types are not unpacked.
-#[inline(always)]
-unsafe fn unpack_turn(types: Types, turn: Turn) -> Pair {
-    let mut turn = turn;
-    let mut ty = types.first();
-    let mut pair = [NOTHING; 2];
-    let mut i = 0;
-    while i < 2 {
-        // Else the addresses for every type would be computed beforehand, and kept.
-        turn.lane = here(turn.lane);
-        turn.tiles = turn.tiles.map(here);
-        turn.groups = turn.groups.map(here);
-        let [first, second] = unsafe { pair_of(ty, turn) };
-        pair[1] = second;
-        if i == 0 {
-            pair[0] = first;
-        }
-        if types.first() == types.second() {
-            break;
-        }
-        // Rare (a gate and an up of a hand-made mix): through the same code again.
-        ty = types.second();
-        turn.tiles[0] = turn.tiles[1];
-        turn.groups[0] = turn.groups[1];
-        i += opaque(1);
-    }
-    pair
-}
-
-/// This lane's parts of a turn's two products of which at least one is of float weights; `quantised` is the other.
-#[inline(always)]
-unsafe fn dot_turn_float(
-    types: Types,
-    row: &Row,
-    turn: Turn,
-    at: [u32; 2],
-    quantised: [f32; 2],
-) -> [f32; 2] {
-    let mut v = [0.0; 2];
-    let (mut ty, mut tile, mut groups, mut from) =
-        (types.first(), turn.tiles[0], turn.groups[0], at[0]);
-    let mut given = quantised[0];
-    let mut i = 0;
-    while i < 2 {
-        v[0] = v[1];
-        v[1] = if is_float(ty) {
-            unsafe { dot_float_of(ty, row, tile, groups, from) }
-        } else {
-            given
-        };
-        (ty, tile, groups, from) = (types.second(), turn.tiles[1], turn.groups[1], at[1]);
-        given = quantised[1];
-        i += opaque(1);
-    }
-    v
-}
 
 /// [`kind::PRODUCT`], [`kind::GATE_UP`] and [`kind::QKV`].
 ///
@@ -376,14 +314,21 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         let mut k = 0;
         let mut v = [0.0f32; 2];
         let mut at = 0;
+        // Rows of two types (a gate and an up of a hand-made mix) take a turn twice, for one row each.
+        let mut again = false;
         loop {
             let any = index < count;
-            let mut pair = [NOTHING; 2];
+            let ty = if again { types.second() } else { types.first() };
+            let float = is_float(ty);
+            let done = again || !types.mixed();
+            let mut pair = Pair::uninit();
             if any {
-                let tile = w.ring.wait();
-                pair = unpack_turn(types, Turn::new(a, tile, runs, at));
+                let mut turn = Turn::new(a, w.ring.wait(), runs, at);
+                // Else the addresses for every type would be computed beforehand, and kept.
+                turn.lane = here(turn.lane);
+                pair = pair_of(ty, turn);
                 // What is unpacked needs its place no more.
-                if !types.any_float() {
+                if done && !float {
                     w.ring.release(a);
                 }
             }
@@ -405,32 +350,44 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 break;
             }
             let row = Row::new(a, w.index, runs.groups() * GROUP as u32);
-            let lane = lane();
-            let mut x = row.group(at + lane);
-            let mut turn_v = [dot(&pair[0], &x), 0.0];
-            if runs.second() != 0 {
-                x = row.group(runs.second() + at + lane);
-            }
-            turn_v[1] = dot(&pair[1], &x);
-            if at + lane >= runs.first() {
-                turn_v[0] = 0.0;
-            }
-            if runs.second() + at + lane >= runs.groups() {
-                turn_v[1] = 0.0;
-            }
-            if types.any_float() {
+            let mut turn_v = [0.0; 2];
+            if float {
                 let turn = Turn::new(a, w.ring.turn(), runs, at);
-                turn_v = dot_turn_float(types, &row, turn, [at, runs.second() + at], turn_v);
-                w.ring.release(a);
+                turn_v = dot_float_of(ty, &row, &turn, [at, runs.second() + at]);
+                if done {
+                    w.ring.release(a);
+                }
+            } else {
+                let pair = pair.assume_init_ref();
+                let first = at + lane();
+                let mut x = row.group(first);
+                let v0 = dot(&pair[0], &x);
+                if runs.second() != 0 {
+                    x = row.group(runs.second() + first);
+                }
+                let v1 = dot(&pair[1], &x);
+                if first < runs.first() {
+                    turn_v[0] = v0;
+                }
+                if runs.second() + first < runs.groups() {
+                    turn_v[1] = v1;
+                }
+            }
+            if types.mixed() {
+                turn_v[usize::from(!again)] = 0.0;
+                again = !again;
             }
             v[0] += turn_v[0];
             v[1] += turn_v[1];
+            if !done {
+                continue;
+            }
             at += TILE as u32;
             if at < runs.first() {
                 continue;
             }
             // The task's end.
-            let low = lane < 16;
+            let low = lane() < 16;
             let (mine, other) = if low { (v[0], v[1]) } else { (v[1], v[0]) };
             let sum = mine + warp::shuffle_xor(other, 16);
             for i in 0..BATCH as usize {
@@ -481,8 +438,8 @@ impl Types {
     }
 
     #[inline(always)]
-    fn any_float(self) -> bool {
-        is_float(self.first()) || is_float(self.second())
+    fn mixed(self) -> bool {
+        self.first() != self.second()
     }
 }
 

@@ -1,17 +1,17 @@
 //! Weights on their way into shared memory.
 //!
 //! Every warp that computes has a ring of *turns*. A turn is what the warp's lanes multiply at once: a tile of each
-//! of its task's two runs, a group a lane. Feeder warps go through the tasks of all operations in the order in
-//! which they will be computed, and copy a turn wherever a ring has room. Each turn has two barriers in shared
+//! of its task's two runs, a group a lane. A feeder warp goes through the tasks of all operations in the order in
+//! which they will be computed, and copies a turn wherever a ring has room. Each turn has two barriers in shared
 //! memory ([`mbarrier`]): one says that it has come, the other that it has been read.
 
 use super::task::{Segment, first_task, task_stride};
-use super::{BARRIERS_AT, DecodeArgs, FEEDERS, Listed, ROWS_AT, Source, WARPS, get, matrix_at};
+use super::{BARRIERS_AT, DecodeArgs, Listed, ROWS_AT, Source, WARPS, get, matrix_at};
 use crate::types::{Matrix, Planes, Quantised, TILE, Weights};
 use crate::unrolled;
 use core::marker::PhantomData;
 use core::mem::offset_of;
-use cuda_std::int::quotient;
+use cuda_std::int::{opaque, quotient};
 use cuda_std::mbarrier;
 use cuda_std::memory::{cp_async_16_if, cp_async_wait_all, ldg_v4_u32_here, prefetch_l2};
 use cuda_std::shared::{self, SharedPtr};
@@ -22,17 +22,16 @@ use cuda_std::warp;
 pub const TURNS: [u32; 6] = [8, 6, 4, 3, 2, 1];
 const MAX_TURNS: u32 = TURNS[0];
 
-/// Bytes of a turn's two barriers: that it has come, which takes an arrival of every lane that copies, and that
+/// Bytes of a turn's two barriers: that it has come, which takes an arrival of every lane of a team, and that
 /// it has been read, which takes one of the warp.
 const TURN_BARRIERS: u32 = 16;
 const READ_AT: u32 = 8;
 /// Bytes of all barriers.
 pub(super) const BARRIERS_BYTES: u32 = WARPS * MAX_TURNS * TURN_BARRIERS;
 
-/// Warps that a feeder feeds, and its lanes for each; some may be left over.
-const FED: u32 = WARPS / FEEDERS;
-const TEAM: u32 = 8;
-const _: () = assert!(FED * TEAM <= 32 && FED * FEEDERS == WARPS);
+/// The feeder's lanes for each warp where it copies itself.
+const TEAM: u32 = 2;
+const _: () = assert!(WARPS * TEAM <= 32, "one warp feeds all");
 
 /// The barriers of a warp's first turn.
 #[inline(always)]
@@ -42,15 +41,17 @@ fn barriers(warp: u32) -> u32 {
 
 /// Makes the barriers; one of the block must follow.
 #[inline(always)]
-pub unsafe fn init() {
+pub unsafe fn init<const BULK: bool>() {
     let t = thread_idx_x();
     if t < WARPS * MAX_TURNS {
         let barrier = shared::at::<u64>(BARRIERS_AT + t * TURN_BARRIERS);
         unsafe {
-            mbarrier::init(barrier, TEAM);
+            mbarrier::init(barrier, if BULK { 1 } else { TEAM });
             mbarrier::init(barrier.byte_add(READ_AT), 1);
         }
     }
+    #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+    mbarrier::show_to_copies();
 }
 
 /// A quantised tile in shared memory.
@@ -121,6 +122,8 @@ struct Place {
     barriers: u32,
     /// Of the barriers' phase.
     parity: u32,
+    /// Places from this on to the ring's end.
+    left: u32,
 }
 
 impl Place {
@@ -131,25 +134,23 @@ impl Place {
             turn: shared::at::<u8>(start).addr(),
             barriers: barriers(warp),
             parity: 0,
+            left: a.turns,
         }
     }
 
-    /// The one after it; `warp` is whose ring it is.
+    /// The one after it.
     #[inline(always)]
-    fn next(self, a: &DecodeArgs, warp: u32) -> Place {
-        let barriers = self.barriers + TURN_BARRIERS;
-        if barriers == self::barriers(warp) + a.turns * TURN_BARRIERS {
-            Place {
-                parity: self.parity ^ 1,
-                ..Place::first(a, warp)
-            }
-        } else {
-            Place {
-                turn: self.turn + turn_bytes(a),
-                barriers,
-                ..self
-            }
+    fn next(mut self, a: &DecodeArgs) -> Place {
+        self.turn += turn_bytes(a);
+        self.barriers += TURN_BARRIERS;
+        self.left -= 1;
+        if self.left == 0 {
+            self.turn -= a.turns * turn_bytes(a);
+            self.barriers -= a.turns * TURN_BARRIERS;
+            self.left = a.turns;
+            self.parity ^= 1;
         }
+        self
     }
 
     #[inline(always)]
@@ -196,7 +197,7 @@ impl Ring {
         if lane_id() == 0 {
             unsafe { mbarrier::arrive(self.place.read()) }
         }
-        self.place = self.place.next(a, thread_idx_x() / 32);
+        self.place = self.place.next(a);
     }
 }
 
@@ -324,43 +325,30 @@ unsafe fn copy(to: u32, from: *const u8, bytes: u32) {
     let mut to = SharedPtr::<u8>::from_addr(to + at);
     unsafe {
         let mut from = from.add(at as usize);
-        // Four bits and their scales take five steps.
-        cp_async_16_if::<0, _, _>(at < bytes, to, from);
-        cp_async_16_if::<{ STEP }, _, _>(at + STEP < bytes, to, from);
-        cp_async_16_if::<{ 2 * STEP }, _, _>(at + 2 * STEP < bytes, to, from);
-        cp_async_16_if::<{ 3 * STEP }, _, _>(at + 3 * STEP < bytes, to, from);
-        cp_async_16_if::<{ 4 * STEP }, _, _>(at + 4 * STEP < bytes, to, from);
-        let mut more = 5 * STEP;
-        while more < bytes {
-            (to, from) = (to.byte_add(more), from.add(more as usize));
-            cp_async_16_if::<0, _, _>(at + more < bytes, to, from);
-            cp_async_16_if::<{ STEP }, _, _>(at + more + STEP < bytes, to, from);
-            cp_async_16_if::<{ 2 * STEP }, _, _>(at + more + 2 * STEP < bytes, to, from);
-            cp_async_16_if::<{ 3 * STEP }, _, _>(at + more + 3 * STEP < bytes, to, from);
-            (to, from) = (
-                to.byte_add(more.wrapping_neg()),
-                from.wrapping_sub(more as usize),
-            );
-            more += 4 * STEP;
+        let mut done = at;
+        while done < bytes {
+            cp_async_16_if::<0, _, _>(true, to, from);
+            cp_async_16_if::<{ STEP }, _, _>(done + STEP < bytes, to, from);
+            cp_async_16_if::<{ 2 * STEP }, _, _>(done + 2 * STEP < bytes, to, from);
+            cp_async_16_if::<{ 3 * STEP }, _, _>(done + 3 * STEP < bytes, to, from);
+            (to, from) = (to.byte_add(4 * STEP), from.wrapping_add(4 * STEP as usize));
+            done += 4 * STEP;
         }
     }
 }
 
-/// What a feeder warp does: its lanes form a team for each warp that it feeds.
+/// What a feeder warp does. Its lanes form a team for each warp that it feeds, and each copies 16 bytes at a time; with
+/// `BULK` a lane feeds a warp by itself, and the copy engine does the work.
 #[inline(always)]
-pub unsafe fn feed(a: &DecodeArgs) {
+pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
     unsafe {
-        let feeder = thread_idx_x() / 32 - WARPS;
-        let warp = feeder * FED + lane_id() / TEAM;
+        let team = if BULK { 1 } else { TEAM };
+        let warp = lane_id() / team;
         let mut f = Feed {
             warp,
             segment: Segment::NONE,
             coming: Feed::load(a, 0),
-            next: if lane_id() / TEAM < FED {
-                0
-            } else {
-                a.segment_count + 1
-            },
+            next: if warp < WARPS { 0 } else { a.segment_count + 1 },
             task: first_task(warp),
             from: [core::ptr::null(); 2],
             place_in_period: 0,
@@ -376,15 +364,21 @@ pub unsafe fn feed(a: &DecodeArgs) {
             let empty = more && mbarrier::test(f.place.read(), f.place.parity ^ 1);
             let mask = warp::ballot(empty);
             // A team's first lane says it for all, who might have looked at different times.
-            if mask >> (lane_id() / TEAM * TEAM) & 1 != 0 {
+            if mask >> (warp * team) & 1 != 0 {
                 let tiles = f.segment.tiles;
-                copy(f.place.turn, f.rest[0].from, f.rest[0].next(tiles[0]));
-                let second = f.place.turn + a.tile_bytes;
-                copy(second, f.rest[1].from, f.rest[1].next(tiles[1]));
-                mbarrier::arrive_after_copies(f.place.come());
+                let bytes = [0, 1].map(|i| f.rest[i].next(tiles[i]));
+                let to = [f.place.turn, f.place.turn + a.tile_bytes];
+                if BULK {
+                    #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+                    copy_bulk(to, [f.rest[0].from, f.rest[1].from], bytes, f.place.come());
+                } else {
+                    copy(to[0], f.rest[0].from, bytes[0]);
+                    copy(to[1], f.rest[1].from, bytes[1]);
+                    mbarrier::arrive_after_copies(f.place.come());
+                }
                 f.rest[0].advance(tiles[0]);
                 f.rest[1].advance(tiles[1]);
-                f.place = f.place.next(a, warp);
+                f.place = f.place.next(a);
             }
             if mask == 0 {
                 if !warp::any(more) {
@@ -395,10 +389,26 @@ pub unsafe fn feed(a: &DecodeArgs) {
             let reached = warp::shuffle_idx(f.segment.op, 0);
             while prefetched < reached {
                 prefetched += 1;
-                prefetch(Listed(a.ops.add(prefetched as usize)), feeder);
+                prefetch(Listed(a.ops.add(prefetched as usize)));
             }
         }
-        cp_async_wait_all();
+        if !BULK {
+            cp_async_wait_all();
+        }
+    }
+}
+
+/// Starts the copies of a turn's two tiles, the second of which may be empty.
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+#[inline(always)]
+unsafe fn copy_bulk(to: [u32; 2], from: [*const u8; 2], bytes: [u32; 2], come: SharedPtr<u64>) {
+    unsafe {
+        mbarrier::arrive_expecting(come, bytes[0] + bytes[1]);
+        for i in 0..2 {
+            if bytes[i] != 0 {
+                mbarrier::copy_bulk(SharedPtr::from_addr(to[i]), from[i], bytes[i], come);
+            }
+        }
     }
 }
 
@@ -407,21 +417,23 @@ const PAUSE: u32 = 400;
 
 /// Asks for what an operation reads that neither the rings nor another operation bring: norm weights and biases.
 #[inline(always)]
-unsafe fn prefetch(op: Listed, feeder: u32) {
+unsafe fn prefetch(op: Listed) {
     const LINE: u32 = 128;
+    let line = block_idx_x() + grid_dim_x() * lane_id();
     unsafe {
-        let (p, len) = if feeder == 0 {
-            (get!(op, input.norm), get!(op, input.len))
-        } else {
-            let rows = matrix_at(feeder - 1) + offset_of!(Matrix, rows) as u32;
-            (op.bias(feeder - 1), op.word(rows))
+        let ask = |p: *const f32, len: u32| {
+            if !p.is_null() && line * (LINE / 4) < len {
+                prefetch_l2(p.add((line * (LINE / 4)) as usize));
+            }
         };
-        let line = block_idx_x() + grid_dim_x() * lane_id();
-        if !p.is_null() && line * (LINE / 4) < len {
-            prefetch_l2(p.add((line * (LINE / 4)) as usize));
+        ask(get!(op, input.norm), get!(op, input.len));
+        let mut m = 0;
+        while m < 3 {
+            let rows = matrix_at(m) + offset_of!(Matrix, rows) as u32;
+            ask(op.bias(m), op.word(rows));
+            m += opaque(1);
         }
     }
 }
 
 const _: () = assert!(TILE == 32, "a lane takes a group of a tile");
-const _: () = assert!(FEEDERS == 4, "a feeder each for a norm and three biases");

@@ -39,7 +39,18 @@ pub struct Group {
 /// Each warp's sum of squares of its part of an operation's row.
 #[inline(always)]
 fn squares_of(index: u32) -> SharedPtr<f32> {
-    shared::at(index % 2 * (4 * WARPS))
+    shared::at(index % 2 * (4 * SQUARES))
+}
+
+/// Places for [`squares_of`]: whole vectors, the last of which stay zero.
+const SQUARES: u32 = WARPS.next_multiple_of(4);
+
+/// Clears the places that no warp writes; a barrier must follow.
+#[inline(always)]
+pub unsafe fn init() {
+    if thread() < 2 * SQUARES {
+        unsafe { shared::at::<f32>(4 * thread()).store(0.0) }
+    }
 }
 
 /// What multiplies every product of operation `index`: the norm's `1 / sqrt(mean(x²) + eps)`, known only after the
@@ -48,7 +59,7 @@ fn squares_of(index: u32) -> SharedPtr<f32> {
 pub unsafe fn norm_scale(op: Current, index: u32) -> f32 {
     unsafe {
         let mut sum = 0.0;
-        for i in 0..WARPS / 4 {
+        for i in 0..SQUARES / 4 {
             let v = squares_of(index).add(4 * i).load_v4();
             sum += (v[0] + v[1]) + (v[2] + v[3]);
         }
@@ -61,8 +72,6 @@ pub unsafe fn norm_scale(op: Current, index: u32) -> f32 {
         }
     }
 }
-
-const _: () = assert!(WARPS.is_multiple_of(4), "squares are read as vectors");
 
 const THREADS: u32 = 32 * WARPS;
 /// Values that the block takes at once, four a thread.

@@ -500,7 +500,7 @@ impl<D: Driver> Gpu<D> {
         let Some(trace) = self.decode.trace.as_ref().map(|t| t.address) else {
             let bytes = point_bytes * longest(&self.decode.programs).unwrap_or(0) as usize;
             if bytes > 0 {
-                self.decode.trace = Some(self.driver.alloc(bytes * 132 * 16)?);
+                self.decode.trace = Some(self.driver.alloc(bytes)?);
             }
             return Ok(Vec::new());
         };
@@ -508,11 +508,6 @@ impl<D: Driver> Gpu<D> {
             return Ok(Vec::new());
         };
         let mut times = vec![0u64; program.count as usize * point::COUNT];
-        if let Ok(p) = std::env::var("KIGO_TRACE") {
-            let mut all = vec![0u64; program.count as usize * point::COUNT * 132 * 16];
-            self.driver.read(trace, bytemuck::cast_slice_mut(&mut all))?;
-            std::fs::write(p, bytemuck::cast_slice::<u64, u8>(&all)).ok();
-        }
         self.driver
             .read(trace, bytemuck::cast_slice_mut(&mut times))?;
         let at = |i: usize, point: usize| times[i * point::COUNT + point];
