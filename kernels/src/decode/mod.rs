@@ -7,8 +7,8 @@
 //!   between blocks, and there is no barrier: every word carries in its low bits the number of the operation
 //!   that wrote it ([`seal`]), and who needs a word looks until it is there. That costs about half of a
 //!   barrier over the grid and the read behind it.
-//! - Weights come through rings in shared memory ([`ring`]), one for each warp that computes. One more warp does nothing
-//!   but keep these full: it knows the tasks of all operations to come, so that the memory never waits for an
+//! - Weights come through rings in shared memory ([`ring`]), one for each warp that computes. Two more warps do nothing
+//!   but keep these full: they know the tasks of all operations to come, so that the memory never waits for an
 //!   operation to end.
 //!
 //! In a product ([`product`]), every block brings the whole input row into shared memory, quantised to 8 bits per
@@ -38,15 +38,17 @@ use cuda_std::thread::{
 };
 use ring::Ring;
 
-pub use ring::TURNS;
+pub use ring::MAX_TURNS;
 pub use row::row_bytes;
 pub use seal::{NUMBERS, PLAIN};
 pub use task::{MAX_SEGMENTS, Segment};
 
 /// Warps of a block that compute.
-pub const WARPS: u32 = 15;
-/// Threads per block, one block per multiprocessor: those warps, and one that brings weights.
-pub const THREADS: u32 = 32 * (WARPS + 1);
+pub const WARPS: u32 = 14;
+/// Warps of a block that bring weights.
+const FEEDERS: u32 = 2;
+/// Threads per block, one block per multiprocessor.
+pub const THREADS: u32 = 32 * (WARPS + FEEDERS);
 
 /// Most splits of a head's tokens; see [`Op::splits`].
 pub const MAX_SPLITS: u32 = 16;
@@ -162,8 +164,10 @@ pub struct DecodeArgs {
     pub position: u32,
     /// The number that the host knows this step's choice by.
     pub sequence: u32,
-    /// Turns in a warp's ring, one of [`TURNS`].
+    /// Turns in a warp's ring, at most [`MAX_TURNS`].
     pub turns: u32,
+    /// Most tiles of each run in a turn.
+    pub turn_tiles: u32,
     /// Bytes of the largest tile of any matrix.
     pub tile_bytes: u32,
     /// Bytes of one of the two row buffers; see [`shared_bytes`].
@@ -210,16 +214,16 @@ const WINDOW_AT: u32 = BARRIERS_AT + ring::BARRIERS_BYTES;
 const ROWS_AT: u32 = WINDOW_AT + WINDOW * OP_BYTES;
 
 /// Bytes of shared memory of a launch whose operations need at most `row` bytes for a row
-/// ([`row_bytes`]), with `turns` turns in each warp's ring, of tiles of `tile` bytes; and what to pass as
-/// [`DecodeArgs::row_bytes`].
-pub const fn shared_bytes(row: u32, tile: u32, turns: u32) -> (u32, u32) {
+/// ([`row_bytes`]), with `turns` turns in each warp's ring, of `tiles` tiles of each run of `tile` bytes; and what to pass
+/// as [`DecodeArgs::row_bytes`].
+pub const fn shared_bytes(row: u32, tile: u32, tiles: u32, turns: u32) -> (u32, u32) {
     let row = if row > attend::PARTS_BYTES {
         row
     } else {
         attend::PARTS_BYTES
     };
     let row = row.next_multiple_of(128);
-    (ROWS_AT + 2 * row + WARPS * turns * 2 * tile, row)
+    (ROWS_AT + 2 * row + WARPS * turns * 2 * tiles * tile, row)
 }
 
 /// Where the fields of an operation are read.
@@ -376,7 +380,7 @@ fn blocks() -> u32 {
     here(grid_dim_x())
 }
 
-/// A barrier of the warps that compute: the feeder does not come to it.
+/// A barrier of the warps that compute: the feeders do not come to it.
 #[inline(always)]
 fn sync() {
     bar_sync(1, 32 * WARPS);

@@ -1,6 +1,6 @@
 //! Products with the input row: plain ones, gate and up, queries, keys and values.
 
-use super::ring::Tile;
+use super::ring::{Tile, turn_bytes};
 use super::row::{Group, Row, ask, norm_scale};
 use super::seal::{Seal, pause};
 use super::task::{Task, first_run, first_task, matrix_field, task_stride};
@@ -143,12 +143,14 @@ impl Runs {
 }
 
 impl Turn {
-    /// The turn at address `tile`, whose tiles begin at group `at` of their runs.
+    /// Tile `tile` of each run in the turn at address `turn`, with `bytes` from tile to tile; it begins at group `at` of
+    /// the runs.
     #[inline(always)]
-    fn new(a: &DecodeArgs, tile: u32, runs: Runs, at: u32) -> Turn {
+    fn new(a: &DecodeArgs, turn: u32, tile: u32, bytes: u32, runs: Runs, at: u32) -> Turn {
+        let first = turn + tile * bytes;
         Turn {
             lane: lane(),
-            tiles: [tile, tile + a.tile_bytes],
+            tiles: [first, first + turn_bytes(a) / 2],
             groups: [
                 left(runs.first(), at),
                 left(runs.groups() - runs.second(), at),
@@ -314,6 +316,8 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         let mut k = 0;
         let mut v = [0.0f32; 2];
         let mut at = 0;
+        // The tile of the turn.
+        let mut tile = 0;
         // Rows of two types (a gate and an up of a hand-made mix) take a turn twice, for one row each.
         let mut again = false;
         loop {
@@ -321,14 +325,19 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             let ty = if again { types.second() } else { types.first() };
             let float = is_float(ty);
             let done = again || !types.mixed();
+            let last = done && (tile + 1 == a.turn_tiles || at + TILE as u32 >= runs.first());
             let mut pair = Pair::uninit();
             if any {
-                let mut turn = Turn::new(a, w.ring.wait(), runs, at);
+                if tile == 0 && !again {
+                    w.ring.wait();
+                }
+                let bytes = types.tile_bytes(op, again);
+                let mut turn = Turn::new(a, w.ring.turn(), tile, bytes, runs, at);
                 // Else the addresses for every type would be computed beforehand, and kept.
                 turn.lane = here(turn.lane);
                 pair = pair_of(ty, turn);
                 // What is unpacked needs its place no more.
-                if done && !float {
+                if last && !float {
                     w.ring.release(a);
                 }
             }
@@ -349,12 +358,13 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             if !any {
                 break;
             }
-            let row = Row::new(a, w.index, runs.groups() * GROUP as u32);
+            let row = Row::new(a, here(w.index), runs.groups() * GROUP as u32);
             let mut turn_v = [0.0; 2];
             if float {
-                let turn = Turn::new(a, w.ring.turn(), runs, at);
+                let bytes = types.tile_bytes(op, again);
+                let turn = Turn::new(a, w.ring.turn(), tile, bytes, runs, at);
                 turn_v = dot_float_of(ty, &row, &turn, [at, runs.second() + at]);
-                if done {
+                if last {
                     w.ring.release(a);
                 }
             } else {
@@ -382,6 +392,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             if !done {
                 continue;
             }
+            tile = if last { 0 } else { tile + 1 };
             at += TILE as u32;
             if at < runs.first() {
                 continue;
@@ -414,7 +425,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
     }
 }
 
-/// The types of a task's two rows.
+/// The types of a task's two rows, of the first and the second, and the number of the first's matrix.
 #[derive(Clone, Copy)]
 struct Types(u32);
 
@@ -424,22 +435,29 @@ impl Types {
     unsafe fn of(op: Current, gate: bool, m: u32) -> Types {
         let ty = |m: u32| unsafe { matrix_field(op, m, offset_of!(Matrix, ty)) };
         let first = ty(m);
-        Types(first | ((if gate { ty(1) } else { first }) << 16))
+        Types(first | ((if gate { ty(1) } else { first }) << 8) | (m << 16))
     }
 
     #[inline(always)]
     fn first(self) -> u32 {
-        self.0 & 0xffff
+        self.0 & 0xff
     }
 
     #[inline(always)]
     fn second(self) -> u32 {
-        self.0 >> 16
+        self.0 >> 8 & 0xff
     }
 
     #[inline(always)]
     fn mixed(self) -> bool {
         self.first() != self.second()
+    }
+
+    /// Bytes of a whole tile of the first row's matrix, or of an up.
+    #[inline(always)]
+    unsafe fn tile_bytes(self, op: Current, second: bool) -> u32 {
+        let m = if second { 1 } else { self.0 >> 16 };
+        unsafe { matrix_field(op, m, offset_of!(Matrix, tile_bytes)) }
     }
 }
 

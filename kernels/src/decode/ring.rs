@@ -1,12 +1,12 @@
 //! Weights on their way into shared memory.
 //!
-//! Every warp that computes has a ring of *turns*. A turn is what the warp's lanes multiply at once: a tile of each
-//! of its task's two runs, a group a lane. A feeder warp goes through the tasks of all operations in the order in
-//! which they will be computed, and copies a turn wherever a ring has room. Each turn has two barriers in shared
+//! Every warp that computes has a ring of *turns*. A turn is a tile or a few of each of its task's two runs. Two feeder
+//! warps go through the tasks of all operations in the order in which they will be computed, and copy a turn wherever
+//! a ring has room. Each turn has two barriers in shared
 //! memory ([`mbarrier`]): one says that it has come, the other that it has been read.
 
 use super::task::{Segment, first_task, task_stride};
-use super::{BARRIERS_AT, DecodeArgs, Listed, ROWS_AT, Source, WARPS, get, matrix_at};
+use super::{BARRIERS_AT, DecodeArgs, FEEDERS, Listed, ROWS_AT, Source, WARPS, get, matrix_at};
 use crate::types::{Matrix, Planes, Quantised, TILE, Weights};
 use crate::unrolled;
 use core::marker::PhantomData;
@@ -19,8 +19,7 @@ use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id, nanosleep, thread_idx_x
 use cuda_std::warp;
 
 /// How many turns a ring may have.
-pub const TURNS: [u32; 6] = [8, 6, 4, 3, 2, 1];
-const MAX_TURNS: u32 = TURNS[0];
+pub const MAX_TURNS: u32 = 8;
 
 /// Bytes of a turn's two barriers: that it has come, which takes an arrival of every lane of a team, and that
 /// it has been read, which takes one of the warp.
@@ -29,9 +28,10 @@ const READ_AT: u32 = 8;
 /// Bytes of all barriers.
 pub(super) const BARRIERS_BYTES: u32 = WARPS * MAX_TURNS * TURN_BARRIERS;
 
-/// The feeder's lanes for each warp where it copies itself.
-const TEAM: u32 = 2;
-const _: () = assert!(WARPS * TEAM <= 32, "one warp feeds all");
+/// Warps that a feeder feeds, and its lanes for each where it copies itself.
+const FED: u32 = WARPS / FEEDERS;
+const TEAM: u32 = 4;
+const _: () = assert!(FED * FEEDERS == WARPS && FED * TEAM <= 32);
 
 /// The barriers of a warp's first turn.
 #[inline(always)]
@@ -110,8 +110,8 @@ impl<T: Quantised> Planes for Tile<T> {
 
 /// Bytes of a turn.
 #[inline(always)]
-fn turn_bytes(a: &DecodeArgs) -> u32 {
-    2 * a.tile_bytes
+pub fn turn_bytes(a: &DecodeArgs) -> u32 {
+    2 * a.turn_tiles * a.tile_bytes
 }
 
 /// A place in a warp's ring. Warp and feeder walk it alike.
@@ -177,7 +177,7 @@ impl Ring {
         }
     }
 
-    /// Waits for the next turn: the address of its first tile; the second run's is [`DecodeArgs::tile_bytes`] behind.
+    /// Waits for the next turn: the address of the first run's tiles; the second's follow in its second half.
     #[inline(always)]
     pub unsafe fn wait(&self) -> u32 {
         unsafe { mbarrier::wait(self.place.come(), self.place.parity) }
@@ -343,12 +343,13 @@ unsafe fn copy(to: u32, from: *const u8, bytes: u32) {
 pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
     unsafe {
         let team = if BULK { 1 } else { TEAM };
-        let warp = lane_id() / team;
+        let place = lane_id() / team;
+        let warp = (thread_idx_x() / 32 - WARPS) * FED + place;
         let mut f = Feed {
             warp,
             segment: Segment::NONE,
             coming: Feed::load(a, 0),
-            next: if warp < WARPS { 0 } else { a.segment_count + 1 },
+            next: if place < FED { 0 } else { a.segment_count + 1 },
             task: first_task(warp),
             from: [core::ptr::null(); 2],
             place_in_period: 0,
@@ -364,10 +365,10 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
             let empty = more && mbarrier::test(f.place.read(), f.place.parity ^ 1);
             let mask = warp::ballot(empty);
             // A team's first lane says it for all, who might have looked at different times.
-            if mask >> (warp * team) & 1 != 0 {
-                let tiles = f.segment.tiles;
+            if mask >> (place * team) & 1 != 0 {
+                let tiles = f.segment.tiles.map(|bytes| bytes * a.turn_tiles);
                 let bytes = [0, 1].map(|i| f.rest[i].next(tiles[i]));
-                let to = [f.place.turn, f.place.turn + a.tile_bytes];
+                let to = [f.place.turn, f.place.turn + turn_bytes(a) / 2];
                 if BULK {
                     #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
                     copy_bulk(to, [f.rest[0].from, f.rest[1].from], bytes, f.place.come());

@@ -12,9 +12,9 @@ use super::{Address, Allocation, Buffer, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
 use kernels::decode::{
-    self, DecodeArgs, Input, MAX_SEGMENTS, MAX_SPLITS, NO_OP, NUMBERS, Op, Segment, kind, point,
+    self, DecodeArgs, Input, MAX_SEGMENTS, MAX_SPLITS, MAX_TURNS, NO_OP, NUMBERS, Op, Segment, kind, point,
 };
-use kernels::types::GROUP;
+use kernels::types::{GROUP, TILE};
 use std::collections::HashMap;
 
 /// Tokens that are worth a split of their own: sixteen for each warp of the block that takes it.
@@ -205,10 +205,14 @@ fn weight_bytes(op: &Op) -> u64 {
 #[derive(Clone, Copy)]
 pub(super) struct Room {
     pub(super) turns: u32,
+    pub(super) turn_tiles: u32,
     pub(super) tile_bytes: u32,
     pub(super) row_bytes: u32,
     pub(super) shared: usize,
 }
+
+/// Turns of several tiles are worth it where rows have so many tiles.
+const LONG_ROW: u32 = 2;
 
 /// The most turns of a ring that leave room for the rows of `ops`.
 ///
@@ -226,17 +230,23 @@ pub(super) fn room<D: Driver>(driver: &D, ops: &[Op]) -> Result<Room> {
     let row = rows.max().unwrap_or(0);
     let tiles = products().flat_map(|op| op.matrices.iter().map(|m| m.tile_bytes));
     let tile_bytes = tiles.max().unwrap_or(0);
+    // Of the shortest rows, which are most of a model's.
+    let row_tiles = products().map(|op| op.input.len.div_ceil((GROUP * TILE) as u32));
     let limit = driver.shared_limit();
-    for turns in decode::TURNS {
-        let (shared, row_bytes) = decode::shared_bytes(row, tile_bytes, turns);
-        let shared = shared as usize;
-        if shared <= limit {
-            return Ok(Room {
-                turns,
-                tile_bytes,
-                row_bytes,
-                shared,
-            });
+    let most = if row_tiles.min().unwrap_or(0) >= LONG_ROW { 2 } else { 1 };
+    for turn_tiles in (1..=most).rev() {
+        for turns in (1..=MAX_TURNS).rev() {
+            let (shared, row_bytes) = decode::shared_bytes(row, tile_bytes, turn_tiles, turns);
+            let shared = shared as usize;
+            if shared <= limit && (turns > 2 || turn_tiles == 1) {
+                return Ok(Room {
+                    turns,
+                    turn_tiles,
+                    tile_bytes,
+                    row_bytes,
+                    shared,
+                });
+            }
         }
     }
     Err(Error::Device {
@@ -476,6 +486,7 @@ impl<D: Driver> Gpu<D> {
             position,
             sequence: decode.sequence,
             turns: room.turns,
+            turn_tiles: room.turn_tiles,
             tile_bytes: room.tile_bytes,
             row_bytes: room.row_bytes,
             table: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,

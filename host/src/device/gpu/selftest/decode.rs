@@ -107,6 +107,7 @@ fn launch<D: Driver>(
         position: position as u32,
         sequence: SEQUENCE,
         turns: room.turns,
+        turn_tiles: room.turn_tiles,
         tile_bytes: room.tile_bytes,
         row_bytes: room.row_bytes,
         table,
