@@ -4,8 +4,9 @@
 //!   number of threads and tasks may clone and use;
 //! - [`EngineHandle::submit`] queues a [`Request`] and returns its [`Job`], the receiving end of its
 //!   [`Event`]s;
-//! - [`kv`] gives each sequence its blocks of the cache; [`sequence`] is one request's state;
-//!   [`scheduler`] picks whose step is next and runs it; [`grammar`] constrains answers;
+//! - [`kv`] gives each sequence its blocks of the cache, and [`prefix`] keeps the beginnings of prompts there;
+//!   [`sequence`] is one request's state; [`scheduler`] picks whose step is next and runs it; [`grammar`]
+//!   constrains answers;
 //! - [`direct`] drives a runner without any of this, for the commands that look at logits.
 //!
 //! Everything between the thread and the world goes through channels. Nobody waits for the device
@@ -16,12 +17,15 @@ mod failure;
 pub mod grammar;
 pub mod kv;
 mod metrics;
+pub mod prefix;
 mod scheduler;
 mod sequence;
 mod text;
 
 #[cfg(test)]
 pub(crate) mod fake;
+#[cfg(test)]
+mod reuse_tests;
 #[cfg(test)]
 mod tests;
 
@@ -119,7 +123,7 @@ pub struct End {
     /// Tokens generated, the stop token included: as many as there were [`Event::Token`]s.
     pub tokens_out: usize,
     pub prompt_tokens: usize,
-    /// Prompt tokens whose keys and values were in the cache already.
+    /// Prompt tokens whose keys and values were in the cache already; see [`prefix`].
     pub cached_tokens: usize,
     /// From submission to the start of work.
     pub queue_ms: f64,

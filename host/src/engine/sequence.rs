@@ -1,6 +1,7 @@
 //! One request that runs.
 
 use super::kv::{BlockPool, BlockTable};
+use super::prefix::{root, step_end};
 use super::scheduler::outcome_of;
 use super::{
     Code, Constraint, Detokenize, End, Event, Failure, LogProbs, Outcome, Shared, StopReason,
@@ -27,6 +28,8 @@ pub(super) struct Sequence<'t> {
     cached: usize,
     /// How many prompt tokens were counted; work that is done again counts once.
     counted: usize,
+    /// How many prompt tokens were in the cache when its first turn came, once that came.
+    reused: Option<usize>,
     table: BlockTable,
     /// Its blocks went to an older sequence; what was in them is computed again, step by step.
     put_back: bool,
@@ -86,6 +89,7 @@ impl<'t> Sequence<'t> {
             tokens,
             cached: 0,
             counted: 0,
+            reused: None,
             table: BlockTable::default(),
             put_back: false,
             device_time: level,
@@ -171,12 +175,39 @@ impl<'t> Sequence<'t> {
         &self.tokens[self.cached..]
     }
 
-    /// Rows of the next step: a chunk of the prompt, or one generated token.
+    /// Rows of the next step: those of the prompt up to where steps end, or one generated token.
     pub(super) fn next_len(&self, step_rows: usize) -> usize {
         match self.prompt_tokens.saturating_sub(self.cached) {
             0 => 1,
-            left => left.min(step_rows),
+            left => left.min(step_end(self.cached, step_rows) - self.cached),
         }
+    }
+
+    /// Tokens that prompt and answer may come to.
+    fn horizon(&self) -> usize {
+        self.prompt_tokens + self.submission.request.max_tokens
+    }
+
+    /// Before its first step, and after [`Sequence::put_back`]: takes over what the cache holds of the prompt.
+    pub(super) fn reuse(&mut self, runner: &dyn Runner, pool: &mut BlockPool) {
+        if self.cached > 0 || self.holds_blocks() {
+            return;
+        }
+        // An embedding is made of every token's hidden state, and the cache holds none.
+        let tokens = match self.is_embedding() {
+            true => &[],
+            false => &self.tokens[..self.prompt_tokens],
+        };
+        let long = runner.long_above().is_some_and(|n| self.horizon() > n);
+        self.cached = self
+            .table
+            .reuse(root(long), tokens, runner.step_rows(), pool);
+        if self.reused.is_none() {
+            self.reused = Some(self.cached);
+            let metrics = &self.shared.metrics;
+            metrics.tokens_reused.inc_by(self.cached as u64);
+        }
+        self.count_prompt();
     }
 
     /// The next `len` pending tokens as rows from `start`, with blocks for them; `None` where the
@@ -194,13 +225,21 @@ impl<'t> Sequence<'t> {
             past: self.cached,
             blocks,
             ring: self.table.ring().to_vec(),
-            horizon: self.prompt_tokens + self.submission.request.max_tokens,
+            horizon: self.horizon(),
         })
     }
 
-    /// `len` more tokens are in the cache.
-    pub(super) fn advance(&mut self, len: usize) {
+    /// `len` more tokens are in the cache; where they end a step of the prompt, they stay for others.
+    pub(super) fn advance(&mut self, len: usize, step_rows: usize, pool: &mut BlockPool) {
         self.cached += len;
+        let end = self.cached;
+        if end <= self.prompt_tokens && step_end(end - 1, step_rows) == end {
+            self.table.keep(&self.tokens[..end], pool);
+        }
+        self.count_prompt();
+    }
+
+    fn count_prompt(&mut self) {
         let prompt = self.cached.min(self.prompt_tokens);
         let new = prompt.saturating_sub(self.counted);
         self.counted += new;
@@ -444,7 +483,7 @@ impl<'t> Sequence<'t> {
                     stop_reason,
                     tokens_out,
                     prompt_tokens: self.prompt_tokens,
-                    cached_tokens: 0,
+                    cached_tokens: self.reused.unwrap_or(0),
                     queue_ms: ms(self.submission.submitted, self.started),
                     prefill_ms: ms(self.started, first),
                     decode_ms: ms(first, latest),
