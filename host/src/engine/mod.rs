@@ -64,6 +64,8 @@ pub struct Request {
     pub constraint: Option<Constraint>,
     /// Text at which generation ends; it is not part of the answer.
     pub stop: Vec<String>,
+    /// Control tokens whose names are to be part of the answer's text; those of all others never are.
+    pub visible: Vec<u32>,
     /// How many of the first step's greatest logits to report with the first token; 0 for none.
     pub top_logits: usize,
     /// Report each token's log-probability, and that of so many of the likeliest.

@@ -427,7 +427,13 @@ impl<'t> Sequence<'t> {
         if self.shared.text.is_end_of_generation(id) {
             reason = Some(StopReason::Eos);
         } else {
-            piece = self.detokenizer.push(id);
+            piece = if self.submission.request.visible.contains(&id) {
+                // What is half a character before it stays one.
+                let name = self.shared.text.token_bytes(id);
+                self.detokenizer.finish() + &String::from_utf8_lossy(&name)
+            } else {
+                self.detokenizer.push(id)
+            };
             if complete {
                 reason = Some(StopReason::Eos);
             } else if self.generated() == self.submission.request.max_tokens {

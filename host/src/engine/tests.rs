@@ -1,6 +1,6 @@
 //! The engine against a model that is a function.
 
-use super::fake::{ByteText, EOS, FakeRunner};
+use super::fake::{ByteText, FakeRunner, VOCABULARY};
 use super::*;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +10,7 @@ pub(super) fn start(runner: FakeRunner) -> EngineHandle {
 }
 
 pub(super) fn start_with(runner: FakeRunner, config: EngineConfig) -> EngineHandle {
-    Engine::start(Box::new(runner), Arc::new(ByteText), config).unwrap()
+    Engine::start(Box::new(runner), Arc::new(ByteText::PLAIN), config).unwrap()
 }
 
 static JOBS: AtomicUsize = AtomicUsize::new(0);
@@ -320,7 +320,7 @@ fn what_cannot_be_served_is_refused_at_once() {
     assert!(refused(request("x", 64)).contains("64 tokens in all"));
     assert!(refused(request("x", usize::MAX)).contains("64 tokens in all"));
     let mut r = request("x", 5);
-    r.prompt.push(EOS + 1);
+    r.prompt.push(VOCABULARY as u32);
     assert!(refused(r).contains("vocabulary"));
     let mut r = request("x", 5);
     r.sampling.top_p = 2.0;
