@@ -29,7 +29,7 @@ type Next = Box<dyn Fn(&[u32]) -> u32 + Send>;
 
 pub struct FakeRunner {
     info: ModelInfo,
-    device: DeviceInfo,
+    pub device: DeviceInfo,
     cache: Vec<u32>,
     /// The likeliest token after a sequence.
     next: Next,
@@ -38,7 +38,7 @@ pub struct FakeRunner {
     pub steps: Arc<AtomicUsize>,
     /// The step at which to panic, and at which to fail.
     pub panic_at: Option<usize>,
-    pub fail_at: Option<usize>,
+    pub fail_at: Option<(usize, fn() -> Error)>,
     logits: Vec<Vec<f32>>,
     /// The tokens of the last step, and the position of the first.
     last: (Vec<u32>, usize),
@@ -99,6 +99,24 @@ impl FakeRunner {
     }
 }
 
+/// What a device says that failed.
+pub fn device_failure() -> Error {
+    Error::Device {
+        device: "fake".to_owned(),
+        what: "asked to".to_owned(),
+    }
+}
+
+/// What a device says that has too little memory.
+pub fn out_of_memory() -> Error {
+    Error::OutOfMemory {
+        device: "fake".to_owned(),
+        what: "an allocation".to_owned(),
+        required: 2,
+        free: 1,
+    }
+}
+
 impl Runner for FakeRunner {
     fn info(&self) -> &ModelInfo {
         &self.info
@@ -120,11 +138,10 @@ impl Runner for FakeRunner {
         std::thread::sleep(self.step_time);
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
         assert!(self.panic_at != Some(step), "asked to");
-        if self.fail_at == Some(step) {
-            return Err(Error::Device {
-                device: "fake".to_owned(),
-                what: "asked to".to_owned(),
-            });
+        if let Some((at, error)) = self.fail_at
+            && at == step
+        {
+            return Err(error());
         }
         self.logits.clear();
         self.last = (batch.tokens.clone(), batch.spans[0].past);

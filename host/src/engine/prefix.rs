@@ -106,10 +106,7 @@ impl Prefixes {
 
     /// Takes out the leaf that was used least lately, of those for which `may` holds.
     pub fn remove_oldest(&mut self, may: impl Fn(&Node) -> bool) -> Option<Node> {
-        let leaves = self
-            .nodes
-            .iter()
-            .filter(|(_, n)| n.children == 0 && may(n));
+        let leaves = self.nodes.iter().filter(|(_, n)| n.children == 0 && may(n));
         let (&id, _) = leaves.min_by_key(|(_, n)| n.used)?;
         let node = self.nodes.remove(&id)?;
         self.index.remove(&(node.parent, node.tokens.clone()));

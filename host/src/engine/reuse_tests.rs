@@ -6,7 +6,13 @@ use super::*;
 
 /// A text of `len` letters that begins as every other one does and parts from them after `shared`.
 fn prompt(shared: usize, len: usize, number: usize) -> String {
-    let letter = |i: usize| if i < shared { i % 23 } else { (i + number) % 25 };
+    let letter = |i: usize| {
+        if i < shared {
+            i % 23
+        } else {
+            (i + number) % 25
+        }
+    };
     (0..len)
         .map(|i| char::from(b'a' + letter(i) as u8))
         .collect()

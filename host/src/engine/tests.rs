@@ -1,6 +1,6 @@
 //! The engine against a model that is a function.
 
-use super::fake::{ByteText, FakeRunner, VOCABULARY};
+use super::fake::{ByteText, FakeRunner, VOCABULARY, device_failure};
 use super::*;
 use std::sync::Arc;
 use std::time::Duration;
@@ -281,7 +281,7 @@ fn a_panic_becomes_an_error_for_every_job_and_no_hang() {
 #[test]
 fn a_device_failure_is_reported_and_blocks_are_given_back() {
     let mut runner = FakeRunner::hashing(256);
-    runner.fail_at = Some(2);
+    runner.fail_at = Some((2, device_failure));
     let engine = start(runner);
     let events = drain(engine.submit(request("x", 50)).unwrap());
     assert!(matches!(events.last(), Some(Event::Error(_))), "{events:?}");

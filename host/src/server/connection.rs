@@ -3,6 +3,7 @@
 
 use super::accept::Limits;
 use bytes::Bytes;
+use futures_util::task::AtomicWaker;
 use http_body::{Body, Frame, SizeHint};
 use std::future::Future;
 use std::io;
@@ -30,18 +31,21 @@ enum Phase {
 }
 
 /// The phase of a connection, which its stream and its service both know a part of.
-#[derive(Clone, Debug)]
-pub(super) struct Activity(Arc<AtomicU8>);
+#[derive(Clone, Debug, Default)]
+pub(super) struct Activity(Arc<Shared>);
 
-impl Default for Activity {
-    fn default() -> Self {
-        Self(Arc::new(AtomicU8::new(Phase::Headers as u8)))
-    }
+#[derive(Debug, Default)]
+struct Shared {
+    /// A [`Phase`]; [`Phase::Headers`] at first.
+    phase: AtomicU8,
+    /// Who waits for the client while a request is being answered. When the answer ends, the wait is another
+    /// one, and its time begins.
+    reader: AtomicWaker,
 }
 
 impl Activity {
     fn phase(&self) -> Phase {
-        match self.0.load(Ordering::Relaxed) {
+        match self.0.phase.load(Ordering::SeqCst) {
             0 => Phase::Headers,
             1 => Phase::Idle,
             _ => Phase::Busy,
@@ -49,7 +53,7 @@ impl Activity {
     }
 
     fn set(&self, phase: Phase) {
-        self.0.store(phase as u8, Ordering::Relaxed);
+        self.0.phase.store(phase as u8, Ordering::SeqCst);
     }
 
     /// A request is there; it is being answered until the result is dropped.
@@ -66,6 +70,7 @@ pub(super) struct Answering(Activity);
 impl Drop for Answering {
     fn drop(&mut self) {
         self.0.set(Phase::Idle);
+        self.0.0.reader.wake();
     }
 }
 
@@ -164,6 +169,8 @@ impl AsyncRead for Watched {
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let result = Pin::new(&mut self.stream).poll_read(cx, buf);
+        // Before the phase is looked at, which may change at any moment.
+        self.activity.0.reader.register(cx.waker());
         let phase = self.activity.phase();
         if result.is_ready() {
             if phase == Phase::Idle && buf.filled().len() > before {

@@ -15,9 +15,7 @@ use super::State;
 use super::fields::{Body, Field, Fields, Kind};
 use super::generation::{self, Generation, common_fields, sampler_fields};
 use super::service::{new_id, with_failure};
-use crate::engine::{
-    Code, Constraint, End, EngineHandle, Event, Failure, Request, StopReason,
-};
+use crate::engine::{Code, Constraint, End, EngineHandle, Event, Failure, Request, StopReason};
 use crate::sampling::{SamplingParams, Violation};
 use answers::Asked;
 use schemars::JsonSchema;

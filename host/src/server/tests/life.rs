@@ -1,6 +1,7 @@
 //! Loading, health, draining.
 
 use super::*;
+use crate::engine::fake::{device_failure, out_of_memory};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn health_tells_a_working_engine_from_a_broken_one() {
@@ -122,4 +123,45 @@ async fn a_worker_that_loads_is_healthy_and_not_ready() {
         "{metrics}"
     );
     task.abort();
+}
+
+/// The last event of a job on a runner that fails at its second step, and what comes of the next job.
+async fn after_a_failure(runner: FakeRunner) -> (Value, u16, Value) {
+    let worker = start(runner, 0, Config::default()).await;
+    let body = |id: &str| json!({ "job_id": id, "prompt": "hi", "max_tokens": 10 });
+    let events = all_events(worker.execute(&body("a")).await, &worker.steps).await;
+    let first = events.last().unwrap().data.clone();
+    let health = worker.ask("GET", "/health", "").await.0;
+    let (_, text) = worker.ask("POST", "/execute", &body("b").to_string()).await;
+    let last = text.lines().rev().find_map(|l| {
+        l.strip_prefix("data:")
+            .or(Some(l).filter(|l| l.starts_with('{')))
+    });
+    worker.idle().await;
+    (first, health, serde_json::from_str(last.unwrap()).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_runs_out_fails_the_job_and_not_the_worker() {
+    let mut runner = FakeRunner::hashing(64);
+    runner.fail_at = Some((1, out_of_memory));
+    let (first, health, next) = after_a_failure(runner).await;
+    assert_eq!(
+        (&first["code"], &first["retriable"]),
+        (&json!("VRAM_OOM"), &json!(true))
+    );
+    assert_eq!((health, &next["stop_reason"]), (200, &json!("MAX_TOKENS")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cuda_device_that_fails_takes_the_worker_with_it() {
+    let mut runner = FakeRunner::hashing(64);
+    runner.device.backend = "cuda";
+    runner.fail_at = Some((1, device_failure));
+    let (first, health, next) = after_a_failure(runner).await;
+    assert_eq!(
+        (&first["code"], &first["retriable"]),
+        (&json!("CUDA_ERROR"), &json!(true))
+    );
+    assert_eq!((health, &next["code"]), (503, &json!("INTERNAL")));
 }

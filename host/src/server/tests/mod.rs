@@ -39,8 +39,17 @@ async fn start_with(
     engine: EngineConfig,
 ) -> Worker {
     runner.step_time = Duration::from_millis(step_ms);
+    serve(runner, ByteText::PLAIN, config, engine).await
+}
+
+/// A worker whose texts and template are these.
+async fn start_speaking(runner: FakeRunner, text: ByteText) -> Worker {
+    serve(runner, text, Config::default(), EngineConfig::default()).await
+}
+
+async fn serve(runner: FakeRunner, text: ByteText, config: Config, engine: EngineConfig) -> Worker {
     let steps = runner.steps.clone();
-    let engine = Engine::start(Box::new(runner), Arc::new(ByteText::PLAIN), engine).unwrap();
+    let engine = Engine::start(Box::new(runner), Arc::new(text), engine).unwrap();
     let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
     let server = Server::bind(any_port, engine.clone().into(), config)
         .await

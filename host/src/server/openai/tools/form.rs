@@ -147,16 +147,9 @@ impl Form {
         // `calls` without the opening of its first call, and its other rules.
         let (rest, rules) = match &self.layout {
             Layout::Tagged { close } => {
-                let rules = format!(
-                    "call: \"\\n\" {} \"\\n\" {}\n",
-                    json(any()),
-                    literal(close)
-                );
+                let rules = format!("call: \"\\n\" {} \"\\n\" {}\n", json(any()), literal(close));
                 let more = format!("(\"\\n\" {} call)*", literal(self.open));
-                (
-                    format!("call {}", if several { &*more } else { "" }),
-                    rules,
-                )
+                (format!("call {}", if several { &*more } else { "" }), rules)
             }
             Layout::List => {
                 let most = if several { MAX_CALLS } else { 1 };
@@ -175,10 +168,7 @@ impl Form {
                 let calls: Vec<String> = tools.iter().map(call).collect();
                 let more = format!("({} call)*", literal(self.open));
                 let rules = format!("call: {}\n", calls.join("\n    | "));
-                (
-                    format!("call {}", if several { &*more } else { "" }),
-                    rules,
-                )
+                (format!("call {}", if several { &*more } else { "" }), rules)
             }
             Layout::Bare => (json(any()), String::new()),
         };
@@ -240,7 +230,9 @@ mod tests {
             controls,
             ..ByteText::PLAIN
         };
-        let grammar = form.grammar(&tools(), choice, parallel, &vocabulary).unwrap();
+        let grammar = form
+            .grammar(&tools(), choice, parallel, &vocabulary)
+            .unwrap();
         let grammars = Grammars::new(&vocabulary, VOCABULARY).unwrap();
         let mut constraint = grammars.compile(&grammar).unwrap();
         let ids = vocabulary.tokenize(text, false, true).unwrap();
@@ -262,7 +254,10 @@ mod tests {
     /// A form with `{"x": X}` for f and `{}` for g as it writes them, and how several are put together.
     fn written(form: &Form, calls: &[(&str, &str)]) -> String {
         let object = |(name, arguments): &(&str, &str)| {
-            format!("{{\"name\": \"{name}\", \"{}\": {arguments}}}", form.arguments)
+            format!(
+                "{{\"name\": \"{name}\", \"{}\": {arguments}}}",
+                form.arguments
+            )
         };
         match form.layout {
             Layout::Tagged { close } => {
@@ -275,8 +270,9 @@ mod tests {
             }
             Layout::Named { id, args } => {
                 let id = id.map_or(String::new(), |id| format!("{id}aB3456789"));
-                let call =
-                    |(name, arguments): &(&str, &str)| format!("{}{name}{id}{args}{arguments}", form.open);
+                let call = |(name, arguments): &(&str, &str)| {
+                    format!("{}{name}{id}{args}{arguments}", form.open)
+                };
                 calls.iter().map(call).collect()
             }
             Layout::Bare => calls.iter().map(object).collect(),
@@ -332,13 +328,34 @@ mod tests {
     fn forms_are_known_by_the_words_of_their_templates() {
         // As the models' own templates say it.
         let cases = [
-            ("{%- if tools %}within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{\\\"name\\\": <function-name>", Some(&HERMES)),
-            ("{%- if tools %}<tool_call>\\n<function=example_function_name>\\n<parameter=p>", None),
-            ("{{- \"[AVAILABLE_TOOLS] [\" }}{% for tool in tools %}{{- \"[TOOL_CALLS] [\" }}", Some(&MISTRAL_LIST)),
-            ("{% for tool in tools %}{{- \"[TOOL_CALLS]\" }}{{- name + \"[CALL_ID]\" + id + \"[ARGS]\" + arguments }}", Some(&MISTRAL_IDS)),
-            ("{% for tool in tools %}{{- '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}", Some(&MISTRAL_NAMED)),
-            ("{%- if tools %}Respond in the format {\"name\": function name, \"parameters\": dictionary of argument name and its value}.", Some(&LLAMA3)),
-            ("{%- if tools %}respond with <|tool_call|> followed by a JSON list of tools used.", Some(&TOOL_CALL_LIST)),
+            (
+                "{%- if tools %}within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{\\\"name\\\": <function-name>",
+                Some(&HERMES),
+            ),
+            (
+                "{%- if tools %}<tool_call>\\n<function=example_function_name>\\n<parameter=p>",
+                None,
+            ),
+            (
+                "{{- \"[AVAILABLE_TOOLS] [\" }}{% for tool in tools %}{{- \"[TOOL_CALLS] [\" }}",
+                Some(&MISTRAL_LIST),
+            ),
+            (
+                "{% for tool in tools %}{{- \"[TOOL_CALLS]\" }}{{- name + \"[CALL_ID]\" + id + \"[ARGS]\" + arguments }}",
+                Some(&MISTRAL_IDS),
+            ),
+            (
+                "{% for tool in tools %}{{- '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}",
+                Some(&MISTRAL_NAMED),
+            ),
+            (
+                "{%- if tools %}Respond in the format {\"name\": function name, \"parameters\": dictionary of argument name and its value}.",
+                Some(&LLAMA3),
+            ),
+            (
+                "{%- if tools %}respond with <|tool_call|> followed by a JSON list of tools used.",
+                Some(&TOOL_CALL_LIST),
+            ),
             ("{% if tools %}Action:```json", None),
             ("<tool_call>", None),
         ];

@@ -188,13 +188,37 @@ mod tests {
     fn calls_are_found_however_the_text_is_cut() {
         let before = "Let me see: a < b <tool [TOOL\n";
         let cases: [(&Form, bool, &str); 6] = [
-            (&HERMES, true, "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 1}}\n</tool_call>\n\
-                    <tool_call>\n{\"name\": \"g\", \"arguments\": {}}\n</tool_call>"),
-            (&MISTRAL_LIST, true, "[TOOL_CALLS] [{\"name\": \"f\", \"arguments\": {\"x\": 1}}, {\"name\": \"g\", \"arguments\": {}}]"),
-            (&MISTRAL_IDS, true, "[TOOL_CALLS]f[CALL_ID]aB3456789[ARGS]{\"x\": 1}[TOOL_CALLS]g[CALL_ID]aB3456788[ARGS]{}"),
-            (&MISTRAL_NAMED, true, "[TOOL_CALLS]f[ARGS]{\"x\": 1}[TOOL_CALLS]g[ARGS]{}"),
-            (&TOOL_CALL_LIST, true, "<|tool_call|>[{\"name\": \"f\", \"arguments\": {\"x\": 1}}, {\"name\": \"g\", \"arguments\": {}}]"),
-            (&LLAMA3, false, "{\"name\": \"f\", \"parameters\": {\"x\": 1}}"),
+            (
+                &HERMES,
+                true,
+                "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 1}}\n</tool_call>\n\
+                    <tool_call>\n{\"name\": \"g\", \"arguments\": {}}\n</tool_call>",
+            ),
+            (
+                &MISTRAL_LIST,
+                true,
+                "[TOOL_CALLS] [{\"name\": \"f\", \"arguments\": {\"x\": 1}}, {\"name\": \"g\", \"arguments\": {}}]",
+            ),
+            (
+                &MISTRAL_IDS,
+                true,
+                "[TOOL_CALLS]f[CALL_ID]aB3456789[ARGS]{\"x\": 1}[TOOL_CALLS]g[CALL_ID]aB3456788[ARGS]{}",
+            ),
+            (
+                &MISTRAL_NAMED,
+                true,
+                "[TOOL_CALLS]f[ARGS]{\"x\": 1}[TOOL_CALLS]g[ARGS]{}",
+            ),
+            (
+                &TOOL_CALL_LIST,
+                true,
+                "<|tool_call|>[{\"name\": \"f\", \"arguments\": {\"x\": 1}}, {\"name\": \"g\", \"arguments\": {}}]",
+            ),
+            (
+                &LLAMA3,
+                false,
+                "{\"name\": \"f\", \"parameters\": {\"x\": 1}}",
+            ),
         ];
         for (form, with_text, written) in cases {
             let before = if with_text { before } else { "" };
