@@ -159,9 +159,11 @@ fn texts_that_are_to_be_long_share_nothing_with_short_ones() {
 
 #[test]
 fn the_kernels_find_what_was_kept() {
-    let asked = [
-        (prompt(520, 520, 0), 0, 3),
-        (prompt(520, 530, 1), 520, 3),
-    ];
-    check(&tiny("llama-F16.gguf"), DeviceChoice::Emulated, 1024, &asked);
+    let asked = [(prompt(520, 520, 0), 0, 3), (prompt(520, 530, 1), 520, 3)];
+    check(
+        &tiny("llama-F16.gguf"),
+        DeviceChoice::Emulated,
+        1024,
+        &asked,
+    );
 }

@@ -105,7 +105,9 @@ try:
         assert background == expected, background
         for name in [f"phone-{scheme}", f"phone-{scheme}-settings"]:
             assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
-            assert one("#prompt").is_displayed() and one("#send").is_displayed()
+            for selector in ["#prompt", "#send", "#clear"]:
+                box = driver.execute_script("return arguments[0].getBoundingClientRect().toJSON()", one(selector))
+                assert 0 <= box["top"] and box["bottom"] <= 640 and 0 <= box["left"] and box["right"] <= 360, (selector, box)
             driver.save_screenshot(str(folder / f"{name}.png"))
             one("#settings summary").click()
 

@@ -1,10 +1,10 @@
 //! `/v1/completions`: the older API, on plain prompts.
 
+use super::super::State;
 use super::super::execute::{MAX_PROMPT, encode, within_limits};
 use super::super::fields::{Body, Field, Fields, Kind};
 use super::super::generation::max_tokens;
 use super::super::routes::blocking;
-use super::super::{Config, State};
 use super::answers::{Choices, Envelope};
 use super::*;
 use crate::engine::LogProbs;
@@ -46,7 +46,7 @@ pub(in super::super) fn body(engine: &EngineHandle, config: &Config) -> Body {
         Field::new("echo", only(json!(false), "false"), "Not supported"),
         Field::new("best_of", only(json!(1), "1"), "Not supported"),
     ];
-    fields.extend(shared_fields(engine));
+    fields.extend(shared_fields(engine, config));
     Body {
         fields,
         rules: all_of(shared_rules()),
@@ -64,7 +64,7 @@ fn parse(bytes: &[u8], state: &State) -> Result<Plain, Response> {
     let engine = state.engine().map_err(|failure| failed(&failure, None))?;
     let config = &state.config;
     let mut fields = read_body(&body(engine, config), bytes)?;
-    check_model(&fields, state, engine)?;
+    check_model(&mut fields, state, engine)?;
     let shared = read_shared(&mut fields, engine);
     for (name, value) in [("echo", json!(false)), ("best_of", json!(1))] {
         if fields.get(name).is_some_and(|v| *v != value) {

@@ -11,10 +11,10 @@ pub(super) mod messages;
 pub(super) mod models;
 pub(super) mod tools;
 
-use super::State;
 use super::fields::{Body, Field, Fields, Kind};
 use super::generation::{self, Generation, common_fields, sampler_fields};
 use super::service::{new_id, with_failure};
+use super::{Config, State};
 use crate::engine::{Code, Constraint, End, EngineHandle, Event, Failure, Request, StopReason};
 use crate::sampling::{SamplingParams, Violation};
 use answers::Asked;
@@ -82,14 +82,14 @@ fn invalid(violations: &[Violation]) -> Response {
 }
 
 /// Fields that chat and completions share.
-fn shared_fields(engine: &EngineHandle) -> Vec<Field> {
+fn shared_fields(engine: &EngineHandle, config: &Config) -> Vec<Field> {
     let text = |max| Kind::Text {
         min: 0,
         max,
         any: true,
     };
     let mut fields = vec![
-        Field::new("model", text(256), "The model, by its id in `/v1/models`").required(),
+        models::field(engine, config),
         Field::new(
             "n",
             Kind::Integer { min: 1, max: MAX_N },
@@ -189,13 +189,16 @@ fn read_shared(fields: &mut Fields, engine: &EngineHandle) -> Shared {
 }
 
 /// Whether the request is for the model that is here.
-fn check_model(fields: &Fields, state: &State, engine: &EngineHandle) -> Result<(), Response> {
-    let Some(asked) = fields.str("model") else {
+fn check_model(fields: &mut Fields, state: &State, engine: &EngineHandle) -> Result<(), Response> {
+    match fields.get("model") {
+        Some(Value::String(asked)) if !models::is_ours(asked, state, engine) => {}
+        Some(Value::String(_)) => return Ok(()),
+        Some(_) => {
+            fields.add("model", "a string", "it is something else", Value::Null);
+            return Ok(());
+        }
         // Missing: a violation already.
-        return Ok(());
-    };
-    if models::is_ours(asked, state, engine) {
-        return Ok(());
+        None => return Ok(()),
     }
     let id = super::info::model_id(engine, &state.config);
     let what = format!("this worker has no such model; it has {id}");

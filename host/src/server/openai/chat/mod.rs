@@ -1,10 +1,10 @@
 //! `/v1/chat/completions`.
 
+use super::super::State;
 use super::super::execute::encode;
 use super::super::fields::{Body, Field, Fields, Kind};
 use super::super::generation::max_tokens;
 use super::super::routes::blocking;
-use super::super::{Config, State};
 use super::tools::{Choice, Form};
 use super::*;
 use crate::engine::Grammar;
@@ -71,7 +71,7 @@ pub(in super::super) fn body(engine: &EngineHandle, config: &Config) -> Body {
             "Several calls in one answer; true when absent",
         ),
     ];
-    fields.extend(shared_fields(engine));
+    fields.extend(shared_fields(engine, config));
     let mut rules = shared_rules();
     rules.push(needs("top_logprobs", "logprobs"));
     Body {
@@ -95,7 +95,7 @@ fn parse(bytes: &[u8], state: &State) -> Result<Chat, Response> {
     let engine = state.engine().map_err(|failure| failed(&failure, None))?;
     let config = &state.config;
     let mut fields = read_body(&body(engine, config), bytes)?;
-    check_model(&fields, state, engine)?;
+    check_model(&mut fields, state, engine)?;
     let shared = read_shared(&mut fields, engine);
     let tools = tools::read(&mut fields, engine);
     let choice = tools::read_choice(&mut fields, tools.as_ref());
