@@ -1,18 +1,18 @@
-//! One request that runs.
+//! One request that runs: its state, its steps, its events. How it [chooses](choose) a token and what it
+//! [pools](pooling) for an embedding have files of their own.
+
+mod choose;
+mod pooling;
+
+pub(super) use choose::Chosen;
 
 use super::kv::{BlockPool, BlockTable};
 use super::prefix::{root, step_end};
 use super::scheduler::outcome_of;
-use super::{
-    Code, Constraint, Detokenize, End, Event, Failure, LogProbs, Outcome, Shared, StopReason,
-    Submission, direct,
-};
-use crate::device::{SampleRow, Span};
-use crate::error::{Error, Result};
-use crate::model::{Pooling, Runner};
-use crate::sampling::{
-    ChainState, History, StopMatcher, sample, sample_chain, uniform, uniform_pair,
-};
+use super::{Constraint, Detokenize, End, Event, Failure, Outcome, Shared, StopReason, Submission};
+use crate::device::Span;
+use crate::model::Runner;
+use crate::sampling::{ChainState, StopMatcher};
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -50,16 +50,6 @@ pub(super) struct Sequence<'t> {
     /// Since when there has been no room for events.
     stalled: Option<Instant>,
     stop_sequence: Option<String>,
-}
-
-/// A token chosen for a sequence.
-pub(super) struct Chosen {
-    id: u32,
-    /// The logits that the request asked to see, `(id, logit)`, greatest first.
-    top: Vec<(u32, f32)>,
-    logprobs: Option<Box<LogProbs>>,
-    /// The grammar lets nothing follow.
-    complete: bool,
 }
 
 /// Distinct ids in order of first appearance.
@@ -248,150 +238,6 @@ impl<'t> Sequence<'t> {
 
     fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_tokens
-    }
-
-    pub(super) fn is_embedding(&self) -> bool {
-        self.submission.request.embed.is_some()
-    }
-
-    /// Takes the hidden states of the step's `len` rows.
-    ///
-    /// # Errors
-    /// The device's failure.
-    pub(super) fn gather(&mut self, runner: &mut dyn Runner, len: usize) -> Result<()> {
-        if self.cached == 0 {
-            // Anew, where the sequence was put back.
-            self.pooled.clear();
-        }
-        let rows = match self.submission.request.embed {
-            Some(Pooling::Mean) => 0..len,
-            _ => len - 1..len,
-        };
-        for row in rows {
-            let hidden = runner.hidden(row)?;
-            if self.pooled.is_empty() || self.submission.request.embed == Some(Pooling::Last) {
-                self.pooled = hidden.into_iter().map(f64::from).collect();
-            } else {
-                let sums = self.pooled.iter_mut().zip(hidden);
-                sums.for_each(|(sum, x)| *sum += f64::from(x));
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends the embedding once the whole prompt is in it.
-    pub(super) fn embedded(&mut self) -> Option<StopReason> {
-        if !self.pending().is_empty() {
-            return None;
-        }
-        // The mean's divisor is lost in the length of 1.
-        let length = self.pooled.iter().map(|x| x * x).sum::<f64>().sqrt();
-        let scale = if length > 0.0 { 1.0 / length } else { 0.0 };
-        let vector = self.pooled.iter().map(|x| (x * scale) as f32).collect();
-        self.send(Event::Embedding(vector));
-        Some(StopReason::Eos)
-    }
-
-    /// Chooses the next token from the logits of the runner's last step. The inner error is this
-    /// sequence's own.
-    ///
-    /// # Errors
-    /// The device's failure.
-    pub(super) fn choose(
-        &mut self,
-        runner: &mut dyn Runner,
-    ) -> Result<std::result::Result<Chosen, Failure>> {
-        let index = self.generated();
-        let request = &self.submission.request;
-        let (params, seed) = (&request.sampling, self.submission.seed);
-        let on_device =
-            request.chain.is_plain() && request.logit_bias.is_empty() && self.constraint.is_none();
-        let top_wanted = if index == 0 { request.top_logits } else { 0 };
-        let read = !on_device || top_wanted > 0 || request.logprobs.is_some();
-        let mut logits = if read { runner.logits(0)? } else { Vec::new() };
-        let top = match top_wanted {
-            0 => Vec::new(),
-            n => direct::top_logits(&logits, n),
-        };
-        let (own, wanted) = match request.logprobs {
-            Some(n) if on_device => (std::mem::take(&mut logits), Some(n)),
-            Some(n) => (logits.clone(), Some(n)),
-            None => (Vec::new(), None),
-        };
-        let mut complete = false;
-        let id = if on_device {
-            let row = SampleRow {
-                params,
-                u: uniform(seed, index as u64),
-                seen: &self.seen.ids,
-            };
-            let ids = runner.sample(&[row])?;
-            ids.first().copied().ok_or_else(|| {
-                Error::Request("the device chose no token for one row of logits".to_owned())
-            })?
-        } else {
-            for &(id, bias) in &request.logit_bias {
-                if let Some(l) = logits.get_mut(id as usize) {
-                    *l += bias;
-                }
-            }
-            let own_failure = |why: String| Failure::new(Code::Internal, format!("grammar: {why}"));
-            if let Some(constraint) = &mut self.constraint
-                && let Err(why) = constraint.mask(&mut logits)
-            {
-                return Ok(Err(own_failure(why)));
-            }
-            let id = if self.plain {
-                sample(
-                    params,
-                    uniform(seed, index as u64),
-                    &self.seen.ids,
-                    &mut logits,
-                )
-            } else {
-                let text = &self.shared.text;
-                let breakers = &request.chain.dry.breakers;
-                let is_breaker = |id: u32| {
-                    let bytes = text.token_bytes(id);
-                    let token = String::from_utf8_lossy(&bytes);
-                    breakers.iter().any(|b| token.contains(b.as_str()))
-                };
-                let (prompt, generated) = self.tokens.split_at(self.prompt_tokens);
-                let history = History {
-                    prompt,
-                    generated,
-                    seen: &self.seen.ids,
-                    is_breaker: &is_breaker,
-                };
-                sample_chain(
-                    params,
-                    &request.chain,
-                    &mut self.chain_state,
-                    uniform_pair(seed, index as u64),
-                    &history,
-                    &mut logits,
-                )
-            };
-            if let Some(constraint) = &mut self.constraint
-                && !self.shared.text.is_end_of_generation(id)
-            {
-                match constraint.take(id) {
-                    Ok(done) => complete = done,
-                    Err(why) => return Ok(Err(own_failure(why))),
-                }
-            }
-            id
-        };
-        let logprobs = wanted.map(|n| {
-            let (chosen, top) = direct::log_probabilities(&own, id, n);
-            Box::new(LogProbs { chosen, top })
-        });
-        Ok(Ok(Chosen {
-            id,
-            top,
-            logprobs,
-            complete,
-        }))
     }
 
     /// Takes a generated token, tells the client, and says whether it was the last one.
