@@ -24,6 +24,7 @@ haiku: setup
 test: setup test-models
 	./setup.sh clients
 	cargo test --release --workspace
+	cargo test --release --features kigo-tests/otel --test otel
 
 test-clients: setup test-models
 	./setup.sh clients

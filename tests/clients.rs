@@ -63,7 +63,7 @@ fn the_openai_package_for_python() {
             .arg(scripts().join("openai_client.py"))
             .arg(worker.url()),
     );
-    assert!(said.contains("16 passed"), "{said}");
+    assert!(said.contains("17 passed"), "{said}");
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! `kigo serve` as a process, on a tiny model: what it streams is what `kigo generate` says, a client
 //! that leaves frees it, a signal ends it well. The full loads are in `load.rs`.
 
+use kigo::engine::ModelText;
+use kigo::gguf::Gguf;
 use kigo_tests::worker::{Worker, events, text_of};
 use kigo_tests::{golden_dir, kigo_bin, run_model};
 use serde_json::{Value, json};
@@ -8,7 +10,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn tiny() -> PathBuf {
     golden_dir().join("tiny/llama-F16.gguf")
@@ -102,24 +104,38 @@ fn sigterm_ends_streams_with_an_event_and_the_process_with_0() {
     drop(idle);
 }
 
+/// Requests that go on to the end of the context: nothing that ends an answer can be chosen.
+fn endless(count: usize) -> impl Iterator<Item = Value> {
+    let file = Gguf::open(tiny()).expect("a tiny model");
+    let text = ModelText::from_gguf(&file).expect("a vocabulary");
+    let ends = text.tokenizer.end_of_generation().iter();
+    let bias: serde_json::Map<String, Value> =
+        ends.map(|id| (id.to_string(), json!(-100))).collect();
+    (0..count).map(move |i| {
+        json!({ "job_id": i.to_string(), "prompt": "The old pond", "temperature": 0, "logit_bias": bias })
+    })
+}
+
 #[test]
-#[ignore = "the tiny model may be through with its 40 answers before the second signal; wants answers that never end"]
 fn a_second_signal_ends_it_at_once() {
-    let mut worker = start(&["--drain-timeout", "60"]);
-    // So many that they take longer than the test.
-    let mut streams: Vec<_> = (0..40)
-        .map(|i| worker.execute(&long(&i.to_string())))
-        .collect();
-    // A worker that has begun none of them would be through at once.
-    let mut line = String::new();
-    streams[0].read_line(&mut line).expect("a status line");
+    let mut worker = start(&["--drain-timeout", "60", "--max-queue", "1000"]);
+    // A thousand tokens each, for minutes in all.
+    let streams: Vec<_> = endless(400).map(|body| worker.execute(&body)).collect();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while worker.metric("requests_running") + worker.metric("requests_queued") < 400.0 {
+        assert!(Instant::now() < deadline, "not all of them came");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     worker.signal("TERM");
-    std::thread::sleep(Duration::from_millis(50));
-    let (status, ready) = worker.ask("GET /ready", "");
-    assert!(
-        status == 503 && ready.contains("draining"),
-        "{status} {ready}"
-    );
+    let draining = || {
+        let (status, ready) = worker.ask("GET /ready", "");
+        status == 503 && ready.contains("draining")
+    };
+    while !draining() {
+        assert!(Instant::now() < deadline, "it does not drain");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(worker.metric("requests_running") > 0.0);
     worker.signal("TERM");
     assert_eq!(worker.wait(Duration::from_secs(2)).code(), Some(130));
     drop(streams);
@@ -220,6 +236,24 @@ fn what_cannot_be_loaded_is_said_with_a_code() {
     assert_eq!(output.status.code(), Some(1));
     let said: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     assert_eq!(said["error"]["code"], "MODEL_LOAD_FAILED");
+    let model = tiny();
+    let model = model.to_str().expect("a path in UTF-8");
+    // A cache of a petabyte.
+    let args = [
+        "serve",
+        "--json",
+        "--port",
+        "0",
+        "--kv-cache-size-mb",
+        "1000000000",
+        "--model",
+        model,
+    ];
+    let output = kigo_tests::run(args, b"");
+    assert_eq!(output.status.code(), Some(1));
+    let said: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(said["error"]["code"], "INSUFFICIENT_VRAM");
+    assert_eq!(said["error"]["retriable"], true);
 }
 
 #[test]
@@ -230,12 +264,7 @@ fn logs_are_json_where_asked_for_and_hold_no_prompt() {
     let worker = Worker::start_logging(&tiny(), &["--log-format", "json"], log);
     let body = json!({ "job_id": "j7", "prompt": "unspeakable pond", "max_tokens": 3, "stop": ["unspeakable stop"] });
     let body = body.to_string();
-    let n = body.len();
-    let mut stream = TcpStream::connect(&worker.address).expect("the worker listens");
-    let head =
-        "POST /execute HTTP/1.1\r\nhost: kigo\r\nconnection: close\r\nx-correlation-id: c-42";
-    write!(stream, "{head}\r\ncontent-length: {n}\r\n\r\n{body}").expect("the worker reads");
-    events(BufReader::new(stream));
+    events(worker.send_with("POST /execute", "x-correlation-id: c-42\r\n", &body));
     let (status, _) = worker.ask(
         "POST /execute",
         &body.replace("\"max_tokens\":3", "\"max_tokens\":0"),

@@ -63,6 +63,18 @@ def a_stream_is_the_answer_in_pieces():
 
 
 @test
+def the_beginning_of_a_prompt_is_cached():
+    numbers = ", ".join(str(n) for n in range(100, 300))
+    ask = lambda end: client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": f"{numbers}. {end}"}], temperature=0, max_tokens=12)
+    first, again, other = ask("What comes next?"), ask("What comes next?"), ask("Which is the least?")
+    assert again.choices[0].message.content == first.choices[0].message.content
+    assert first.usage.prompt_tokens > 600 and first.usage.prompt_tokens_details.cached_tokens == 0
+    for answer in (again, other):
+        assert answer.usage.prompt_tokens_details.cached_tokens >= 512, answer.usage
+
+
+@test
 def streaming_helper():
     with client.chat.completions.stream(model=model, messages=HELLO, max_tokens=12, temperature=0) as stream:
         for _ in stream:

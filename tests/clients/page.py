@@ -98,12 +98,18 @@ try:
     driver.save_screenshot(str(folder / "haiku-light.png"))
     one("#card summary").click()
 
-    # Phone width, dark: nothing sticks out.
-    emulate(360, 640, "dark")
-    assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
-    background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert background == "rgb(22, 24, 27)", background
-    driver.save_screenshot(str(folder / "phone-dark.png"))
+    # Phone width, dark and light: nothing sticks out, with the settings open too.
+    for scheme, expected in [("dark", "rgb(22, 24, 27)"), ("light", "rgb(250, 248, 244)")]:
+        emulate(360, 640, scheme)
+        background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert background == expected, background
+        for name in [f"phone-{scheme}", f"phone-{scheme}-settings"]:
+            assert driver.execute_script("return document.documentElement.scrollWidth") <= 360
+            for selector in ["#prompt", "#send", "#clear"]:
+                box = driver.execute_script("return arguments[0].getBoundingClientRect().toJSON()", one(selector))
+                assert 0 <= box["top"] and box["bottom"] <= 640 and 0 <= box["left"] and box["right"] <= 360, (selector, box)
+            driver.save_screenshot(str(folder / f"{name}.png"))
+            one("#settings summary").click()
 
     # No request went anywhere else, and the console is clean (the refused request apart).
     import json

@@ -124,8 +124,13 @@ fn build_kigo() -> PathBuf {
         Some(profile) => profile,
     };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let features: &[&str] = match cfg!(feature = "otel") {
+        true => &["--features", "kigo/otel"],
+        false => &[],
+    };
     let status = Command::new(cargo)
         .args(["build", "--quiet", "--bin", "kigo"])
+        .args(features)
         .args(["--profile", profile, "--target-dir"])
         .arg(target_dir)
         // From the top cargo picks the same packages, hence features, as for `cargo run --bin kigo`.

@@ -43,6 +43,18 @@ impl Worker {
         Self::run(command, model, "cpu", extra)
     }
 
+    /// As [`Worker::start`], on the CPU, with variables in its environment.
+    ///
+    /// # Panics
+    /// When it does not say where it listens.
+    pub fn start_with(model: &Path, variables: &[(&str, &str)]) -> Worker {
+        let mut command = Command::new(crate::kigo_bin());
+        command
+            .env("KIGO_LOG", "warn")
+            .envs(variables.iter().copied());
+        Self::run(command, model, "cpu", &[])
+    }
+
     fn run(mut command: Command, model: &Path, device: &str, extra: &[&str]) -> Worker {
         let mut process = command
             .args([
@@ -73,11 +85,19 @@ impl Worker {
     /// # Panics
     /// When the worker does not listen.
     pub fn send(&self, request: &str, body: &str) -> BufReader<TcpStream> {
+        self.send_with(request, "", body)
+    }
+
+    /// As [`Worker::send`], with further header lines.
+    ///
+    /// # Panics
+    /// When the worker does not listen.
+    pub fn send_with(&self, request: &str, headers: &str, body: &str) -> BufReader<TcpStream> {
         let mut stream = TcpStream::connect(&self.address).expect("the worker listens");
         let n = body.len();
         write!(
             stream,
-            "{request} HTTP/1.1\r\nhost: kigo\r\nconnection: close\r\ncontent-length: {n}\r\n\r\n{body}"
+            "{request} HTTP/1.1\r\nhost: kigo\r\nconnection: close\r\n{headers}content-length: {n}\r\n\r\n{body}"
         )
         .expect("the worker reads");
         BufReader::new(stream)

@@ -53,16 +53,16 @@ pub struct Common {
     #[arg(long, global = true, env = "KIGO_DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
     /// Activations and cache in f32 throughout: slower, and as close to the file as it gets
-    #[arg(long, global = true)]
+    #[arg(long, global = true, env = "KIGO_EXACT")]
     pub exact: bool,
     /// CPU threads [default: all cores]
-    #[arg(long, global = true, value_name = "N", value_parser = positive)]
+    #[arg(long, global = true, env = "KIGO_THREADS", value_name = "N", value_parser = positive)]
     pub threads: Option<usize>,
     /// Tokens of prompt and answer together [default: the model's own, at most 4096]
-    #[arg(long, global = true, value_name = "N", value_parser = positive)]
+    #[arg(long, global = true, env = "KIGO_CTX_SIZE", value_name = "N", value_parser = positive)]
     pub ctx_size: Option<usize>,
     /// What the KV cache is made of: f16, q8_0 or f32 [default: f16; f32 with --exact]
-    #[arg(long, global = true, value_name = "TYPE")]
+    #[arg(long, global = true, env = "KIGO_CACHE_TYPE", value_name = "TYPE")]
     pub cache_type: Option<CacheType>,
     /// A LoRA adapter, and by how much it counts; may be given more than once
     #[arg(long, global = true, value_name = "FILE[:SCALE]")]

@@ -2,7 +2,7 @@
 
 use super::serve_config::{LogFormat, ServeArgs, Settings};
 use super::{Common, load, logs, print_json, stdout_error};
-use crate::engine::{EngineHandle, Failure};
+use crate::engine::{Code, EngineHandle, Failure};
 use crate::error::{Error, Result};
 use crate::server::{EngineSlot, WorkerInfo};
 use serde_json::json;
@@ -33,17 +33,41 @@ pub(super) fn run(common: &Common, args: &ServeArgs, out: &mut dyn Write) -> Res
             source,
         })?;
     let served = runtime.block_on(serve(&common, &settings, out));
+    let (served, failure) = match served {
+        Ok(()) => (Ok(()), None),
+        Err(Ended::Loading(error)) => {
+            let failure = Failure::from_load_error(&error);
+            (Err(error), Some(failure))
+        }
+        Err(Ended::Serving(error)) => {
+            let failure = Failure::new(Code::Internal, error.to_string());
+            (Err(error), Some(failure))
+        }
+    };
     // What still computes must not hold up the end.
     runtime.shutdown_timeout(Duration::from_secs(1));
     logs::flush();
-    if let (Err(error), true) = (&served, common.json) {
-        let failure = Failure::from_load_error(error);
+    if let (Some(failure), true) = (failure, common.json) {
         print_json(out, &json!({ "error": failure }))?;
     }
     served
 }
 
-async fn serve(common: &Common, settings: &Settings, out: &mut dyn Write) -> Result<()> {
+/// What a worker failed at.
+enum Ended {
+    /// At its model.
+    Loading(Error),
+    /// At anything else: its address, its settings, its orchestrator.
+    Serving(Error),
+}
+
+impl From<Error> for Ended {
+    fn from(error: Error) -> Self {
+        Ended::Serving(error)
+    }
+}
+
+async fn serve(common: &Common, settings: &Settings, out: &mut dyn Write) -> Result<(), Ended> {
     let config = settings.server_config()?;
     let slot = EngineSlot::default();
     let io = |source| Error::Io {
@@ -69,7 +93,7 @@ async fn serve(common: &Common, settings: &Settings, out: &mut dyn Write) -> Res
     };
     let engine = tokio::select! {
         loaded = loading => match loaded {
-            Ok(engine) => engine?,
+            Ok(engine) => engine.map_err(Ended::Loading)?,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         },
         // Nothing runs yet that could be cut.
@@ -108,7 +132,7 @@ async fn serve(common: &Common, settings: &Settings, out: &mut dyn Write) -> Res
                 }
             }
             () = &mut stop => break,
-            _ = &mut serving => return told,
+            _ = &mut serving => return Ok(told?),
         }
     }
     drop(end);
@@ -118,7 +142,7 @@ async fn serve(common: &Common, settings: &Settings, out: &mut dyn Write) -> Res
         std::process::exit(130);
     });
     let _ = serving.await;
-    told
+    Ok(told?)
 }
 
 fn load_engine(common: &Common, settings: &Settings, slot: &EngineSlot) -> Result<EngineHandle> {

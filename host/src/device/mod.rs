@@ -92,6 +92,15 @@ pub enum CacheType {
 }
 
 impl CacheType {
+    /// As it is asked for.
+    pub fn name(self) -> &'static str {
+        match self {
+            CacheType::F32 => "f32",
+            CacheType::F16 => "f16",
+            CacheType::Q8_0 => "q8_0",
+        }
+    }
+
     /// Bytes of `head_dim` elements of one token, as far as they count for planning.
     pub fn row_bytes(self, head_dim: usize) -> usize {
         match self {

@@ -1,12 +1,12 @@
 //! One sequence on a runner, driven by hand: for commands and checks that look at logits.
 
+use super::prefix::step_end;
 use crate::device::{Batch, OpTiming, SampleRow, Span};
 use crate::error::{Error, Result};
 use crate::model::{MAX_OUTPUTS, Runner};
 use crate::sampling::SamplingParams;
 
-/// A runner whose whole cache belongs to one sequence. Prompts go in the same chunks as the
-/// engine's, so that the same device computes the same logits.
+/// A runner whose whole cache belongs to one sequence.
 pub struct Direct {
     runner: Box<dyn Runner>,
     blocks: Vec<u32>,
@@ -87,22 +87,38 @@ impl Direct {
         Ok(())
     }
 
-    /// Appends tokens; the logits of the last one can then be read or sampled from.
+    /// Appends tokens, in as few steps as may be; the logits of the last one can then be read or sampled from.
     ///
     /// # Errors
     /// As [`Runner::forward`].
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
+        self.feed_in_steps(tokens, |position, step_rows| position + step_rows)
+    }
+
+    /// As [`Direct::feed`], in the steps in which the engine does a prompt, so that the same device computes the
+    /// same logits.
+    ///
+    /// # Errors
+    /// As [`Runner::forward`].
+    pub fn feed_prompt(&mut self, tokens: &[u32]) -> Result<()> {
+        self.feed_in_steps(tokens, step_end)
+    }
+
+    /// `end` says where the step ends that begins at a position, given the rows of one.
+    fn feed_in_steps(&mut self, tokens: &[u32], end: fn(usize, usize) -> usize) -> Result<()> {
         self.check(tokens)?;
         self.horizon = self.horizon.max(self.past + tokens.len());
-        let chunks = tokens.chunks(self.runner.step_rows());
-        let last = chunks.len().saturating_sub(1);
-        for (i, chunk) in chunks.enumerate() {
-            let outputs = if i == last {
+        let mut left = tokens;
+        while !left.is_empty() {
+            let len = end(self.past, self.runner.step_rows()) - self.past;
+            let (chunk, rest) = left.split_at(len.min(left.len()));
+            let outputs = if rest.is_empty() {
                 vec![chunk.len() - 1]
             } else {
                 Vec::new()
             };
             self.step(chunk, outputs)?;
+            left = rest;
         }
         Ok(())
     }

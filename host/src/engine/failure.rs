@@ -224,6 +224,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn failures_of_devices_and_of_memory_have_codes_of_their_own() {
+        use super::super::fake::{device_failure, out_of_memory};
+        let at_work = |error: Error, backend| Failure::from_error(&error, backend).code;
+        assert_eq!(at_work(out_of_memory(), "cuda"), Code::VramOom);
+        assert_eq!(at_work(device_failure(), "cuda"), Code::CudaError);
+        assert_eq!(at_work(device_failure(), "cpu"), Code::Internal);
+        let request = || Error::Request("no".to_owned());
+        assert_eq!(at_work(request(), "cuda"), Code::InvalidRequest);
+        let loading = |error: Error| Failure::from_load_error(&error).code;
+        assert_eq!(loading(out_of_memory()), Code::InsufficientVram);
+        assert_eq!(loading(device_failure()), Code::ModelLoadFailed);
+        assert_eq!(loading(request()), Code::ModelLoadFailed);
+    }
+
+    #[test]
     fn names_are_those_on_the_wire() {
         for code in Code::ALL {
             assert_eq!(serde_json::to_value(code).unwrap(), code.name());

@@ -14,13 +14,22 @@ use std::time::Duration;
 
 /// Ids are bytes; this one ends the text.
 pub const EOS: u32 = 256;
-pub const VOCABULARY: usize = 257;
+/// The control tokens after it.
+const CONTROLS: [&str; 6] = [
+    "[TOOL_CALLS]",
+    "[CALL_ID]",
+    "[ARGS]",
+    "<|tool_call|>",
+    "<tool_call>",
+    "</tool_call>",
+];
+pub const VOCABULARY: usize = EOS as usize + 1 + CONTROLS.len();
 
 type Next = Box<dyn Fn(&[u32]) -> u32 + Send>;
 
 pub struct FakeRunner {
     info: ModelInfo,
-    device: DeviceInfo,
+    pub device: DeviceInfo,
     cache: Vec<u32>,
     /// The likeliest token after a sequence.
     next: Next,
@@ -29,7 +38,7 @@ pub struct FakeRunner {
     pub steps: Arc<AtomicUsize>,
     /// The step at which to panic, and at which to fail.
     pub panic_at: Option<usize>,
-    pub fail_at: Option<usize>,
+    pub fail_at: Option<(usize, fn() -> Error)>,
     logits: Vec<Vec<f32>>,
     /// The tokens of the last step, and the position of the first.
     last: (Vec<u32>, usize),
@@ -67,14 +76,16 @@ impl FakeRunner {
         }
     }
 
+    /// Answers these ids to whatever prompt of `prompt_len` tokens, then the end token.
+    pub fn saying(context: usize, prompt_len: usize, ids: Vec<u32>) -> Self {
+        Self::new(context, move |tokens| {
+            ids.get(tokens.len() - prompt_len).copied().unwrap_or(EOS)
+        })
+    }
+
     /// Answers `script` to whatever prompt of `prompt_len` tokens, then the end token.
     pub fn script(context: usize, prompt_len: usize, script: &'static str) -> Self {
-        Self::new(context, move |tokens| {
-            script
-                .as_bytes()
-                .get(tokens.len() - prompt_len)
-                .map_or(EOS, |&b| u32::from(b))
-        })
+        Self::saying(context, prompt_len, script.bytes().map(u32::from).collect())
     }
 
     /// A letter that depends on every token before it.
@@ -85,6 +96,24 @@ impl FakeRunner {
                 .fold(0u32, |h, &t| (h ^ t).wrapping_mul(0x0100_0193));
             u32::from(b'a') + (hash >> 8) % 26
         })
+    }
+}
+
+/// What a device says that failed.
+pub fn device_failure() -> Error {
+    Error::Device {
+        device: "fake".to_owned(),
+        what: "asked to".to_owned(),
+    }
+}
+
+/// What a device says that has too little memory.
+pub fn out_of_memory() -> Error {
+    Error::OutOfMemory {
+        device: "fake".to_owned(),
+        what: "an allocation".to_owned(),
+        required: 2,
+        free: 1,
     }
 }
 
@@ -109,11 +138,10 @@ impl Runner for FakeRunner {
         std::thread::sleep(self.step_time);
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
         assert!(self.panic_at != Some(step), "asked to");
-        if self.fail_at == Some(step) {
-            return Err(Error::Device {
-                device: "fake".to_owned(),
-                what: "asked to".to_owned(),
-            });
+        if let Some((at, error)) = self.fail_at
+            && at == step
+        {
+            return Err(error());
         }
         self.logits.clear();
         self.last = (batch.tokens.clone(), batch.spans[0].past);
@@ -165,11 +193,28 @@ impl Runner for FakeRunner {
 }
 
 /// Text in bytes: an id a byte.
-pub struct ByteText;
+pub struct ByteText {
+    pub template: &'static str,
+    /// Names of control tokens in a text stand for those tokens.
+    pub controls: bool,
+}
+
+impl ByteText {
+    pub const PLAIN: Self = Self {
+        template: "{{ messages }}",
+        controls: false,
+    };
+}
+
+fn control_name(id: u32) -> Option<&'static str> {
+    CONTROLS
+        .get((id as usize).checked_sub(EOS as usize + 1)?)
+        .copied()
+}
 
 impl Text for ByteText {
     fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
-        Ok(prompt.bytes().map(u32::from).collect())
+        self.tokenize(prompt, false, true)
     }
 
     fn render(&self, messages: &Value) -> Result<String> {
@@ -182,23 +227,38 @@ impl Text for ByteText {
     }
 
     fn template(&self) -> Option<&str> {
-        Some("{{ messages }}")
+        Some(self.template)
     }
 
-    fn tokenize(&self, text: &str, _: bool, _: bool) -> Result<Vec<u32>> {
-        self.encode(text)
+    fn tokenize(&self, mut text: &str, _: bool, parse_special: bool) -> Result<Vec<u32>> {
+        let mut ids = Vec::new();
+        while let Some(first) = text.chars().next() {
+            let names = (EOS + 1..).zip(CONTROLS);
+            let control = names
+                .filter(|_| self.controls && parse_special)
+                .find_map(|(id, name)| Some((id, text.strip_prefix(name)?)));
+            if let Some((id, rest)) = control {
+                ids.push(id);
+                text = rest;
+                continue;
+            }
+            let (bytes, rest) = text.split_at(first.len_utf8());
+            ids.extend(bytes.bytes().map(u32::from));
+            text = rest;
+        }
+        Ok(ids)
     }
 
     fn token_bytes(&self, id: u32) -> Vec<u8> {
-        if id == EOS {
-            b"<end>".to_vec()
-        } else {
-            vec![id as u8]
+        match control_name(id) {
+            Some(name) => name.as_bytes().to_vec(),
+            None if id == EOS => b"<end>".to_vec(),
+            None => vec![id as u8],
         }
     }
 
     fn is_control(&self, id: u32) -> bool {
-        id == EOS
+        id >= EOS
     }
 
     fn detokenizer(&self) -> Box<dyn Detokenize + '_> {
@@ -217,6 +277,9 @@ struct ByteDecoder {
 
 impl Detokenize for ByteDecoder {
     fn push(&mut self, id: u32) -> String {
+        if id >= EOS {
+            return String::new();
+        }
         self.held.push(id as u8);
         match std::str::from_utf8(&self.held) {
             Ok(text) => {

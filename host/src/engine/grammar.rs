@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     fn grammars() -> Grammars {
-        Grammars::new(&ByteText, VOCABULARY).unwrap()
+        Grammars::new(&ByteText::PLAIN, VOCABULARY).unwrap()
     }
 
     /// Whether a text, ended by the end token, is of the grammar.

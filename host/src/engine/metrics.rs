@@ -43,6 +43,8 @@ pub struct OutcomeLabel {
 pub struct Metrics {
     registry: Registry,
     pub tokens_in: Counter,
+    /// Of them, those that were in the cache.
+    pub tokens_reused: Counter,
     pub tokens_out: Counter,
     pub requests: Family<OutcomeLabel, Counter>,
     /// Requests waiting.
@@ -51,6 +53,8 @@ pub struct Metrics {
     pub running: Gauge,
     pub kv_blocks_used: Gauge,
     pub kv_blocks_free: Gauge,
+    /// Of those that are free, those that hold the beginning of a prompt.
+    pub kv_blocks_cached: Gauge,
     pub kv_blocks_total: Gauge,
     /// Seconds in which the device worked; its rate is the utilisation.
     pub device_busy: Counter<f64, AtomicU64>,
@@ -72,12 +76,14 @@ impl Default for Metrics {
         let mut m = Self {
             registry: Registry::default(),
             tokens_in: Counter::default(),
+            tokens_reused: Counter::default(),
             tokens_out: Counter::default(),
             requests: Family::default(),
             queued: Gauge::default(),
             running: Gauge::default(),
             kv_blocks_used: Gauge::default(),
             kv_blocks_free: Gauge::default(),
+            kv_blocks_cached: Gauge::default(),
             kv_blocks_total: Gauge::default(),
             device_busy: Counter::default(),
             device_memory: Gauge::default(),
@@ -89,6 +95,11 @@ impl Default for Metrics {
         let r = &mut m.registry;
         // The encoder appends `_total` to counters and the unit to what has one.
         r.register("tokens_in", "Prompt tokens processed", m.tokens_in.clone());
+        r.register(
+            "tokens_in_cached",
+            "Prompt tokens that were in the cache already",
+            m.tokens_reused.clone(),
+        );
         r.register("tokens_out", "Tokens generated", m.tokens_out.clone());
         r.register("requests", "Requests ended, by outcome", m.requests.clone());
         r.register("requests_queued", "Requests waiting", m.queued.clone());
@@ -106,6 +117,11 @@ impl Default for Metrics {
             "kv_blocks_free",
             "Blocks of the KV cache that are free",
             m.kv_blocks_free.clone(),
+        );
+        r.register(
+            "kv_blocks_cached",
+            "Free blocks of the KV cache that hold the beginning of a prompt until they are needed",
+            m.kv_blocks_cached.clone(),
         );
         r.register(
             "kv_blocks",

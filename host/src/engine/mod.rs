@@ -4,8 +4,9 @@
 //!   number of threads and tasks may clone and use;
 //! - [`EngineHandle::submit`] queues a [`Request`] and returns its [`Job`], the receiving end of its
 //!   [`Event`]s;
-//! - [`kv`] gives each sequence its blocks of the cache; [`sequence`] is one request's state;
-//!   [`scheduler`] picks whose step is next and runs it; [`grammar`] constrains answers;
+//! - [`kv`] gives each sequence its blocks of the cache, and [`prefix`] keeps the beginnings of prompts there;
+//!   [`sequence`] is one request's state; [`scheduler`] picks whose step is next and runs it; [`grammar`]
+//!   constrains answers;
 //! - [`direct`] drives a runner without any of this, for the commands that look at logits.
 //!
 //! Everything between the thread and the world goes through channels. Nobody waits for the device
@@ -14,8 +15,10 @@
 pub mod direct;
 mod failure;
 pub mod grammar;
+mod job;
 pub mod kv;
 mod metrics;
+pub mod prefix;
 mod scheduler;
 mod sequence;
 mod text;
@@ -23,17 +26,21 @@ mod text;
 #[cfg(test)]
 pub(crate) mod fake;
 #[cfg(test)]
+mod reuse_tests;
+#[cfg(test)]
 mod tests;
 
 pub use direct::Direct;
 pub use failure::{Code, Failure};
 pub use grammar::{Constraint, Grammar, Grammars};
+pub use job::{Canceller, EVENT_BUFFER, End, Event, Job, JobStatus, LogProbs, StopReason};
 pub use metrics::{Metrics, Outcome, OutcomeLabel};
 pub use text::{Detokenize, ModelText, Text};
 
 use crate::device::{BLOCK_TOKENS, DeviceInfo};
 use crate::model::{ModelInfo, Pooling, Runner};
 use crate::sampling::{Chain, SamplingParams};
+use job::{Registration, Submission};
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -60,6 +67,8 @@ pub struct Request {
     pub constraint: Option<Constraint>,
     /// Text at which generation ends; it is not part of the answer.
     pub stop: Vec<String>,
+    /// Control tokens whose names are to be part of the answer's text; those of all others never are.
+    pub visible: Vec<u32>,
     /// How many of the first step's greatest logits to report with the first token; 0 for none.
     pub top_logits: usize,
     /// Report each token's log-probability, and that of so many of the likeliest.
@@ -95,164 +104,6 @@ impl Default for EngineConfig {
             timeout: None,
             stall: Duration::from_secs(1),
         }
-    }
-}
-
-/// Why generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, schemars::JsonSchema)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub enum StopReason {
-    MaxTokens,
-    /// The model ended its turn or the text, or nothing more may follow.
-    Eos,
-    StopSequence,
-    Cancelled,
-    /// The request failed; only in reports that sum a request up. The stream itself ends with
-    /// [`Event::Error`].
-    Error,
-}
-
-/// How a request went.
-#[derive(Clone, Debug, PartialEq)]
-pub struct End {
-    pub stop_reason: StopReason,
-    /// Tokens generated, the stop token included: as many as there were [`Event::Token`]s.
-    pub tokens_out: usize,
-    pub prompt_tokens: usize,
-    /// Prompt tokens whose keys and values were in the cache already.
-    pub cached_tokens: usize,
-    /// From submission to the start of work.
-    pub queue_ms: f64,
-    /// From the start of work on the prompt to the first token.
-    pub prefill_ms: f64,
-    /// From the first token to the last: `tokens_out - 1` steps, and what others had in between.
-    pub decode_ms: f64,
-    /// The stop string that was reached.
-    pub stop_sequence: Option<String>,
-}
-
-/// A token's log-probability in the model's own distribution, and that of the likeliest.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LogProbs {
-    pub chosen: f32,
-    /// `(id, log-probability)`, likeliest first.
-    pub top: Vec<(u32, f32)>,
-}
-
-/// What a job reports: `Started`, then `Token`s, then exactly one `End` or `Error`. A job that is
-/// cancelled or fails before its turn has no `Started`.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// Work on the request begins.
-    Started,
-    /// One for each token generated. Its text may be empty: half a character, a possible beginning
-    /// of a stop string, a stop token. The next token's text brings what was held back.
-    Token {
-        /// Counts from 0.
-        index: usize,
-        id: u32,
-        text: String,
-        /// With the first token, where [`Request::top_logits`] asks for it: `(id, logit)`, greatest
-        /// first.
-        top: Vec<(u32, f32)>,
-        /// Where [`Request::logprobs`] asks for it.
-        logprobs: Option<Box<LogProbs>>,
-    },
-    /// Where [`Request::embed`] asks for it, in place of tokens: a vector of length 1.
-    Embedding(Vec<f32>),
-    End(End),
-    Error(Failure),
-}
-
-/// Events that a client may leave unread before work for it pauses.
-pub const EVENT_BUFFER: usize = 256;
-
-/// A submitted request. Dropping it stops the work within one step.
-#[derive(Debug)]
-pub struct Job {
-    /// The seed in use: the request's, or the one chosen for it.
-    pub seed: u64,
-    events: mpsc::Receiver<Event>,
-    canceller: Canceller,
-    status: Arc<JobStatus>,
-}
-
-impl Job {
-    /// The next event, `None` after `End` or `Error`, or where the engine is gone.
-    pub async fn next(&mut self) -> Option<Event> {
-        self.events.recv().await
-    }
-
-    /// [`Job::next`] for threads outside an async runtime.
-    pub fn blocking_next(&mut self) -> Option<Event> {
-        self.events.blocking_recv()
-    }
-
-    /// What cancels this job, to keep where the job itself is not.
-    pub fn canceller(&self) -> Canceller {
-        self.canceller.clone()
-    }
-
-    /// Where the job stands.
-    pub fn status(&self) -> &JobStatus {
-        &self.status
-    }
-}
-
-/// Where a job stands, for who asks between its events.
-#[derive(Debug, Default)]
-pub struct JobStatus {
-    position: AtomicUsize,
-    tokens: AtomicUsize,
-}
-
-impl JobStatus {
-    /// Its place in the queue, 1 for the next; 0 once it runs.
-    pub fn queue_position(&self) -> usize {
-        self.position.load(Ordering::Relaxed)
-    }
-
-    /// Tokens generated so far.
-    pub fn tokens_out(&self) -> usize {
-        self.tokens.load(Ordering::Relaxed)
-    }
-}
-
-/// Cancels a job: work on it stops within one step and it ends with [`StopReason::Cancelled`].
-#[derive(Clone, Debug, Default)]
-pub struct Canceller(Arc<AtomicBool>);
-
-impl Canceller {
-    pub fn cancel(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// A request on its way to the thread.
-struct Submission {
-    request: Request,
-    seed: u64,
-    submitted: Instant,
-    // Never blocks the thread: a sequence with no room left here is not worked on.
-    events: mpsc::Sender<Event>,
-    canceller: Canceller,
-    status: Arc<JobStatus>,
-    registration: Registration,
-}
-
-/// A job's entry among those that wait or run; the id is free again when this goes.
-struct Registration {
-    shared: Arc<Shared>,
-    job_id: String,
-}
-
-impl Drop for Registration {
-    fn drop(&mut self) {
-        self.shared.jobs().remove(&self.job_id);
     }
 }
 

@@ -3,7 +3,8 @@
 //! One turn of the loop: receive what was submitted, end what was cancelled, abandoned or is too late,
 //! admit from the queue while there is room, run one step. Requests run in turns, a step each: up to
 //! [`Runner::step_rows`] rows of a prompt, or one token. A step never holds rows of two sequences: how many
-//! rows a product has decides how it is summed, and nobody's tokens may depend on who else is there.
+//! rows a product has decides how it is summed, and nobody's tokens may depend on who else is there. A
+//! prompt that begins like an earlier one finds those steps done ([`super::prefix`]).
 //!
 //! Whose turn it is: that of the sequence that has had the least device time since it came, where a new
 //! one starts level with the one that has had least. So a long prompt or a long answer holds nobody up
@@ -26,7 +27,7 @@ const STALL_POLL: Duration = Duration::from_millis(5);
 
 /// The thread's whole life.
 pub(super) fn run(runner: Box<dyn Runner>, shared: &Shared, submissions: Receiver<Submission>) {
-    let pool = BlockPool::with_ring(runner.cache_blocks(), runner.ring());
+    let pool = BlockPool::new(runner.cache_blocks(), runner.ring());
     shared.metrics.kv_blocks_total.set(pool.total() as i64);
     shared.metrics.kv_blocks_free.set(pool.free() as i64);
     let mut scheduler = Scheduler {
@@ -199,6 +200,7 @@ impl<'t> Scheduler<'t> {
         m.running.set(self.running.len() as i64);
         m.kv_blocks_used.set(self.pool.used() as i64);
         m.kv_blocks_free.set(self.pool.free() as i64);
+        m.kv_blocks_cached.set(self.pool.cached() as i64);
         // A short prompt and its growth need two blocks; the queue covers for those that need more.
         let places = self.shared.config.max_running - self.running.len();
         let room = places.min(self.pool.free().saturating_sub(self.running.len()) / 2);
@@ -223,6 +225,7 @@ impl<'t> Scheduler<'t> {
     /// The next step of sequence `i` as a batch; takes blocks from younger sequences where the cache is
     /// full. `None` where it was put back itself.
     fn plan(&mut self, i: usize) -> Option<(Batch, usize)> {
+        self.running[i].reuse(&*self.runner, &mut self.pool);
         loop {
             let len = self.running[i].next_len(self.runner.step_rows());
             if let Some(span) = self.running[i].span(0, len, &mut self.pool) {
@@ -301,7 +304,7 @@ impl<'t> Scheduler<'t> {
         self.shared.metrics.device_busy.inc_by(took.as_secs_f64());
         let sequence = &mut self.running[i];
         sequence.device_time += took;
-        sequence.advance(len);
+        sequence.advance(len, self.runner.step_rows(), &mut self.pool);
         let ended = match outcome {
             None if sequence.is_embedding() => sequence.embedded().map(Ok),
             None => None,

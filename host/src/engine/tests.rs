@@ -1,21 +1,21 @@
 //! The engine against a model that is a function.
 
-use super::fake::{ByteText, EOS, FakeRunner};
+use super::fake::{ByteText, FakeRunner, VOCABULARY, device_failure};
 use super::*;
 use std::sync::Arc;
 use std::time::Duration;
 
-fn start(runner: FakeRunner) -> EngineHandle {
+pub(super) fn start(runner: FakeRunner) -> EngineHandle {
     start_with(runner, EngineConfig::default())
 }
 
-fn start_with(runner: FakeRunner, config: EngineConfig) -> EngineHandle {
-    Engine::start(Box::new(runner), Arc::new(ByteText), config).unwrap()
+pub(super) fn start_with(runner: FakeRunner, config: EngineConfig) -> EngineHandle {
+    Engine::start(Box::new(runner), Arc::new(ByteText::PLAIN), config).unwrap()
 }
 
 static JOBS: AtomicUsize = AtomicUsize::new(0);
 
-fn request(prompt: &str, max_tokens: usize) -> Request {
+pub(super) fn request(prompt: &str, max_tokens: usize) -> Request {
     Request {
         job_id: format!("job {}", JOBS.fetch_add(1, Ordering::Relaxed)),
         prompt: prompt.bytes().map(u32::from).collect(),
@@ -29,12 +29,12 @@ fn request(prompt: &str, max_tokens: usize) -> Request {
 }
 
 /// All events of a job.
-fn drain(mut job: Job) -> Vec<Event> {
+pub(super) fn drain(mut job: Job) -> Vec<Event> {
     std::iter::from_fn(|| job.blocking_next()).collect()
 }
 
 /// The answer and how it ended; checks the order of events.
-fn answer(events: &[Event]) -> (String, End) {
+pub(super) fn answer(events: &[Event]) -> (String, End) {
     assert_eq!(events[0], Event::Started);
     let mut text = String::new();
     for (i, event) in events[1..events.len() - 1].iter().enumerate() {
@@ -58,7 +58,7 @@ fn answer(events: &[Event]) -> (String, End) {
 }
 
 /// Waits for the thread to have nothing left, then checks that it gave everything back.
-fn assert_idle(engine: &EngineHandle) {
+pub(super) fn assert_idle(engine: &EngineHandle) {
     let m = engine.metrics();
     for _ in 0..500 {
         if m.running.get() == 0 && m.queued.get() == 0 && m.kv_blocks_used.get() == 0 {
@@ -132,7 +132,8 @@ fn a_long_prompt_goes_in_chunks_over_many_blocks() {
     drain(engine.submit(request("something else", 100)).unwrap());
     let before = steps.load(Ordering::SeqCst);
     let (text, _) = answer(&drain(engine.submit(request(&prompt, 70)).unwrap()));
-    assert_eq!(steps.load(Ordering::SeqCst) - before, 3 + 69);
+    // Steps end at 128, 256, 512, 1,024 and the prompt's end.
+    assert_eq!(steps.load(Ordering::SeqCst) - before, 5 + 69);
 
     let mut direct = Direct::new(Box::new(FakeRunner::hashing(2048)));
     let mut id_text = String::new();
@@ -280,7 +281,7 @@ fn a_panic_becomes_an_error_for_every_job_and_no_hang() {
 #[test]
 fn a_device_failure_is_reported_and_blocks_are_given_back() {
     let mut runner = FakeRunner::hashing(256);
-    runner.fail_at = Some(2);
+    runner.fail_at = Some((2, device_failure));
     let engine = start(runner);
     let events = drain(engine.submit(request("x", 50)).unwrap());
     assert!(matches!(events.last(), Some(Event::Error(_))), "{events:?}");
@@ -319,7 +320,7 @@ fn what_cannot_be_served_is_refused_at_once() {
     assert!(refused(request("x", 64)).contains("64 tokens in all"));
     assert!(refused(request("x", usize::MAX)).contains("64 tokens in all"));
     let mut r = request("x", 5);
-    r.prompt.push(EOS + 1);
+    r.prompt.push(VOCABULARY as u32);
     assert!(refused(r).contains("vocabulary"));
     let mut r = request("x", 5);
     r.sampling.top_p = 2.0;
@@ -600,7 +601,7 @@ fn log_probabilities_come_with_each_token() {
 
 #[test]
 fn embeddings_are_pooled_over_the_whole_prompt() {
-    // 1,300 tokens go in three steps; the fake's hidden state is the token and its position.
+    // 1,300 tokens go in five steps; the fake's hidden state is the token and its position.
     let prompt: String = (0..1300)
         .map(|i| char::from(b'a' + (i % 23) as u8))
         .collect();

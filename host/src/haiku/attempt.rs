@@ -310,7 +310,7 @@ impl Attempt {
             .and_then(|e| serde_json::from_value(e.data["top"].clone()).ok());
         let prompt = text.encode(&text.render(&self.messages)?)?;
         let mut direct = Direct::new(load_with_progress(file, load)?.runner);
-        direct.feed(&prompt)?;
+        direct.feed_prompt(&prompt)?;
         let computed = top_logits(&direct.logits()?, TOP_LOGITS);
         let (passed, found) = same_logits(&sent.unwrap_or_default(), &computed);
         self.check(

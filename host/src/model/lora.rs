@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use gguf::{Gguf, Tensor};
 use std::cell::RefCell;
 use std::collections::HashSet;
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -15,6 +16,12 @@ pub struct LoraSource {
     pub file: PathBuf,
     /// Multiplies what the adapter adds.
     pub scale: f32,
+}
+
+impl fmt::Display for LoraSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file.display(), self.scale)
+    }
 }
 
 impl FromStr for LoraSource {

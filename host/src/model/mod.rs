@@ -151,6 +151,12 @@ pub trait Runner: Send {
         None
     }
 
+    /// Above how many expected tokens ([`device::Span::horizon`]) the model rotates a sequence's keys by
+    /// other angles, if it has such.
+    fn long_above(&self) -> Option<usize> {
+        None
+    }
+
     /// Rows of one step at most.
     fn step_rows(&self) -> usize;
 

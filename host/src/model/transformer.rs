@@ -275,6 +275,11 @@ impl<D: Device> Runner for Transformer<D> {
         self.ring
     }
 
+    fn long_above(&self) -> Option<usize> {
+        let long = |rope: &RopeTables<D>| rope.long.as_ref().map(|(_, above)| *above);
+        self.ropes.iter().find_map(long)
+    }
+
     fn step_rows(&self) -> usize {
         D::STEP_ROWS
     }

@@ -1,33 +1,29 @@
-//! The accept loop, and what no connection may do: send its headers or body too slowly, read too
-//! slowly, or be one too many.
+//! The accept loop: no connection is one too many, and each is watched ([`super::connection`]).
 //!
-//! warp 0.4's own server gives hyper no timer, so hyper's header timeout would never fire.
+//! warp 0.4's own server gives hyper no timer, so that nothing there would ever be too slow.
 
+use super::connection::{Activity, Stream, Watched};
 use super::service::{self, Peer};
 use super::{Listener, State};
 use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use hyper_util::server::graceful::GracefulShutdown;
-use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, Sleep};
 
 /// What a connection may cost.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// For a request's headers, from the opening of the connection or the end of the request before: also
-    /// how long a connection may lie idle.
+    /// For a request's headers, from the opening of the connection or their first byte.
     pub header_timeout: Duration,
+    /// How long a connection may lie idle between two requests.
+    pub idle_timeout: Duration,
     /// For a request's body.
     pub body_timeout: Duration,
     /// How long a client may take nothing of what is sent to it.
@@ -42,6 +38,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             header_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_secs(90),
             body_timeout: Duration::from_secs(30),
             write_timeout: Duration::from_secs(30),
             max_connections: 4096,
@@ -140,15 +137,12 @@ async fn accept(
         let limits = &state.config.limits;
         // Not hyper-util's builder for several versions: it waits for the first bytes without a timer.
         let mut builder = http1::Builder::new();
-        builder
-            .timer(TokioTimer::new())
-            .header_read_timeout(limits.header_timeout);
-        let guarded = Guarded {
-            stream,
-            limit: limits.write_timeout,
-            stalled: None,
-        };
-        let connection = builder.serve_connection(TokioIo::new(guarded), service.of(peer));
+        // The stream keeps the time, all of it.
+        builder.header_read_timeout(None);
+        let activity = Activity::default();
+        let service = service.of(peer, activity.clone());
+        let stream = TokioIo::new(Watched::new(stream, activity, limits));
+        let connection = builder.serve_connection(stream, service);
         let connection = connections.watch(connection);
         tokio::spawn(async move {
             if let Err(error) = connection.await {
@@ -177,84 +171,5 @@ async fn accept_one(listener: &Listener) -> io::Result<(Box<dyn Stream>, Peer)> 
             let (stream, _) = listener.accept().await?;
             Ok((Box::new(stream), Peer { local: true }))
         }
-    }
-}
-
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
-
-/// A stream whose writes fail once the other side has taken nothing for too long.
-struct Guarded {
-    stream: Box<dyn Stream>,
-    limit: Duration,
-    /// Runs while a write waits.
-    stalled: Option<Pin<Box<Sleep>>>,
-}
-
-impl Guarded {
-    fn watch<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        result: Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        if result.is_ready() {
-            self.stalled = None;
-            return result;
-        }
-        let limit = self.limit;
-        let timer = self
-            .stalled
-            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + limit)));
-        match timer.as_mut().poll(cx) {
-            Poll::Ready(()) => Poll::Ready(Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                "the client takes nothing of what is sent to it",
-            ))),
-            Poll::Pending => Poll::Pending,
-        }
-    }
-}
-
-impl AsyncRead for Guarded {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Guarded {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.watch(cx, result)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.watch(cx, result)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let result = Pin::new(&mut self.stream).poll_flush(cx);
-        self.watch(cx, result)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let result = Pin::new(&mut self.stream).poll_shutdown(cx);
-        self.watch(cx, result)
     }
 }

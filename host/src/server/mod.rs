@@ -1,6 +1,6 @@
 //! The HTTP worker: warp's routes, served from an accept loop of our own.
 //!
-//! - [`Server`] listens, and ends well; [`accept`] carries connections and their limits;
+//! - [`Server`] listens, and ends well; [`accept`] takes connections, [`connection`] watches each;
 //! - [`service`] is what every request goes through: keys, origins, correlation ids, unknown paths;
 //! - [`routes`] says what is at which path;
 //! - [`fields`] checks bodies, [`generation`] reads what all endpoints share;
@@ -14,6 +14,7 @@
 #![allow(clippy::result_large_err)]
 
 mod accept;
+mod connection;
 mod execute;
 mod fields;
 mod generation;

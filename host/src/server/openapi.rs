@@ -345,7 +345,7 @@ fn operation(w: &mut Writer, path: &str, engine: &EngineHandle, config: &Config)
         }
         _ => (
             "Embed texts",
-            Some(openai::embeddings::body(engine).schema()),
+            Some(openai::embeddings::body(engine, config).schema()),
             (
                 200,
                 w.json::<openai::embeddings::Embeddings>("The embeddings"),

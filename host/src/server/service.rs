@@ -1,6 +1,7 @@
 //! What every request goes through before its route: a correlation id, its key, its origin, and whether
 //! there is such a path and method at all.
 
+use super::connection::{Activity, Answer};
 use super::{State, openai, routes};
 use crate::engine::{Code, Failure};
 use hyper::body::Incoming;
@@ -67,6 +68,7 @@ pub(super) struct Service {
 pub(super) struct OfPeer {
     service: Service,
     peer: Peer,
+    activity: Activity,
 }
 
 impl Service {
@@ -75,21 +77,27 @@ impl Service {
         Self { state, routes }
     }
 
-    pub fn of(&self, peer: Peer) -> OfPeer {
+    pub fn of(&self, peer: Peer, activity: Activity) -> OfPeer {
         OfPeer {
             service: self.clone(),
             peer,
+            activity,
         }
     }
 }
 
 impl hyper::service::Service<Request<Incoming>> for OfPeer {
-    type Response = Response;
+    type Response = warp::http::Response<Answer>;
     type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let Self { service, peer } = self.clone();
+        let Self {
+            service,
+            peer,
+            activity,
+        } = self.clone();
+        let answering = activity.begin();
         let id = correlation_id(&request);
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
         let span =
@@ -121,7 +129,7 @@ impl hyper::service::Service<Request<Incoming>> for OfPeer {
             }
             let ms = started.elapsed().as_secs_f64() * 1e3;
             tracing::info!(status = response.status().as_u16(), ms, "answered");
-            Ok(response)
+            Ok(response.map(|body| Answer::new(body, answering)))
         };
         Box::pin(respond.instrument(span))
     }

@@ -1,16 +1,15 @@
 //! `/v1/completions`: the older API, on plain prompts.
 
+use super::super::State;
 use super::super::execute::{MAX_PROMPT, encode, within_limits};
 use super::super::fields::{Body, Field, Fields, Kind};
 use super::super::generation::max_tokens;
-use super::super::routes::{blocking, with_status};
-use super::super::{Config, State};
+use super::super::routes::blocking;
+use super::answers::{Choices, Envelope};
 use super::*;
 use crate::engine::LogProbs;
 use serde_json::Map;
-use std::collections::VecDeque;
 use std::sync::Arc;
-use warp::http::StatusCode;
 
 /// Prompts in one request at most.
 const MAX_PROMPTS: usize = 16;
@@ -47,7 +46,7 @@ pub(in super::super) fn body(engine: &EngineHandle, config: &Config) -> Body {
         Field::new("echo", only(json!(false), "false"), "Not supported"),
         Field::new("best_of", only(json!(1), "1"), "Not supported"),
     ];
-    fields.extend(shared_fields(engine));
+    fields.extend(shared_fields(engine, config));
     Body {
         fields,
         rules: all_of(shared_rules()),
@@ -65,7 +64,7 @@ fn parse(bytes: &[u8], state: &State) -> Result<Plain, Response> {
     let engine = state.engine().map_err(|failure| failed(&failure, None))?;
     let config = &state.config;
     let mut fields = read_body(&body(engine, config), bytes)?;
-    check_model(&fields, state, engine)?;
+    check_model(&mut fields, state, engine)?;
     let shared = read_shared(&mut fields, engine);
     for (name, value) in [("echo", json!(false)), ("best_of", json!(1))] {
         if fields.get(name).is_some_and(|v| *v != value) {
@@ -139,20 +138,10 @@ fn prompts(fields: &mut Fields, engine: &EngineHandle, config: &Config) -> Optio
 }
 
 /// The answers as a whole, or with `stream` a piece of one.
-#[derive(Debug, Serialize, JsonSchema)]
-pub(in super::super) struct TextCompletion {
-    id: String,
-    object: &'static str,
-    created: u64,
-    model: String,
-    system_fingerprint: String,
-    choices: Vec<TextChoice>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Usage>>,
-}
+pub(in super::super) type TextCompletion = Envelope<TextChoice>;
 
 #[derive(Debug, Serialize, JsonSchema)]
-struct TextChoice {
+pub(in super::super) struct TextChoice {
     index: usize,
     text: String,
     logprobs: Option<TextLogprobs>,
@@ -193,94 +182,44 @@ pub(in super::super) async fn respond(
         Ok(engine) => engine.clone(),
         Err(failure) => return failed(&failure, None),
     };
-    let id = new_completion_id("cmpl");
-    let n = plain.shared.n;
-    let requests = (0..plain.prompts.len() * n).map(|index| {
-        let answer = Answer {
-            id: &id,
-            prompt: &plain.prompts[index / n],
-            max_tokens: plain.max_tokens,
-            generation: &plain.shared.generation,
-            constraint: None,
-            logprobs: plain.logprobs,
-            deadline,
-            index,
-        };
-        answer.request()
-    });
-    let jobs = match submit_all(&engine, requests.collect()) {
-        Ok(jobs) => jobs,
-        Err(failure) => return failed(&failure, None),
-    };
-    let answers = jobs.len();
-    let stream = TextStream {
-        events: merged(jobs),
-        created: unix_time(),
-        model: super::super::info::model_id(&engine, &state.config),
+    let choices = TextChoices {
         engine,
-        id,
-        n,
-        left: answers,
-        offsets: vec![0; answers],
-        with_usage: plain.shared.include_usage,
-        usage: Usage::default(),
-        ready: VecDeque::new(),
-        ended: false,
+        offsets: vec![0; plain.prompts.len() * plain.shared.n],
     };
-    if plain.shared.stream {
-        let chunks = stream::unfold(stream, |mut stream| async move {
-            let chunk = stream.next().await?;
-            Some((chunk, stream))
-        });
-        return event_stream(chunks);
-    }
-    match stream.whole().await {
-        Ok(completion) => with_status(StatusCode::OK, &json!(completion)),
-        Err(failure) => failed(&failure, None),
-    }
+    let asked = Asked {
+        prompts: plain.prompts,
+        max_tokens: plain.max_tokens,
+        constraint: None,
+        logprobs: plain.logprobs,
+        visible: Vec::new(),
+        deadline,
+    };
+    answers::respond(choices, asked, plain.shared, &state).await
 }
 
-struct TextStream {
-    events: Events,
+/// The answers to all prompts as they grow.
+struct TextChoices {
     engine: EngineHandle,
-    id: String,
-    created: u64,
-    model: String,
-    /// Answers to each prompt.
-    n: usize,
-    /// Answers that have not ended.
-    left: usize,
     /// Characters of each answer so far.
     offsets: Vec<usize>,
-    with_usage: bool,
-    usage: Usage,
-    ready: VecDeque<Value>,
-    ended: bool,
 }
 
-impl TextStream {
-    fn envelope(&self, choices: Vec<TextChoice>, usage: Option<Option<Usage>>) -> TextCompletion {
-        TextCompletion {
-            id: self.id.clone(),
-            object: "text_completion",
-            created: self.created,
-            model: self.model.clone(),
-            system_fingerprint: fingerprint(),
-            choices,
-            usage,
-        }
+impl Choices for TextChoices {
+    type Piece = TextChoice;
+    type Whole = TextChoice;
+
+    const WHOLE: &'static str = "text_completion";
+    const PIECE: &'static str = "text_completion";
+    const ID: &'static str = "cmpl";
+
+    fn opening(&self, _: usize) -> Option<TextChoice> {
+        None
     }
 
-    /// What an event adds to answer `index`.
-    fn take(&mut self, index: usize, event: Event) -> Result<Option<TextChoice>, Failure> {
-        let mut choice = TextChoice {
-            index,
-            text: String::new(),
-            logprobs: None,
-            finish_reason: None,
-        };
+    fn take(&mut self, index: usize, event: Event) -> Result<Vec<TextChoice>, Failure> {
+        let mut choice = self.begin(index);
         match event {
-            Event::Started | Event::Embedding(_) => return Ok(None),
+            Event::Started | Event::Embedding(_) => return Ok(Vec::new()),
             Event::Token {
                 id, text, logprobs, ..
             } => {
@@ -292,83 +231,34 @@ impl TextStream {
                 self.offsets[index] += text.chars().count();
                 choice.text = text;
             }
-            Event::End(end) => {
-                self.usage.add(&end, index.is_multiple_of(self.n));
-                self.left -= 1;
-                choice.finish_reason = Some(finish_reason(&end)?);
-            }
+            Event::End(end) => choice.finish_reason = Some(finish_reason(&end)?),
             Event::Error(failure) => return Err(failure),
         }
-        Ok(Some(choice))
+        Ok(vec![choice])
     }
 
-    async fn whole(mut self) -> Result<TextCompletion, Failure> {
-        let mut choices: Vec<TextChoice> = (0..self.offsets.len())
-            .map(|index| TextChoice {
-                index,
-                text: String::new(),
-                logprobs: None,
-                finish_reason: None,
-            })
-            .collect();
-        while let Some((i, event)) = self.events.next().await {
-            let Some(added) = self.take(i, event)? else {
-                continue;
-            };
-            let choice = &mut choices[i];
-            choice.text.push_str(&added.text);
-            if let Some(one) = added.logprobs {
-                let all = choice.logprobs.get_or_insert_default();
-                all.tokens.extend(one.tokens);
-                all.token_logprobs.extend(one.token_logprobs);
-                all.top_logprobs.extend(one.top_logprobs);
-                all.text_offset.extend(one.text_offset);
-            }
-            choice.finish_reason = added.finish_reason.or(choice.finish_reason);
-        }
-        if self.left > 0 {
-            let what = "the engine's thread ended before the answer did";
-            return Err(Failure::new(Code::Internal, what));
-        }
-        Ok(self.envelope(choices, Some(Some(self.usage))))
+    fn is_last(piece: &TextChoice) -> bool {
+        piece.finish_reason.is_some()
     }
 
-    async fn next(&mut self) -> Option<Value> {
-        loop {
-            if let Some(chunk) = self.ready.pop_front() {
-                return Some(chunk);
-            }
-            if self.ended {
-                return None;
-            }
-            let taken = match self.events.next().await {
-                Some((i, event)) => self.take(i, event),
-                None => {
-                    let what = "the engine's thread ended before the answer did";
-                    Err(Failure::new(Code::Internal, what))
-                }
-            };
-            match taken {
-                Ok(None) => {}
-                Ok(Some(choice)) => {
-                    let usage = self.with_usage.then_some(None);
-                    self.ready
-                        .push_back(json!(self.envelope(vec![choice], usage)));
-                }
-                Err(failure) => {
-                    self.ended = true;
-                    self.ready.push_back(stream_error(&failure));
-                    continue;
-                }
-            }
-            if self.left == 0 {
-                self.ended = true;
-                if self.with_usage {
-                    let last = self.envelope(Vec::new(), Some(Some(self.usage)));
-                    self.ready.push_back(json!(last));
-                }
-                self.ready.push_back(done());
-            }
+    fn begin(&self, index: usize) -> TextChoice {
+        TextChoice {
+            index,
+            text: String::new(),
+            logprobs: None,
+            finish_reason: None,
         }
+    }
+
+    fn join(whole: &mut TextChoice, piece: TextChoice) {
+        whole.text.push_str(&piece.text);
+        if let Some(one) = piece.logprobs {
+            let all = whole.logprobs.get_or_insert_default();
+            all.tokens.extend(one.tokens);
+            all.token_logprobs.extend(one.token_logprobs);
+            all.top_logprobs.extend(one.top_logprobs);
+            all.text_offset.extend(one.text_offset);
+        }
+        whole.finish_reason = piece.finish_reason.or(whole.finish_reason);
     }
 }

@@ -1,9 +1,9 @@
 //! `/v1/embeddings`: the hidden states of a text, pooled as the model's file says.
 
+use super::super::State;
 use super::super::execute::{encode, within_limits};
 use super::super::fields::{Body, Field, Fields, Kind};
 use super::super::routes::{blocking, with_status};
-use super::super::{Config, State};
 use super::*;
 use crate::model::Pooling;
 use base64::Engine as _;
@@ -18,7 +18,7 @@ pub(in super::super) fn are_supported(engine: &EngineHandle) -> bool {
     engine.model().pooling.is_some()
 }
 
-pub(in super::super) fn body(engine: &EngineHandle) -> Body {
+pub(in super::super) fn body(engine: &EngineHandle, config: &Config) -> Body {
     let text = json!({ "type": "string", "minLength": 1 });
     let most = engine.model().vocabulary.saturating_sub(1);
     let ids = json!({ "type": "array", "minItems": 1, "items": { "type": "integer", "minimum": 0, "maximum": most } });
@@ -35,12 +35,7 @@ pub(in super::super) fn body(engine: &EngineHandle) -> Body {
     };
     Body {
         fields: vec![
-            Field::new(
-                "model",
-                name.clone(),
-                "The model, by its id in `/v1/models`",
-            )
-            .required(),
+            models::field(engine, config),
             Field::new("input", input, "What to embed").required(),
             Field::new(
                 "encoding_format",
@@ -61,8 +56,8 @@ struct Asked {
 
 fn parse(bytes: &[u8], state: &State) -> Result<Asked, Response> {
     let engine = state.engine().map_err(|failure| failed(&failure, None))?;
-    let mut fields = read_body(&body(engine), bytes)?;
-    check_model(&fields, state, engine)?;
+    let mut fields = read_body(&body(engine, &state.config), bytes)?;
+    check_model(&mut fields, state, engine)?;
     let inputs = inputs(&mut fields, engine, &state.config);
     if !fields.violations.is_empty() {
         return Err(invalid(&fields.violations));

@@ -3,6 +3,7 @@
 //! A parameter that is not supported is an error. Fields of the native API's samplers are understood here
 //! too. Defaults are that API's: temperature 1, everything in play.
 
+mod answers;
 pub(super) mod chat;
 pub(super) mod completions;
 pub(super) mod embeddings;
@@ -10,23 +11,18 @@ pub(super) mod messages;
 pub(super) mod models;
 pub(super) mod tools;
 
-use super::State;
 use super::fields::{Body, Field, Fields, Kind};
 use super::generation::{self, Generation, common_fields, sampler_fields};
 use super::service::{new_id, with_failure};
-use crate::engine::{
-    Code, Constraint, End, EngineHandle, Event, Failure, Job, Request, StopReason,
-};
+use super::{Config, State};
+use crate::engine::{Code, Constraint, End, EngineHandle, Event, Failure, Request, StopReason};
 use crate::sampling::{SamplingParams, Violation};
-use futures_util::stream::{self, SelectAll, Stream, StreamExt};
+use answers::Asked;
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Value, json};
-use std::convert::Infallible;
-use std::pin::Pin;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use warp::reply::{self, Reply, Response};
-use warp::sse;
 
 /// Answers to one prompt at most.
 const MAX_N: u64 = 16;
@@ -86,14 +82,14 @@ fn invalid(violations: &[Violation]) -> Response {
 }
 
 /// Fields that chat and completions share.
-fn shared_fields(engine: &EngineHandle) -> Vec<Field> {
+fn shared_fields(engine: &EngineHandle, config: &Config) -> Vec<Field> {
     let text = |max| Kind::Text {
         min: 0,
         max,
         any: true,
     };
     let mut fields = vec![
-        Field::new("model", text(256), "The model, by its id in `/v1/models`").required(),
+        models::field(engine, config),
         Field::new(
             "n",
             Kind::Integer { min: 1, max: MAX_N },
@@ -193,13 +189,16 @@ fn read_shared(fields: &mut Fields, engine: &EngineHandle) -> Shared {
 }
 
 /// Whether the request is for the model that is here.
-fn check_model(fields: &Fields, state: &State, engine: &EngineHandle) -> Result<(), Response> {
-    let Some(asked) = fields.str("model") else {
+fn check_model(fields: &mut Fields, state: &State, engine: &EngineHandle) -> Result<(), Response> {
+    match fields.get("model") {
+        Some(Value::String(asked)) if !models::is_ours(asked, state, engine) => {}
+        Some(Value::String(_)) => return Ok(()),
+        Some(_) => {
+            fields.add("model", "a string", "it is something else", Value::Null);
+            return Ok(());
+        }
         // Missing: a violation already.
-        return Ok(());
-    };
-    if models::is_ours(asked, state, engine) {
-        return Ok(());
+        None => return Ok(()),
     }
     let id = super::info::model_id(engine, &state.config);
     let what = format!("this worker has no such model; it has {id}");
@@ -211,62 +210,6 @@ fn read_body(body: &Body, bytes: &[u8]) -> Result<Fields, Response> {
     body.read(bytes).map_err(|violation| invalid(&[violation]))
 }
 
-/// The engine's request for one of the answers.
-struct Answer<'a> {
-    id: &'a str,
-    prompt: &'a [u32],
-    max_tokens: usize,
-    generation: &'a Generation,
-    constraint: Option<&'a Constraint>,
-    logprobs: Option<usize>,
-    deadline: Option<Instant>,
-    index: usize,
-}
-
-impl Answer<'_> {
-    fn request(&self) -> Request {
-        let generation = self.generation;
-        let mut sampling = generation.sampling.clone();
-        // Each answer has a seed of its own.
-        sampling.seed = sampling
-            .seed
-            .map(|seed| seed.wrapping_add(self.index as u64));
-        Request {
-            job_id: format!("{}-{}", self.id, self.index),
-            prompt: self.prompt.to_vec(),
-            max_tokens: self.max_tokens,
-            sampling,
-            chain: generation.chain.clone(),
-            logit_bias: generation.logit_bias.clone(),
-            constraint: self.constraint.cloned(),
-            stop: generation.stop.clone(),
-            logprobs: self.logprobs,
-            deadline: generation.deadline.into_iter().chain(self.deadline).min(),
-            span: Some(tracing::Span::current()),
-            ..Request::default()
-        }
-    }
-}
-
-/// Submits all of them, or none.
-fn submit_all(engine: &EngineHandle, requests: Vec<Request>) -> Result<Vec<Job>, Failure> {
-    requests.into_iter().map(|r| engine.submit(r)).collect()
-}
-
-type Events = SelectAll<Pin<Box<dyn Stream<Item = (usize, Event)> + Send + Sync>>>;
-
-/// The events of several jobs as they come, each with its job's number.
-fn merged(jobs: Vec<Job>) -> Events {
-    let streams = jobs.into_iter().enumerate().map(|(i, job)| {
-        let events = stream::unfold(job, move |mut job| async move {
-            let event = job.next().await?;
-            Some(((i, event), job))
-        });
-        Box::pin(events) as Pin<Box<dyn Stream<Item = _> + Send + Sync>>
-    });
-    stream::select_all(streams)
-}
-
 /// How an answer's end is called here. A job that was cancelled has no answer.
 fn finish_reason(end: &End) -> Result<&'static str, Failure> {
     match end.stop_reason {
@@ -274,33 +217,6 @@ fn finish_reason(end: &End) -> Result<&'static str, Failure> {
         StopReason::MaxTokens => Ok("length"),
         StopReason::Cancelled => Err(Failure::new(Code::Cancelled, "the request was cancelled")),
         StopReason::Error => Err(Failure::new(Code::Internal, "the request failed")),
-    }
-}
-
-/// Tokens in and out.
-#[derive(Clone, Copy, Debug, Default, Serialize, JsonSchema)]
-pub(super) struct Usage {
-    prompt_tokens: usize,
-    completion_tokens: usize,
-    total_tokens: usize,
-    prompt_tokens_details: PromptTokensDetails,
-}
-
-#[derive(Clone, Copy, Debug, Default, Serialize, JsonSchema)]
-struct PromptTokensDetails {
-    /// Of them, those whose keys and values were in the cache.
-    cached_tokens: usize,
-}
-
-impl Usage {
-    /// Counts an answer; `with_prompt` for one answer of each prompt.
-    fn add(&mut self, end: &End, with_prompt: bool) {
-        if with_prompt {
-            self.prompt_tokens += end.prompt_tokens;
-            self.prompt_tokens_details.cached_tokens += end.cached_tokens;
-        }
-        self.completion_tokens += end.tokens_out;
-        self.total_tokens = self.prompt_tokens + self.completion_tokens;
     }
 }
 
@@ -322,31 +238,4 @@ fn new_completion_id(prefix: &str) -> String {
 fn unix_time() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.unwrap_or_default().as_secs()
-}
-
-fn fingerprint() -> String {
-    format!("kigo-{}", env!("CARGO_PKG_VERSION"))
-}
-
-/// A stream of chunks as server-sent events; the last one says `[DONE]`.
-fn event_stream(chunks: impl Stream<Item = Value> + Send + Sync + 'static) -> Response {
-    let data = |value: Value| match value {
-        Value::String(text) => sse::Event::default().data(text),
-        chunk => sse::Event::default().data(chunk.to_string()),
-    };
-    let events = chunks.map(move |chunk| Ok::<_, Infallible>(data(chunk)));
-    let events = sse::keep_alive()
-        .interval(super::stream::PING)
-        .stream(events);
-    reply::with_header(sse::reply(events), "x-accel-buffering", "no").into_response()
-}
-
-/// What ends a stream that went well.
-fn done() -> Value {
-    json!("[DONE]")
-}
-
-/// What ends a stream that did not.
-fn stream_error(failure: &Failure) -> Value {
-    json!(error_body(failure, None))
 }

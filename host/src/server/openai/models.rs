@@ -1,7 +1,8 @@
 //! `/v1/models`: the one model that is here.
 
+use super::super::fields::{Field, Kind};
 use super::super::info::model_id;
-use super::super::{State, routes::with_status};
+use super::super::{Config, State, routes::with_status};
 use super::{failed, unix_time};
 use crate::engine::{Code, EngineHandle, Failure};
 use schemars::JsonSchema;
@@ -34,11 +35,28 @@ fn model(state: &State, engine: &EngineHandle) -> Model {
     }
 }
 
-/// Whether a name is that of the model that is here: its id, its own name, or what was asked for.
+/// The names of the model that is here: its id, its own name, and what was asked for.
+fn names(engine: &EngineHandle, config: &Config) -> Vec<String> {
+    let mut names = vec![model_id(engine, config), engine.model().name.clone()];
+    names.extend(config.model_id.clone());
+    names.sort();
+    names.dedup();
+    names
+}
+
+/// The field that says which model is meant; [`super::check_model`] reads it.
+pub(super) fn field(engine: &EngineHandle, config: &Config) -> Field {
+    let kind = Kind::Own {
+        constraint: "a string",
+        schema: json!({ "type": "string", "enum": names(engine, config) }),
+    };
+    Field::new("model", kind, "The model, by its id in `/v1/models`").required()
+}
+
 pub(super) fn is_ours(asked: &str, state: &State, engine: &EngineHandle) -> bool {
-    asked == model_id(engine, &state.config)
-        || asked == engine.model().name
-        || state.config.model_id.as_deref() == Some(asked)
+    names(engine, &state.config)
+        .iter()
+        .any(|name| name == asked)
 }
 
 pub(in super::super) fn list(state: &State) -> Response {

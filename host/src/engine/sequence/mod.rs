@@ -1,17 +1,18 @@
-//! One request that runs.
+//! One request that runs: its state, its steps, its events. How it [chooses](choose) a token and what it
+//! [pools](pooling) for an embedding have files of their own.
+
+mod choose;
+mod pooling;
+
+pub(super) use choose::Chosen;
 
 use super::kv::{BlockPool, BlockTable};
+use super::prefix::{root, step_end};
 use super::scheduler::outcome_of;
-use super::{
-    Code, Constraint, Detokenize, End, Event, Failure, LogProbs, Outcome, Shared, StopReason,
-    Submission, direct,
-};
-use crate::device::{SampleRow, Span};
-use crate::error::{Error, Result};
-use crate::model::{Pooling, Runner};
-use crate::sampling::{
-    ChainState, History, StopMatcher, sample, sample_chain, uniform, uniform_pair,
-};
+use super::{Constraint, Detokenize, End, Event, Failure, Outcome, Shared, StopReason, Submission};
+use crate::device::Span;
+use crate::model::Runner;
+use crate::sampling::{ChainState, StopMatcher};
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ pub(super) struct Sequence<'t> {
     cached: usize,
     /// How many prompt tokens were counted; work that is done again counts once.
     counted: usize,
+    /// How many prompt tokens were in the cache when its first turn came, once that came.
+    reused: Option<usize>,
     table: BlockTable,
     /// Its blocks went to an older sequence; what was in them is computed again, step by step.
     put_back: bool,
@@ -47,16 +50,6 @@ pub(super) struct Sequence<'t> {
     /// Since when there has been no room for events.
     stalled: Option<Instant>,
     stop_sequence: Option<String>,
-}
-
-/// A token chosen for a sequence.
-pub(super) struct Chosen {
-    id: u32,
-    /// The logits that the request asked to see, `(id, logit)`, greatest first.
-    top: Vec<(u32, f32)>,
-    logprobs: Option<Box<LogProbs>>,
-    /// The grammar lets nothing follow.
-    complete: bool,
 }
 
 /// Distinct ids in order of first appearance.
@@ -86,6 +79,7 @@ impl<'t> Sequence<'t> {
             tokens,
             cached: 0,
             counted: 0,
+            reused: None,
             table: BlockTable::default(),
             put_back: false,
             device_time: level,
@@ -171,12 +165,39 @@ impl<'t> Sequence<'t> {
         &self.tokens[self.cached..]
     }
 
-    /// Rows of the next step: a chunk of the prompt, or one generated token.
+    /// Rows of the next step: those of the prompt up to where steps end, or one generated token.
     pub(super) fn next_len(&self, step_rows: usize) -> usize {
         match self.prompt_tokens.saturating_sub(self.cached) {
             0 => 1,
-            left => left.min(step_rows),
+            left => left.min(step_end(self.cached, step_rows) - self.cached),
         }
+    }
+
+    /// Tokens that prompt and answer may come to.
+    fn horizon(&self) -> usize {
+        self.prompt_tokens + self.submission.request.max_tokens
+    }
+
+    /// Before its first step, and after [`Sequence::put_back`]: takes over what the cache holds of the prompt.
+    pub(super) fn reuse(&mut self, runner: &dyn Runner, pool: &mut BlockPool) {
+        if self.cached > 0 || self.holds_blocks() {
+            return;
+        }
+        // An embedding is made of every token's hidden state, and the cache holds none.
+        let tokens = match self.is_embedding() {
+            true => &[],
+            false => &self.tokens[..self.prompt_tokens],
+        };
+        let long = runner.long_above().is_some_and(|n| self.horizon() > n);
+        self.cached = self
+            .table
+            .reuse(root(long), tokens, runner.step_rows(), pool);
+        if self.reused.is_none() {
+            self.reused = Some(self.cached);
+            let metrics = &self.shared.metrics;
+            metrics.tokens_reused.inc_by(self.cached as u64);
+        }
+        self.count_prompt();
     }
 
     /// The next `len` pending tokens as rows from `start`, with blocks for them; `None` where the
@@ -194,13 +215,21 @@ impl<'t> Sequence<'t> {
             past: self.cached,
             blocks,
             ring: self.table.ring().to_vec(),
-            horizon: self.prompt_tokens + self.submission.request.max_tokens,
+            horizon: self.horizon(),
         })
     }
 
-    /// `len` more tokens are in the cache.
-    pub(super) fn advance(&mut self, len: usize) {
+    /// `len` more tokens are in the cache; where they end a step of the prompt, they stay for others.
+    pub(super) fn advance(&mut self, len: usize, step_rows: usize, pool: &mut BlockPool) {
         self.cached += len;
+        let end = self.cached;
+        if end <= self.prompt_tokens && step_end(end - 1, step_rows) == end {
+            self.table.keep(&self.tokens[..end], pool);
+        }
+        self.count_prompt();
+    }
+
+    fn count_prompt(&mut self) {
         let prompt = self.cached.min(self.prompt_tokens);
         let new = prompt.saturating_sub(self.counted);
         self.counted += new;
@@ -209,150 +238,6 @@ impl<'t> Sequence<'t> {
 
     fn generated(&self) -> usize {
         self.tokens.len() - self.prompt_tokens
-    }
-
-    pub(super) fn is_embedding(&self) -> bool {
-        self.submission.request.embed.is_some()
-    }
-
-    /// Takes the hidden states of the step's `len` rows.
-    ///
-    /// # Errors
-    /// The device's failure.
-    pub(super) fn gather(&mut self, runner: &mut dyn Runner, len: usize) -> Result<()> {
-        if self.cached == 0 {
-            // Anew, where the sequence was put back.
-            self.pooled.clear();
-        }
-        let rows = match self.submission.request.embed {
-            Some(Pooling::Mean) => 0..len,
-            _ => len - 1..len,
-        };
-        for row in rows {
-            let hidden = runner.hidden(row)?;
-            if self.pooled.is_empty() || self.submission.request.embed == Some(Pooling::Last) {
-                self.pooled = hidden.into_iter().map(f64::from).collect();
-            } else {
-                let sums = self.pooled.iter_mut().zip(hidden);
-                sums.for_each(|(sum, x)| *sum += f64::from(x));
-            }
-        }
-        Ok(())
-    }
-
-    /// Sends the embedding once the whole prompt is in it.
-    pub(super) fn embedded(&mut self) -> Option<StopReason> {
-        if !self.pending().is_empty() {
-            return None;
-        }
-        // The mean's divisor is lost in the length of 1.
-        let length = self.pooled.iter().map(|x| x * x).sum::<f64>().sqrt();
-        let scale = if length > 0.0 { 1.0 / length } else { 0.0 };
-        let vector = self.pooled.iter().map(|x| (x * scale) as f32).collect();
-        self.send(Event::Embedding(vector));
-        Some(StopReason::Eos)
-    }
-
-    /// Chooses the next token from the logits of the runner's last step. The inner error is this
-    /// sequence's own.
-    ///
-    /// # Errors
-    /// The device's failure.
-    pub(super) fn choose(
-        &mut self,
-        runner: &mut dyn Runner,
-    ) -> Result<std::result::Result<Chosen, Failure>> {
-        let index = self.generated();
-        let request = &self.submission.request;
-        let (params, seed) = (&request.sampling, self.submission.seed);
-        let on_device =
-            request.chain.is_plain() && request.logit_bias.is_empty() && self.constraint.is_none();
-        let top_wanted = if index == 0 { request.top_logits } else { 0 };
-        let read = !on_device || top_wanted > 0 || request.logprobs.is_some();
-        let mut logits = if read { runner.logits(0)? } else { Vec::new() };
-        let top = match top_wanted {
-            0 => Vec::new(),
-            n => direct::top_logits(&logits, n),
-        };
-        let (own, wanted) = match request.logprobs {
-            Some(n) if on_device => (std::mem::take(&mut logits), Some(n)),
-            Some(n) => (logits.clone(), Some(n)),
-            None => (Vec::new(), None),
-        };
-        let mut complete = false;
-        let id = if on_device {
-            let row = SampleRow {
-                params,
-                u: uniform(seed, index as u64),
-                seen: &self.seen.ids,
-            };
-            let ids = runner.sample(&[row])?;
-            ids.first().copied().ok_or_else(|| {
-                Error::Request("the device chose no token for one row of logits".to_owned())
-            })?
-        } else {
-            for &(id, bias) in &request.logit_bias {
-                if let Some(l) = logits.get_mut(id as usize) {
-                    *l += bias;
-                }
-            }
-            let own_failure = |why: String| Failure::new(Code::Internal, format!("grammar: {why}"));
-            if let Some(constraint) = &mut self.constraint
-                && let Err(why) = constraint.mask(&mut logits)
-            {
-                return Ok(Err(own_failure(why)));
-            }
-            let id = if self.plain {
-                sample(
-                    params,
-                    uniform(seed, index as u64),
-                    &self.seen.ids,
-                    &mut logits,
-                )
-            } else {
-                let text = &self.shared.text;
-                let breakers = &request.chain.dry.breakers;
-                let is_breaker = |id: u32| {
-                    let bytes = text.token_bytes(id);
-                    let token = String::from_utf8_lossy(&bytes);
-                    breakers.iter().any(|b| token.contains(b.as_str()))
-                };
-                let (prompt, generated) = self.tokens.split_at(self.prompt_tokens);
-                let history = History {
-                    prompt,
-                    generated,
-                    seen: &self.seen.ids,
-                    is_breaker: &is_breaker,
-                };
-                sample_chain(
-                    params,
-                    &request.chain,
-                    &mut self.chain_state,
-                    uniform_pair(seed, index as u64),
-                    &history,
-                    &mut logits,
-                )
-            };
-            if let Some(constraint) = &mut self.constraint
-                && !self.shared.text.is_end_of_generation(id)
-            {
-                match constraint.take(id) {
-                    Ok(done) => complete = done,
-                    Err(why) => return Ok(Err(own_failure(why))),
-                }
-            }
-            id
-        };
-        let logprobs = wanted.map(|n| {
-            let (chosen, top) = direct::log_probabilities(&own, id, n);
-            Box::new(LogProbs { chosen, top })
-        });
-        Ok(Ok(Chosen {
-            id,
-            top,
-            logprobs,
-            complete,
-        }))
     }
 
     /// Takes a generated token, tells the client, and says whether it was the last one.
@@ -388,7 +273,13 @@ impl<'t> Sequence<'t> {
         if self.shared.text.is_end_of_generation(id) {
             reason = Some(StopReason::Eos);
         } else {
-            piece = self.detokenizer.push(id);
+            piece = if self.submission.request.visible.contains(&id) {
+                // What is half a character before it stays one.
+                let name = self.shared.text.token_bytes(id);
+                self.detokenizer.finish() + &String::from_utf8_lossy(&name)
+            } else {
+                self.detokenizer.push(id)
+            };
             if complete {
                 reason = Some(StopReason::Eos);
             } else if self.generated() == self.submission.request.max_tokens {
@@ -444,7 +335,7 @@ impl<'t> Sequence<'t> {
                     stop_reason,
                     tokens_out,
                     prompt_tokens: self.prompt_tokens,
-                    cached_tokens: 0,
+                    cached_tokens: self.reused.unwrap_or(0),
                     queue_ms: ms(self.submission.submitted, self.started),
                     prefill_ms: ms(self.started, first),
                     decode_ms: ms(first, latest),

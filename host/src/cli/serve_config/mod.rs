@@ -1,184 +1,22 @@
 //! The settings of `kigo serve`: flags, then `KIGO_*` variables, then a TOML file, then defaults.
 
-use super::{Common, positive};
+mod flags;
+
+pub(super) use flags::{LogFormat, ServeArgs};
+
+use super::Common;
+use crate::device::CacheType;
 use crate::engine::EngineConfig;
 use crate::error::{Error, Result};
 use crate::model::{CacheSize, DeviceChoice};
-use crate::server::{Config, EngineSlot, Limits, Server};
-use clap::{Args, ValueEnum};
-use serde::{Deserialize, Serialize};
-use std::fmt;
-use std::io;
+use crate::server::{Config, Limits};
+use flags::{Flags, Listen};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
+use std::path::Path;
 use std::time::Duration;
 
 /// Tokens that the cache of a worker holds where memory allows and nobody says otherwise.
 const DEFAULT_CACHE_TOKENS: usize = 32_768;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum LogFormat {
-    Human,
-    Json,
-}
-
-#[derive(Debug, Args)]
-pub(super) struct ServeArgs {
-    /// A TOML file with any of these settings, named as the flags are, with underscores
-    #[arg(long, env = "KIGO_CONFIG", value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Print the settings as TOML, and where the worker would listen, and do nothing else
-    #[arg(long)]
-    pub print_config: bool,
-    #[command(flatten)]
-    flags: Flags,
-}
-
-/// Every setting, wherever it comes from.
-#[derive(Clone, Debug, Default, Args, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct Flags {
-    /// The worker's name among others [default: the host's name]
-    #[arg(long, env = "KIGO_WORKER_ID", value_name = "ID")]
-    worker_id: Option<String>,
-    /// The CUDA device to use, by number; the same as --device cuda:N
-    #[arg(long, env = "KIGO_GPU_DEVICE", value_name = "N")]
-    gpu_device: Option<usize>,
-    /// The address to listen on [default: 127.0.0.1]
-    #[arg(long, env = "KIGO_HOST", value_name = "IP")]
-    host: Option<IpAddr>,
-    /// The port to listen on; 0 picks a free one [default: 8080]
-    #[arg(long, env = "KIGO_PORT")]
-    port: Option<u16>,
-    /// Listen here instead: IP:PORT, or unix:PATH
-    #[arg(long, env = "KIGO_LISTEN", value_name = "ADDRESS")]
-    listen: Option<Listen>,
-    /// POST here what the worker is, once it is up
-    #[arg(long, env = "KIGO_CALLBACK_URL", value_name = "URL")]
-    callback_url: Option<String>,
-    /// Tokens a prompt may have [default: what the context holds]
-    #[arg(long, env = "KIGO_MAX_TOKENS_IN", value_name = "N", value_parser = positive)]
-    max_tokens_in: Option<usize>,
-    /// Tokens one request may generate [default: what its prompt leaves of the context]
-    #[arg(long, alias = "max-tokens", env = "KIGO_MAX_TOKENS_OUT", value_name = "N", value_parser = positive)]
-    max_tokens_out: Option<usize>,
-    /// Seconds from a request's arrival to its end at most [default: no limit]
-    #[arg(long, env = "KIGO_INFERENCE_TIMEOUT_SEC", value_name = "S", value_parser = positive)]
-    inference_timeout_sec: Option<usize>,
-    /// Size of the KV cache, all requests together [default: 32,768 tokens, in at most a quarter of the free memory]
-    #[arg(long, env = "KIGO_KV_CACHE_SIZE_MB", value_name = "MB", value_parser = positive)]
-    kv_cache_size_mb: Option<usize>,
-    /// Requests that may wait; further ones are refused with 429 [default: 256]
-    #[arg(long, env = "KIGO_MAX_QUEUE", value_name = "N", value_parser = positive)]
-    max_queue: Option<usize>,
-    /// Requests worked on in turns, as far as the cache holds them [default: 1024]
-    #[arg(long, env = "KIGO_MAX_RUNNING", value_name = "N", value_parser = positive)]
-    max_running: Option<usize>,
-    /// Seconds that running requests have after SIGTERM [default: 30]
-    #[arg(long, env = "KIGO_DRAIN_TIMEOUT", value_name = "S")]
-    drain_timeout: Option<u64>,
-    /// A file with API keys, one a line; every request must then bring one
-    #[arg(long, env = "KIGO_API_KEY_FILE", value_name = "FILE")]
-    api_key_file: Option<PathBuf>,
-    /// Listen beyond this machine without API keys
-    #[arg(long, env = "KIGO_INSECURE")]
-    insecure: bool,
-    /// An origin whose pages may use the API; may be given several times; * for all
-    #[arg(
-        long,
-        env = "KIGO_CORS_ORIGIN",
-        value_name = "ORIGIN",
-        value_delimiter = ','
-    )]
-    cors_origin: Vec<String>,
-    /// Connections at once [default: 4096]
-    #[arg(long, env = "KIGO_MAX_CONNECTIONS", value_name = "N", value_parser = positive)]
-    max_connections: Option<usize>,
-    /// Bytes of a request's body [default: 4194304]
-    #[arg(long, env = "KIGO_MAX_BODY_BYTES", value_name = "N", value_parser = positive)]
-    max_body_bytes: Option<usize>,
-    /// Seconds for a request's headers, and that a connection may lie idle [default: 30]
-    #[arg(long, env = "KIGO_HEADER_TIMEOUT_SEC", value_name = "S", value_parser = positive)]
-    header_timeout_sec: Option<usize>,
-    /// Seconds for a request's body [default: 30]
-    #[arg(long, env = "KIGO_BODY_TIMEOUT_SEC", value_name = "S", value_parser = positive)]
-    body_timeout_sec: Option<usize>,
-    /// Seconds that a client may take nothing of what is sent to it [default: 30]
-    #[arg(long, env = "KIGO_WRITE_TIMEOUT_SEC", value_name = "S", value_parser = positive)]
-    write_timeout_sec: Option<usize>,
-    /// How to write logs [default: human]
-    #[arg(long, env = "KIGO_LOG_FORMAT", value_enum)]
-    log_format: Option<LogFormat>,
-    // Those that every command has, for the file.
-    #[arg(skip)]
-    model: Option<String>,
-    #[arg(skip)]
-    device: Option<String>,
-    #[arg(skip)]
-    exact: Option<bool>,
-    #[arg(skip)]
-    threads: Option<usize>,
-    #[arg(skip)]
-    ctx_size: Option<usize>,
-}
-
-/// Where to listen.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub(super) enum Listen {
-    Tcp(SocketAddr),
-    Unix(PathBuf),
-}
-
-impl FromStr for Listen {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.strip_prefix("unix:") {
-            Some("") => Err("unix: lacks a path".to_owned()),
-            Some(path) => Ok(Self::Unix(path.into())),
-            None => match text.parse() {
-                Ok(address) => Ok(Self::Tcp(address)),
-                Err(_) => Err(format!("{text:?} is neither IP:PORT nor unix:PATH")),
-            },
-        }
-    }
-}
-
-impl TryFrom<String> for Listen {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl fmt::Display for Listen {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(address) => address.fmt(f),
-            Self::Unix(path) => write!(f, "unix:{}", path.display()),
-        }
-    }
-}
-
-impl Listen {
-    pub async fn bind(&self, slot: EngineSlot, config: Config) -> io::Result<Server> {
-        match self {
-            Self::Tcp(address) => Server::bind(*address, slot, config).await,
-            Self::Unix(path) => Server::bind_unix(path, slot, config).await,
-        }
-    }
-
-    fn is_local(&self) -> bool {
-        match self {
-            Self::Tcp(address) => address.ip().is_loopback(),
-            Self::Unix(_) => true,
-        }
-    }
-}
 
 /// The settings in force.
 #[derive(Clone, Debug)]
@@ -230,6 +68,7 @@ impl Settings {
             max_connections,
             max_body_bytes,
             header_timeout_sec,
+            idle_timeout_sec,
             body_timeout_sec,
             write_timeout_sec,
             log_format
@@ -243,6 +82,13 @@ impl Settings {
         common.threads = common.threads.or(file.threads);
         common.ctx_size = common.ctx_size.or(file.ctx_size);
         common.exact |= file.exact.unwrap_or(false);
+        if let (None, Some(ty)) = (common.cache_type, &file.cache_type) {
+            common.cache_type = Some(ty.parse().map_err(Error::Request)?);
+        }
+        if common.lora.is_empty() {
+            let adapters = file.lora.iter().map(|text| text.parse());
+            common.lora = adapters.collect::<Result<_, _>>().map_err(Error::Request)?;
+        }
         if common.device == DeviceChoice::Auto {
             if let Some(device) = &file.device {
                 common.device = device.parse().map_err(Error::Request)?;
@@ -312,6 +158,7 @@ impl Settings {
                 .map_or(plain.drain_timeout, Duration::from_secs),
             limits: Limits {
                 header_timeout: seconds(f.header_timeout_sec, limits.header_timeout),
+                idle_timeout: seconds(f.idle_timeout_sec, limits.idle_timeout),
                 body_timeout: seconds(f.body_timeout_sec, limits.body_timeout),
                 write_timeout: seconds(f.write_timeout_sec, limits.write_timeout),
                 max_connections: f.max_connections.unwrap_or(limits.max_connections),
@@ -374,6 +221,10 @@ impl Settings {
         set("exact", Some(self.common.exact.into()));
         set("threads", self.common.threads.and_then(number));
         set("ctx_size", self.common.ctx_size.and_then(number));
+        let ty = self.common.cache_type.map(CacheType::name);
+        set("cache_type", ty.map(Into::into));
+        let adapters = self.common.lora.iter().map(|l| l.to_string().into());
+        set("lora", Some(adapters.collect::<Vec<toml::Value>>().into()));
         set("worker_id", text(self.worker_id()));
         set("listen", text(self.listen.to_string()));
         set("callback_url", self.callback_url.clone().and_then(text));
@@ -407,6 +258,10 @@ impl Settings {
         set(
             "header_timeout_sec",
             seconds(f.header_timeout_sec, limits.header_timeout),
+        );
+        set(
+            "idle_timeout_sec",
+            seconds(f.idle_timeout_sec, limits.idle_timeout),
         );
         set(
             "body_timeout_sec",
@@ -491,7 +346,8 @@ mod tests {
     fn flags_win_over_the_file_and_the_file_over_defaults() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("kigo.toml");
-        let text = "model = \"m\"\nport = 9000\nmax_queue = 7\ndrain_timeout = 3\ncors_origin = [\"http://a\"]\n";
+        let text = "model = \"m\"\nport = 9000\nmax_queue = 7\ndrain_timeout = 3\ncors_origin = [\"http://a\"]\n\
+                    cache_type = \"q8_0\"\nlora = [\"a.gguf:0.5\", \"b.gguf\"]\nidle_timeout_sec = 5\n";
         std::fs::write(&path, text).unwrap();
         let s = settings(&format!("--config {} --max-queue 9", path.display())).unwrap();
         let (_, engine) = s.engine_config();
@@ -501,6 +357,10 @@ mod tests {
         assert_eq!(config.drain_timeout, Duration::from_secs(3));
         assert_eq!(config.cors_origins, ["http://a"]);
         assert_eq!(config.model_id.as_deref(), Some("m"));
+        assert_eq!(config.limits.idle_timeout, Duration::from_secs(5));
+        assert_eq!(s.common.cache_type, Some(CacheType::Q8_0));
+        let scales: Vec<f32> = s.common.lora.iter().map(|l| l.scale).collect();
+        assert_eq!(scales, [0.5, 1.0]);
 
         // What is printed says the same when it is read.
         let printed = folder.path().join("printed.toml");
