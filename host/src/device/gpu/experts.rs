@@ -1,6 +1,7 @@
 //! Mixtures of experts, and the 8-bit cache's way to tensor cores.
 
-use super::ops::{Rows, activation_number};
+use super::ops::activation_number;
+use super::products::Rows;
 use super::{Buffer, Cache, Driver, Gpu, Scratch};
 use crate::device::{CachePlace, Experts, Linear};
 use crate::error::Result;

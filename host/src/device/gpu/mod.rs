@@ -3,11 +3,14 @@
 //! Launches go through a [`Driver`]: [`cuda`] on a card, [`emulated`] on a machine without one. Everything
 //! above that line is the same code, so what the emulator checks is what the card runs.
 
+mod attention;
 pub mod cuda;
 mod decode;
 mod emulated;
 mod experts;
 mod ops;
+mod products;
+mod sampling;
 mod selftest;
 mod weights;
 
@@ -367,7 +370,7 @@ impl<D: Driver> Gpu<D> {
         }
         current.rows = rows;
         current.outputs = batch.outputs.len();
-        current.splits = ops::attention_splits(
+        current.splits = attention::attention_splits(
             self.driver.multiprocessors(),
             current.rows * self.heads,
             longest,
@@ -564,7 +567,7 @@ pub fn reads(ty: gguf::GgmlType) -> bool {
 /// See [`Device::working_bytes`].
 pub fn working_bytes(widest: usize) -> u64 {
     // Unpacked weights, and two f32 intermediates of a step's rows.
-    (ops::SLICE_BYTES + 2 * 4 * MAX_ROWS * widest) as u64
+    (products::SLICE_BYTES + 2 * 4 * MAX_ROWS * widest) as u64
 }
 
 /// # Errors

@@ -1,0 +1,290 @@
+//! Products, `x Wᵀ + b`, in the four ways that `ops` describes, and what adapters add to them.
+
+use super::ops::{NormRows, blocks};
+use super::{Address, Driver, Gpu, Scratch};
+use crate::device::{Linear, Norm};
+use crate::error::Result;
+use kernels::decode::{self, NO_OP, Op, kind};
+use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
+use kernels::exact::{self, LinearArgs};
+use kernels::gemm::{self, GemmArgs};
+use kernels::types::{GROUP, NO_MATRIX};
+use std::ptr;
+
+/// Bytes of weights unpacked at a time: their product should take many turns of the whole card, the last
+/// of which is rarely full.
+pub(super) const SLICE_BYTES: usize = 128 << 20;
+
+/// An output of `dense` products.
+#[derive(Clone, Copy)]
+pub(super) struct Target {
+    pub address: Address,
+    pub element_bytes: usize,
+    pub stride: usize,
+    pub add: bool,
+}
+
+/// A product's optional bias.
+pub(super) fn bias_ptr<D: Driver>(linear: Linear<'_, Gpu<D>>) -> *const f32 {
+    linear.bias.map_or(ptr::null(), |b| b.ptr().cast_const())
+}
+
+/// Rows `first .. first + rows` of a matrix, to be unpacked from row `out_row` on.
+pub(super) fn part<D: Driver>(
+    linear: &Linear<'_, Gpu<D>>,
+    first: usize,
+    rows: usize,
+    out_row: usize,
+) -> Part {
+    Part {
+        matrix: linear.weight.matrix,
+        bias: bias_ptr(*linear),
+        first: first as u32,
+        rows: rows as u32,
+        out_row: out_row as u32,
+    }
+}
+
+/// Input rows of a product that is not fused.
+#[derive(Clone, Copy)]
+pub(super) enum Rows {
+    F32(*const f32),
+    F16(*const u16),
+}
+
+impl<D: Driver> Gpu<D> {
+    /// The product of one row.
+    pub(super) fn product_op(
+        &mut self,
+        linear: Linear<'_, Self>,
+        x: *const f32,
+        norm: Option<&Norm<'_, Self>>,
+        out: *mut f32,
+    ) -> Result<Op> {
+        let weight = linear.weight;
+        let rows = weight.matrix.rows as usize;
+        let warps = self.driver.multiprocessors() as usize * (decode::THREADS as usize / 32);
+        // A row's halves go to the lanes side by side where a warp would else take two long rows while
+        // others have none.
+        let split = weight.matrix.groups() > 32 && rows.div_ceil(2) * 2 <= warps;
+        Ok(Op {
+            kind: kind::PRODUCT,
+            split: u32::from(split),
+            input: self.input(x, norm, weight.cols, !weight.quantised)?,
+            matrices: [weight.matrix, NO_MATRIX, NO_MATRIX],
+            biases: [bias_ptr(linear), ptr::null(), ptr::null()],
+            out,
+            ..NO_OP
+        })
+    }
+
+    /// A product with its adapters, `out = x Wᵀ + b`.
+    pub(super) fn whole_product(
+        &mut self,
+        linear: Linear<'_, Self>,
+        x: Rows,
+        rows: usize,
+        out: *mut f32,
+    ) -> Result<()> {
+        self.product(linear, x, rows, out, false)?;
+        self.adapt(linear, x, rows, out)
+    }
+
+    /// Adds what a linear's adapters make of the rows `x` to its product `out`, `[rows][matrix rows]`.
+    pub(super) fn adapt(
+        &mut self,
+        linear: Linear<'_, Self>,
+        x: Rows,
+        rows: usize,
+        out: *mut f32,
+    ) -> Result<()> {
+        for adapter in linear.adapters {
+            let plain = |weight| Linear {
+                weight,
+                bias: None,
+                adapters: &[],
+            };
+            let rank = adapter.a.matrix.rows as usize;
+            let low = self.scratch(Scratch::Low, rows * rank * 4)?;
+            self.product(plain(&adapter.a), x, rows, low as *mut f32, false)?;
+            let low = NormRows {
+                scale: adapter.scale,
+                ..NormRows::whole(low as *const f32, rows, rank)
+            };
+            let scaled = match x {
+                Rows::F32(_) => {
+                    self.norm(None, low)?;
+                    Rows::F32(low.x)
+                }
+                Rows::F16(_) => {
+                    let stride = rank.next_multiple_of(GROUP);
+                    let half = self.scratch(Scratch::LowHalf, rows * stride * 2)?;
+                    let half = NormRows {
+                        out: half,
+                        stride,
+                        f16: true,
+                        ..low
+                    };
+                    self.norm(None, half)?;
+                    Rows::F16(half.out as *const u16)
+                }
+            };
+            self.product(plain(&adapter.b), scaled, rows, out, true)?;
+        }
+        Ok(())
+    }
+
+    /// A product that is not fused: `out = x Wᵀ + b`, or `out += …`.
+    pub(super) fn product(
+        &mut self,
+        linear: Linear<'_, Self>,
+        x: Rows,
+        rows: usize,
+        out: *mut f32,
+        add: bool,
+    ) -> Result<()> {
+        let matrix = linear.weight.matrix;
+        let bias = bias_ptr(linear);
+        let add = u32::from(add);
+        let n = matrix.rows as usize;
+        let columns = blocks(n, gemm::BN as u32);
+        match x {
+            Rows::F32(x) => {
+                let len = linear.weight.cols as u32;
+                let args = LinearArgs {
+                    matrix,
+                    bias,
+                    x,
+                    len,
+                    rows: rows as u32,
+                    out,
+                    add,
+                };
+                let grid = (
+                    blocks(n, exact::THREADS / 32),
+                    blocks(rows, exact::ROWS as u32),
+                );
+                self.driver
+                    .launch("linear_exact", grid, exact::THREADS, 0, &args)
+            }
+            // Not where a matrix has so many rows that one row of blocks fills the card anyway.
+            Rows::F16(x)
+                if rows == self.current.rows
+                    && self.dense()
+                    && (rows > 64 || columns < 4 * self.driver.multiprocessors()) =>
+            {
+                let to = Target {
+                    address: out as Address,
+                    element_bytes: 4,
+                    stride: n,
+                    add: add != 0,
+                };
+                self.dense_sliced(&[linear], x, to)
+            }
+            Rows::F16(x) => {
+                let args = GemmArgs {
+                    matrix,
+                    bias,
+                    x,
+                    rows: rows as u32,
+                    out,
+                    add,
+                };
+                // The taller tile where it still gives every multiprocessor a block.
+                let fills = columns * blocks(rows, 64) >= self.driver.multiprocessors();
+                let (kernel, mt) = if rows > 32 && fills {
+                    ("gemm_64", 2)
+                } else {
+                    ("gemm_32", 1)
+                };
+                let grid = (columns, blocks(rows, 32 * mt));
+                let shared = gemm::shared_bytes(mt as usize);
+                self.driver
+                    .launch(kernel, grid, gemm::THREADS, shared, &args)
+            }
+        }
+    }
+
+    /// Whether weights are unpacked beforehand for the products of this step.
+    pub(super) fn dense(&self) -> bool {
+        !self.exact && self.current.rows >= D::DENSE_ROWS
+    }
+
+    /// Unpacks rows of up to three matrices, `rows` in all, and multiplies: `ways` is 1 for parts that
+    /// follow each other, 2 for gate and up.
+    pub(super) fn dense_product(
+        &mut self,
+        parts: &[Part],
+        ways: usize,
+        x: *const u16,
+        to: Target,
+    ) -> Result<()> {
+        let (rows, cols) = (self.current.rows, parts[0].matrix.cols as usize);
+        let n: usize = parts.iter().map(|p| p.rows as usize).sum();
+        let w = self.scratch(Scratch::Weights, n * cols * 2)?;
+        let bias = self.scratch(Scratch::Biases, n * 4)?;
+        let groups = |p: &Part| p.rows as usize * p.matrix.groups();
+        let most = parts.iter().map(groups).max().unwrap_or(0);
+        let args = DequantiseArgs {
+            parts: std::array::from_fn(|i| parts[i.min(parts.len() - 1)]),
+            ways: ways as u32,
+            out: w as *mut u16,
+            bias: bias as *mut f32,
+        };
+        let threads = dense::DEQUANTISE_THREADS;
+        let grid = (blocks(most, threads), parts.len() as u32);
+        self.driver
+            .launch("dequantise", grid, threads, dense::DEQUANTISE_SHARED, &args)?;
+        let args = DenseArgs {
+            w: w as *const u16,
+            bias: bias as *const f32,
+            x,
+            rows: rows as u32,
+            cols: cols as u32,
+            n: n as u32,
+            out: to.address as *mut u8,
+            stride: to.stride as u32,
+            add: u32::from(to.add),
+        };
+        // Large tiles read shared memory less often, small ones share the work out better; where they
+        // draw level was measured on an H100, in blocks for two multiprocessors.
+        let fills = |bm: u32, bn: u32, many: u32| {
+            2 * blocks(rows, bm) * blocks(n, bn) >= many * self.driver.multiprocessors()
+        };
+        let (kernel, bm, bn) = match (ways, fills(128, 128, 5), fills(64, 128, 3)) {
+            (1, true, _) => ("dense_128x128", 128, 128),
+            (1, _, true) => ("dense_64x128", 64, 128),
+            (1, ..) => ("dense_64x64", 64, 64),
+            (_, true, _) => ("dense_gate_up_128x128", 128, 128),
+            _ => ("dense_gate_up_64x128", 64, 128),
+        };
+        let grid = (blocks(rows, bm), blocks(n, bn));
+        let shared = dense::shared_bytes(bm as usize, bn as usize);
+        self.driver
+            .launch(kernel, grid, dense::THREADS, shared, &args)
+    }
+
+    /// [`Gpu::dense_product`] of one matrix, or of gate and up, slice by slice.
+    pub(super) fn dense_sliced(
+        &mut self,
+        linears: &[Linear<'_, Self>],
+        x: *const u16,
+        to: Target,
+    ) -> Result<()> {
+        let ways = linears.len();
+        let matrix = linears[0].weight.matrix;
+        let (n, row_bytes) = (matrix.rows as usize, ways * matrix.cols as usize * 2);
+        // Slices of whole tiles, and of equal size.
+        let slices = (n * row_bytes).div_ceil(SLICE_BYTES);
+        let slice = n.div_ceil(slices).next_multiple_of(128);
+        for first in (0..n).step_by(slice) {
+            let mut parts = Vec::with_capacity(ways);
+            for (way, linear) in linears.iter().enumerate() {
+                parts.push(part(linear, first, slice.min(n - first), 8 * way));
+            }
+            let address = to.address + (first * to.element_bytes) as u64;
+            self.dense_product(&parts, ways, x, Target { address, ..to })?;
+        }
+        Ok(())
+    }
+}
