@@ -252,6 +252,19 @@ impl Metadata {
         }
     }
 
+    /// An array of bytes, signed ones by their bits; none if the key is missing.
+    ///
+    /// # Errors
+    /// The value is something else.
+    pub fn opt_u8s(&self, key: &str) -> Result<Option<Cow<'_, [u8]>>, Error> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Array(Array::U8(v))) => Ok(Some(Cow::Borrowed(v))),
+            Some(Value::Array(Array::I8(v))) => Ok(Some(v.iter().map(|&b| b as u8).collect())),
+            Some(other) => Err(self.wrong(key, other, "an array of u8")),
+        }
+    }
+
     fn integers<T: TryFrom<i128>>(&self, key: &str) -> Result<Option<Vec<T>>, Error> {
         let Some(value) = self.get(key) else {
             return Ok(None);

@@ -67,6 +67,9 @@ pub struct Common {
     /// A LoRA adapter, and by how much it counts; may be given more than once
     #[arg(long, global = true, value_name = "FILE[:SCALE]")]
     pub lora: Vec<LoraSource>,
+    /// Render chats as ChatML where the model's own template is missing or fails
+    #[arg(long, global = true, env = "KIGO_TEMPLATE_FALLBACK")]
+    pub template_fallback: bool,
     /// Print one JSON object on stdout and nothing else
     #[arg(long, global = true)]
     pub json: bool,

@@ -122,6 +122,12 @@ struct Flags {
     threads: Option<usize>,
     #[arg(skip)]
     ctx_size: Option<usize>,
+    #[arg(skip)]
+    cache_type: Option<String>,
+    #[arg(skip)]
+    lora: Vec<String>,
+    #[arg(skip)]
+    template_fallback: bool,
 }
 
 /// Where to listen.
@@ -243,6 +249,16 @@ impl Settings {
         common.threads = common.threads.or(file.threads);
         common.ctx_size = common.ctx_size.or(file.ctx_size);
         common.exact |= file.exact.unwrap_or(false);
+        common.template_fallback |= file.template_fallback;
+        if common.cache_type.is_none()
+            && let Some(name) = &file.cache_type
+        {
+            common.cache_type = Some(name.parse().map_err(Error::Request)?);
+        }
+        if common.lora.is_empty() {
+            let adapters = file.lora.iter().map(|adapter| adapter.parse());
+            common.lora = adapters.collect::<Result<_, _>>().map_err(Error::Request)?;
+        }
         if common.device == DeviceChoice::Auto {
             if let Some(device) = &file.device {
                 common.device = device.parse().map_err(Error::Request)?;
@@ -374,6 +390,16 @@ impl Settings {
         set("exact", Some(self.common.exact.into()));
         set("threads", self.common.threads.and_then(number));
         set("ctx_size", self.common.ctx_size.and_then(number));
+        set(
+            "cache_type",
+            self.common.cache_type.and_then(|t| text(t.to_string())),
+        );
+        let adapters = self.common.lora.iter().map(|a| a.to_string().into());
+        set("lora", Some(adapters.collect::<Vec<toml::Value>>().into()));
+        set(
+            "template_fallback",
+            Some(self.common.template_fallback.into()),
+        );
         set("worker_id", text(self.worker_id()));
         set("listen", text(self.listen.to_string()));
         set("callback_url", self.callback_url.clone().and_then(text));
@@ -471,6 +497,7 @@ fn read_keys(path: &Path) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::CacheType;
     use clap::Parser;
 
     #[derive(Parser)]
@@ -511,6 +538,33 @@ mod tests {
         std::fs::write(&path, "max_quue = 7").unwrap();
         let error = settings(&format!("--config {}", path.display())).unwrap_err();
         assert!(error.to_string().contains("max_quue"), "{error}");
+    }
+
+    #[test]
+    fn the_file_may_say_what_every_command_takes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kigo.toml");
+        let text = "template_fallback = true\ncache_type = \"q8_0\"\nlora = [\"a.gguf\", \"b.gguf:0.5\"]\n";
+        std::fs::write(&path, text).unwrap();
+        let s = settings(&format!("--config {}", path.display())).unwrap();
+        assert!(s.common.template_fallback);
+        assert_eq!(s.common.cache_type, Some(CacheType::Q8_0));
+        assert_eq!(s.common.lora.len(), 2);
+        let printed = folder.path().join("printed.toml");
+        std::fs::write(&printed, s.shown()).unwrap();
+        let again = settings(&format!("--config {}", printed.display())).unwrap();
+        assert_eq!(again.shown(), s.shown());
+        let s = settings(&format!(
+            "--config {} --cache-type f16 --lora c.gguf",
+            path.display()
+        ))
+        .unwrap();
+        assert_eq!(s.common.cache_type, Some(CacheType::F16));
+        assert_eq!(s.common.lora.len(), 1);
+
+        std::fs::write(&path, "cache_type = \"q3\"").unwrap();
+        let error = settings(&format!("--config {}", path.display())).unwrap_err();
+        assert!(error.to_string().contains("q3"), "{error}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use gguf::{Gguf, Tensor};
 use std::cell::RefCell;
 use std::collections::HashSet;
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -37,6 +38,12 @@ impl FromStr for LoraSource {
             file: file.into(),
             scale,
         })
+    }
+}
+
+impl fmt::Display for LoraSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file.display(), self.scale)
     }
 }
 
