@@ -38,6 +38,17 @@ struct Prompt {
     /// One row: those after the last id.
     logits: Vec<Vec<f64>>,
     greedy: Vec<u32>,
+    /// How far the likeliest id's logit is above the next, at each of them.
+    #[serde(default)]
+    margins: Vec<f64>,
+}
+
+impl Prompt {
+    /// Root mean square of the logits.
+    fn rms(&self) -> f64 {
+        let row = &self.logits[0];
+        (row.iter().map(|l| l * l).sum::<f64>() / row.len() as f64).sqrt()
+    }
 }
 
 /// Ids of a prompt that the emulator is given one by one at most: each takes it as long as a whole prompt.
@@ -73,6 +84,12 @@ impl Column {
             (true, _) => 1e-4,
         }
     }
+
+    /// The margin below which an error of [`Column::limit`] may turn a choice, over the root mean square of
+    /// the logits: the standard deviation of a difference of two of them.
+    fn turning(self) -> f64 {
+        (2.0 * self.limit()).sqrt()
+    }
 }
 
 /// What a model did on one device.
@@ -88,13 +105,21 @@ struct Measured {
     /// Ids that the reference chose too, given the reference's ids before them.
     equal: usize,
     greedy: usize,
+    /// The greatest margin of the reference, over the root mean square of its logits, at an id that differs:
+    /// infinite where the margin is not known.
+    turned: Option<f64>,
+}
+
+impl Measured {
+    fn is_right(&self, column: Column) -> bool {
+        self.nmse <= column.limit() && self.turned.is_none_or(|m| m < column.turning())
+    }
 }
 
 impl Cell {
     fn is_right(&self, column: Column) -> bool {
         match self {
-            // 8-bit activations may turn a choice between two that are near each other.
-            Cell::Measured(m) => m.nmse <= column.limit() && (!column.exact || m.equal == m.greedy),
+            Cell::Measured(m) => m.is_right(column),
             Cell::Failed(_) => false,
         }
     }
@@ -102,7 +127,7 @@ impl Cell {
     fn text(&self, column: Column) -> String {
         match self {
             Cell::Measured(m) => {
-                let over = if m.nmse <= column.limit() { "" } else { " !" };
+                let over = if m.is_right(column) { "" } else { " !" };
                 let ids = if m.equal == m.greedy {
                     String::new()
                 } else {
@@ -126,6 +151,7 @@ impl Cell {
                 value["nmse"] = json!(m.nmse);
                 value["greedy"] = json!(m.greedy);
                 value["greedy_equal"] = json!(m.equal);
+                value["turned_margin"] = json!(m.turned);
             }
             Cell::Failed(why) => value["error"] = json!(why),
         }
@@ -301,6 +327,7 @@ fn measure(common: &Common, column: Column, file: &Arc<Gguf>, golden: &Golden) -
         nmse: 0.0,
         equal: 0,
         greedy: 0,
+        turned: None,
     };
     for prompt in &golden.prompts {
         // One by one, then all at once: these are different kernels.
@@ -319,9 +346,15 @@ fn measure(common: &Common, column: Column, file: &Arc<Gguf>, golden: &Golden) -
                 measured.nmse = error;
             }
         }
-        for &id in &prompt.greedy {
+        for (step, &id) in prompt.greedy.iter().enumerate() {
             measured.greedy += 1;
-            measured.equal += usize::from(direct.sample_greedy()? == id);
+            if direct.sample_greedy()? == id {
+                measured.equal += 1;
+            } else {
+                let margin = prompt.margins.get(step);
+                let margin = margin.map_or(f64::INFINITY, |m| m / prompt.rms());
+                measured.turned = Some(measured.turned.map_or(margin, |m| m.max(margin)));
+            }
             direct.feed(&[id])?;
         }
     }

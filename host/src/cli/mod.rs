@@ -17,6 +17,7 @@ mod quantize;
 mod serve;
 mod serve_config;
 mod synthetic;
+mod tensor;
 mod text;
 
 pub(crate) use load::load_with_progress;
@@ -214,7 +215,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             count,
         } => {
             let file = load::open_named(file)?;
-            inspect::tensor(&file, name, *offset, *count, common.json, out)?;
+            tensor::tensor(&file, name, *offset, *count, common.json, out)?;
         }
         Command::Quantize(args) => quantize::run(common, args, out)?,
         Command::Models(ModelsCommand::List) => models::list(common.json)?,
