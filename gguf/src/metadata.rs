@@ -379,6 +379,21 @@ mod tests {
     }
 
     #[test]
+    fn bytes_may_be_signed() {
+        let entries = vec![
+            ("a".into(), vec![1u8, 255].into()),
+            ("b".into(), vec![1i8, -1].into()),
+            ("c".into(), vec![1i32].into()),
+        ];
+        let m = Metadata::new("m.gguf", entries).unwrap();
+        assert_eq!(m.opt_u8s("a").unwrap().as_deref(), Some(&[1, 255][..]));
+        assert_eq!(m.opt_u8s("b").unwrap().as_deref(), Some(&[1, 255][..]));
+        assert_eq!(m.opt_u8s("nope").unwrap(), None);
+        let error = m.opt_u8s("c").unwrap_err().to_string();
+        assert!(error.contains("expected an array of u8"), "{error}");
+    }
+
+    #[test]
     fn a_key_may_occur_once() {
         let twice = vec![("a".into(), Value::U8(1)), ("a".into(), Value::U8(2))];
         assert!(
