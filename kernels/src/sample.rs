@@ -59,17 +59,24 @@ pub(crate) fn max_u64(a: u64, b: u64) -> u64 {
     if a > b { a } else { b }
 }
 
+/// The greatest of a warp.
 #[inline(always)]
-pub(crate) unsafe fn block_max(v: u64, scratch: SharedPtr<u64>) -> u64 {
+pub(crate) fn warp_max(v: u64) -> u64 {
     let mut v = v;
+    let mut width = 16;
+    while width > 0 {
+        let low = warp::shuffle_xor(v as u32, width);
+        let high = warp::shuffle_xor((v >> 32) as u32, width);
+        v = max_u64(v, (u64::from(high) << 32) | u64::from(low));
+        width /= 2;
+    }
+    v
+}
+
+#[inline(always)]
+unsafe fn block_max(v: u64, scratch: SharedPtr<u64>) -> u64 {
+    let mut v = warp_max(v);
     unsafe {
-        let mut width = 16;
-        while width > 0 {
-            let low = warp::shuffle_xor(v as u32, width);
-            let high = warp::shuffle_xor((v >> 32) as u32, width);
-            v = max_u64(v, (u64::from(high) << 32) | u64::from(low));
-            width /= 2;
-        }
         let t = thread_idx_x() as usize;
         if t % 32 == 0 {
             scratch.add(t as u32 / 32).store(v);

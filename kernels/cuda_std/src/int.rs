@@ -110,3 +110,29 @@ pub fn opaque(x: u32) -> u32 {
         x
     }
 }
+
+/// `a / b`, without the check that `b` is not zero.
+///
+/// # Safety
+/// `b` is not zero.
+#[inline(always)]
+pub unsafe fn quotient(a: u32, b: u32) -> u32 {
+    unsafe { core::hint::assert_unchecked(b != 0) }
+    a / b
+}
+
+/// `x`, which the compiler takes for a new number each time: what follows from it is computed here, and neither moved
+/// out of a loop nor kept in registers from before.
+#[inline(always)]
+pub fn here(x: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        let y: u32;
+        asm!("mov.u32 {0}, {1};", out(reg32) y, in(reg32) x, options(nomem, nostack, preserves_flags));
+        y
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        x
+    }
+}

@@ -10,6 +10,7 @@
 //! | [`thread`] | indices, block barriers, timers, programmatic launch |
 //! | [`shared`] | shared memory: 32-bit addresses with typed loads and stores |
 //! | [`memory`] | global loads and stores with cache hints, `cp.async`, fences |
+//! | [`mbarrier`] | barriers in shared memory, for copies that are waited for elsewhere |
 //! | [`warp`] | shuffles, votes, reductions |
 //! | [`atomic`] | atomic operations; acquire and release |
 //! | [`grid`] | a barrier over the whole grid |
@@ -65,6 +66,7 @@ pub mod float;
 pub mod grid;
 pub mod half;
 pub mod int;
+pub mod mbarrier;
 pub mod memory;
 pub mod mma;
 pub mod shared;

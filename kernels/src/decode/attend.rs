@@ -5,14 +5,18 @@
 //! softmax (arXiv:2205.14135); teams, then warps merge at the end, and the product that follows merges splits.
 
 use super::seal::Seal;
-use super::{AHEAD, Coming, Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, Warp, get};
+use super::{
+    AHEAD, Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, Warp, await_op, blocks, copy_op, get, lane,
+    sync, thread,
+};
 use crate::attention::{LoadEight, NONE};
 use crate::rows::BLOCK_TOKENS;
 use crate::types::to_f16;
 use crate::unrolled;
+use cuda_std::int::quotient;
 use cuda_std::memory::{ld_v4_u32, ldg_u32};
 use cuda_std::shared;
-use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id, sync_threads, thread_idx_x};
+use cuda_std::thread::block_idx_x;
 use cuda_std::{float, warp};
 
 /// Each warp's part of a head: sums of up to 256 elements, peak and mass.
@@ -37,12 +41,12 @@ struct Part {
 #[inline(always)]
 pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
-        let coming = Coming::load(a, w.index + AHEAD);
+        copy_op(a, w.index + AHEAD);
         let head_dim = get!(op, cache.head_dim);
         let splits = get!(op, splits);
         let heads = get!(op, heads);
         let team_lanes = head_dim.div_ceil(8).next_power_of_two();
-        let (warp_index, lane) = (thread_idx_x() / 32, lane_id());
+        let (warp_index, lane) = (thread() / 32, lane());
         let tokens = a.position + 1;
         let parts = shared::at::<f32>(ROWS_AT + w.index % 2 * a.row_bytes);
         let number = if get!(op, sealed) != 0 {
@@ -53,8 +57,9 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
         let seal = Seal::of(a, number);
         let mut index = block_idx_x();
         while index < heads * splits {
-            let (head, split) = (index / splits, index % splits);
-            let chunk = tokens.div_ceil(splits);
+            let head = quotient(index, splits);
+            let split = index - head * splits;
+            let chunk = quotient(tokens + splits - 1, splits);
             let first = split * chunk;
             let last = if first + chunk < tokens {
                 first + chunk
@@ -62,8 +67,8 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 tokens
             };
             // Whole turns of all teams, so that no warp is left with a remainder of another's.
-            let teams = 32 / team_lanes;
-            let share = chunk.div_ceil(WARPS).next_multiple_of(teams);
+            let teams = quotient(32, team_lanes);
+            let share = (chunk.div_ceil(WARPS) + teams - 1) & !(teams - 1);
             let from = first + warp_index * share;
             let to = if from + share < last {
                 from + share
@@ -81,31 +86,45 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 slot.add(256).store(part.peak);
                 slot.add(257).store(part.mass);
             }
-            sync_threads();
+            sync();
             // A thread per element merges the warps.
-            let e = thread_idx_x();
-            if e < head_dim + 2 {
+            let e = thread();
+            let whole = splits == 1;
+            if e < if whole { head_dim } else { head_dim + 2 } {
                 let mut peak = NONE;
                 for w in 0..WARPS {
                     peak = peak.max(parts.add(w * PART + 256).load());
                 }
-                let mut sum = 0.0;
+                let (mut sum, mut mass) = (0.0, 0.0);
                 for w in 0..WARPS {
                     let at = parts.add(w * PART);
                     let weight = float::exp2_approx(at.add(256).load() - peak);
-                    let element = if e < head_dim { e } else { 257 };
-                    sum += weight * at.add(element).load();
+                    mass += weight * at.add(257).load();
+                    if e < head_dim {
+                        sum += weight * at.add(e).load();
+                    }
                 }
-                let stride = head_dim + 4;
-                let to = get!(op, out).add(((head * splits + split) * stride + e) as usize);
-                // Elements, then peak, then mass.
-                seal.write(to, if e == head_dim { peak } else { sum });
+                let out = get!(op, out);
+                if whole {
+                    seal.write(out.add((head * head_dim + e) as usize), sum * float::rcp_approx(mass));
+                } else {
+                    // Elements, then peak, then mass.
+                    let v = if e < head_dim {
+                        sum
+                    } else if e == head_dim {
+                        peak
+                    } else {
+                        mass
+                    };
+                    let stride = head_dim + 4;
+                    seal.write(out.add(((head * splits + split) * stride + e) as usize), v);
+                }
             }
-            sync_threads();
-            index += grid_dim_x();
+            sync();
+            index += blocks();
         }
-        coming.store();
-        sync_threads();
+        await_op();
+        sync();
     }
 }
 
@@ -115,27 +134,20 @@ unsafe fn attend_tokens(a: &DecodeArgs, op: Current, head: u32, from: u32, to: u
     unsafe {
         let head_dim = get!(op, cache.head_dim);
         let kv_heads = get!(op, cache.kv_heads);
-        let kv_head = head / (get!(op, heads) / kv_heads);
+        let kv_head = quotient(head, quotient(get!(op, heads), kv_heads));
         let scale = get!(op, scale) * LOG2_E;
         let (keys_at, values_at) = (get!(op, cache.keys), get!(op, cache.values));
         let fresh = get!(op, fresh);
-        let lane = lane_id();
+        let lane = lane();
         let team_lanes = head_dim.div_ceil(8).next_power_of_two();
-        let teams = 32 / team_lanes;
-        let (team, member) = (lane / team_lanes, lane % team_lanes);
+        let teams = quotient(32, team_lanes);
+        let team = quotient(lane, team_lanes);
+        let member = lane - team * team_lanes;
         let element = member * 8;
         let active = element < head_dim;
         let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 8]);
         let written = Seal::of(a, get!(op, input.from));
         let mut scaled = [0.0; 8];
-        if active && from < to {
-            let q = get!(op, input.x).add((head * head_dim + element) as usize);
-            let (x, y) = (written.read4(q), written.read4(q.add(4)));
-            for k in 0..4 {
-                scaled[k] = x[k] * scale;
-                scaled[k + 4] = y[k] * scale;
-            }
-        }
         let mut base = from;
         // Every lane takes every turn, for the shuffles; a team past the end has nothing to add.
         while base < to {
@@ -156,6 +168,15 @@ unsafe fn attend_tokens(a: &DecodeArgs, op: Current, head: u32, from: u32, to: u
                         keys[u] = ld_v4_u32(keys_at.add(at));
                         values[u] = ld_v4_u32(values_at.add(at));
                     }
+                }
+            }
+            // The first keys are on their way while the query is awaited.
+            if active && base == from {
+                let q = get!(op, input.x).add((head * head_dim + element) as usize);
+                let (x, y) = (written.read4(q), written.read4(q.add(4)));
+                for k in 0..4 {
+                    scaled[k] = x[k] * scale;
+                    scaled[k + 4] = y[k] * scale;
                 }
             }
             let mut scores = [0.0; UNROLL];

@@ -1,17 +1,17 @@
 //! The embedding of the step's token.
 
 use super::seal::Seal;
-use super::{Coming, Current, DecodeArgs, Warp, get};
+use super::{Current, DecodeArgs, Warp, await_op, blocks, copy_op, get, matrix_at, thread};
 use crate::types::{GROUP, Matrix, unpack_four};
 use cuda_std::shared::SharedPtr;
-use cuda_std::thread::{block_idx_x, grid_dim_x, sync_threads, thread_idx_x};
+use cuda_std::thread::block_idx_x;
 
 /// [`kind::EMBED`](super::kind::EMBED): a thread for each four weights, neighbours in different blocks.
 #[inline(always)]
 pub unsafe fn embed(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
-        let coming = Coming::load(a, w.index + super::AHEAD);
-        let table: *const Matrix = SharedPtr::<Matrix>::from_addr(op.matrix(0)).as_ptr();
+        copy_op(a, w.index + super::AHEAD);
+        let table: *const Matrix = SharedPtr::<Matrix>::from_addr(op.0 + matrix_at(0)).as_ptr();
         let groups = (*table).cols / GROUP as u32;
         let seal = Seal::of(
             a,
@@ -22,7 +22,7 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current, w: &mut Warp) {
             },
         );
         let (len, scale, out) = (get!(op, input.len), get!(op, scale), get!(op, out));
-        let mut i = thread_idx_x() * grid_dim_x() + block_idx_x();
+        let mut i = thread() * blocks() + block_idx_x();
         while i < groups * (GROUP as u32 / 4) {
             let (g, word) = (i as usize / (GROUP / 4), i as usize % (GROUP / 4));
             let v = unpack_four(&*table, a.token as usize, g, word);
@@ -32,9 +32,9 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current, w: &mut Warp) {
                     seal.write(out.add(at as usize), v[k as usize] * scale);
                 }
             }
-            i += super::THREADS * grid_dim_x();
+            i += 32 * super::WARPS * blocks();
         }
-        coming.store();
-        sync_threads();
+        await_op();
+        super::sync();
     }
 }

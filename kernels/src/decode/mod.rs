@@ -7,8 +7,8 @@
 //!   between blocks, and there is no barrier: every word carries in its low bits the number of the operation
 //!   that wrote it ([`seal`]), and who needs a word looks until it is there. That costs about half of a
 //!   barrier over the grid and the read behind it.
-//! - Weights come through a ring in shared memory ([`ring`]). Each warp knows its tasks of all operations to
-//!   come, and keeps the ring full whatever operation it is at, so that the memory never waits for an
+//! - Weights come through rings in shared memory ([`ring`]), one for each warp that computes. Four warps do nothing
+//!   but keep these full: they know the tasks of all operations to come, so that the memory never waits for an
 //!   operation to end.
 //!
 //! In a product ([`product`]), every block brings the whole input row into shared memory, quantised to 8 bits per
@@ -25,25 +25,30 @@ mod product;
 mod ring;
 mod row;
 mod seal;
+mod task;
 
 use crate::rows::{CacheLayer, Rotation};
 use crate::types::{Matrix, NO_MATRIX};
+use cuda_std::int::here;
 use cuda_std::kernel;
-use cuda_std::memory::{ldg_v4_u32, prefetch_l2};
+use cuda_std::memory::{cp_async_16, cp_async_wait_all, ldg_u32, ldg_v2_u32};
 use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{
-    block_idx_x, clock, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
+    bar_sync, block_idx_x, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
 };
 use ring::Ring;
 
 pub use ring::TURNS;
 pub use row::row_bytes;
 pub use seal::{NUMBERS, PLAIN};
+pub use task::{MAX_SEGMENTS, Segment};
 
+/// Warps of a block that compute.
+pub const WARPS: u32 = 12;
+/// Warps of a block that bring weights, one on each of the multiprocessor's schedulers.
+const FEEDERS: u32 = 4;
 /// Threads per block, one block per multiprocessor.
-pub const THREADS: u32 = 512;
-/// Warps per block.
-pub const WARPS: u32 = THREADS / 32;
+pub const THREADS: u32 = 32 * (WARPS + FEEDERS);
 
 /// Most splits of a head's tokens; see [`Op::splits`].
 pub const MAX_SPLITS: u32 = 16;
@@ -67,7 +72,7 @@ pub mod kind {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Input {
-    /// f32, `len` long. With `splits`, attention's parts instead: f32
+    /// f32, `len` long. With `splits`, several parts of attention instead: f32
     /// `[heads][splits][head_dim + 4]`, unnormalised sums, their peak and mass, two unused.
     pub x: *const f32,
     /// RMS norm's weight; null for no norm.
@@ -104,7 +109,8 @@ pub struct Op {
     /// Tasks of a product, one per warp and turn: [`Op::count_tasks`].
     pub tasks: u32,
     pub heads: u32,
-    /// Parts that each head's tokens are cut into, at most [`MAX_SPLITS`]; a block takes one at a time.
+    /// Parts that each head's tokens are cut into, at most [`MAX_SPLITS`]; a block takes one at a time. A single part
+    /// is normalised, and `out` a row.
     pub splits: u32,
     /// Of the attention scores, or of the embedding.
     pub scale: f32,
@@ -148,6 +154,9 @@ const _: () = assert!(
 #[derive(Clone, Copy)]
 pub struct DecodeArgs {
     pub ops: *const Op,
+    /// The operations' [segments](Op::segments), those with tasks, in order; one without after them.
+    pub segments: *const Segment,
+    pub segment_count: u32,
     pub count: u32,
     /// Added to every number of this launch's operations; below [`NUMBERS`].
     pub base: u32,
@@ -186,20 +195,20 @@ pub mod point {
 /// Notes the time in the first thread of block 0, if it is asked for.
 #[inline(always)]
 unsafe fn note(a: &DecodeArgs, index: u32, point: usize) {
-    if !a.trace.is_null() && thread_idx_x() == 0 && block_idx_x() == 0 {
-        let at = index as usize * point::COUNT + point;
+    if !a.trace.is_null() && thread() == 0 && block_idx_x() == 0 {
+        let at = here(index) as usize * point::COUNT + point;
         unsafe { a.trace.add(at).write(globaltimer()) }
     }
 }
 
-/// Operations in shared memory: the current one and those that the ring has come to.
-const WINDOW: u32 = 8;
-/// How far the window reaches beyond the current operation, whose barrier has shown its last. Of the two places left
-/// over one is the current operation's, one that of the operation before, which slow warps still read.
+/// Operations in shared memory: the one before, which slow warps still read, the current one, and those to come.
+const WINDOW: u32 = 4;
+/// How far the window reaches beyond the current operation, whose barrier has shown its last.
 const AHEAD: u32 = WINDOW - 2;
 
-/// Shared memory: scratch, the window, two rows, the rings.
-const WINDOW_AT: u32 = 256;
+/// Shared memory: scratch, the rings' barriers, the window, two rows, the rings.
+const BARRIERS_AT: u32 = 256;
+const WINDOW_AT: u32 = BARRIERS_AT + ring::BARRIERS_BYTES;
 const ROWS_AT: u32 = WINDOW_AT + WINDOW * OP_BYTES;
 
 /// Bytes of shared memory of a launch whose operations need at most `row` bytes for a row
@@ -215,129 +224,133 @@ pub const fn shared_bytes(row: u32, tile: u32, turns: u32) -> (u32, u32) {
     (ROWS_AT + 2 * row + WARPS * turns * 2 * tile, row)
 }
 
-/// An operation in shared memory: its address there.
-#[derive(Clone, Copy)]
-struct Current(u32);
+/// Where the fields of an operation are read.
+trait Source: Copy {
+    unsafe fn word(self, offset: u32) -> u32;
+    unsafe fn long(self, offset: u32) -> u64;
 
-/// Reads a field of a [`Current`].
+    /// The field at `offset`; `_type` only says its type.
+    #[inline(always)]
+    unsafe fn read<T: Field>(self, offset: u32, _type: impl Fn(*const Op) -> *const T) -> T {
+        unsafe { T::of(self, offset) }
+    }
+
+    /// Biases of matrix `m`; null for none.
+    #[inline(always)]
+    unsafe fn bias(self, m: u32) -> *const f32 {
+        unsafe { Field::of(self, core::mem::offset_of!(Op, biases) as u32 + 8 * m) }
+    }
+}
+
+/// Reads a field of an operation from a [`Source`].
 macro_rules! get {
     ($op:expr, $($field:tt)+) => {
-        $op.read(core::mem::offset_of!($crate::decode::Op, $($field)+) as u32, |op| &raw const (*op).$($field)+)
+        $crate::decode::Source::read(
+            $op,
+            core::mem::offset_of!($crate::decode::Op, $($field)+) as u32,
+            |op| &raw const (*op).$($field)+,
+        )
     };
 }
 use get;
+
+/// Where matrix `m` lies in an operation.
+#[inline(always)]
+fn matrix_at(m: u32) -> u32 {
+    core::mem::offset_of!(Op, matrices) as u32 + m * size_of::<Matrix>() as u32
+}
+
+/// An operation in the window: its address there.
+#[derive(Clone, Copy)]
+struct Current(u32);
 
 impl Current {
     #[inline(always)]
     fn at(index: u32) -> Current {
         Current(shared::at::<u8>(WINDOW_AT + index % WINDOW * OP_BYTES).addr())
     }
+}
 
-    /// The field at `offset`; `_type` only says its type.
+impl Source for Current {
     #[inline(always)]
-    unsafe fn read<T: Field>(self, offset: u32, _type: impl Fn(*const Op) -> *const T) -> T {
-        unsafe { T::load_field(self.0 + offset) }
+    unsafe fn word(self, offset: u32) -> u32 {
+        unsafe { u32::load(self.0 + offset) }
     }
 
-    /// The address of matrix `m`.
     #[inline(always)]
-    fn matrix(self, m: u32) -> u32 {
-        self.0 + core::mem::offset_of!(Op, matrices) as u32 + m * size_of::<Matrix>() as u32
+    unsafe fn long(self, offset: u32) -> u64 {
+        unsafe { u64::load(self.0 + offset) }
+    }
+}
+
+/// An operation in the program, in global memory.
+#[derive(Clone, Copy)]
+struct Listed(*const Op);
+
+impl Source for Listed {
+    #[inline(always)]
+    unsafe fn word(self, offset: u32) -> u32 {
+        unsafe { ldg_u32(self.0.cast::<u8>().add(offset as usize).cast()) }
     }
 
-    /// Bias of row `r` of matrix `m`, as a pointer; null for none.
     #[inline(always)]
-    unsafe fn bias(self, m: u32) -> *const f32 {
-        unsafe { Field::load_field(self.0 + core::mem::offset_of!(Op, biases) as u32 + 8 * m) }
+    unsafe fn long(self, offset: u32) -> u64 {
+        let [low, high] = unsafe { ldg_v2_u32(self.0.cast::<u8>().add(offset as usize)) };
+        u64::from(low) | (u64::from(high) << 32)
     }
 }
 
 /// What an operation's fields are.
 trait Field {
-    unsafe fn load_field(address: u32) -> Self;
+    unsafe fn of(op: impl Source, offset: u32) -> Self;
 }
 
-macro_rules! scalar_fields {
-    ($($type:ty),*) => {$(
-        impl Field for $type {
-            #[inline(always)]
-            unsafe fn load_field(address: u32) -> Self {
-                unsafe { <$type as Scalar>::load(address) }
-            }
-        }
-    )*};
+impl Field for u32 {
+    #[inline(always)]
+    unsafe fn of(op: impl Source, offset: u32) -> Self {
+        unsafe { op.word(offset) }
+    }
 }
-scalar_fields!(u32, f32);
+
+impl Field for f32 {
+    #[inline(always)]
+    unsafe fn of(op: impl Source, offset: u32) -> Self {
+        f32::from_bits(unsafe { op.word(offset) })
+    }
+}
 
 impl<T> Field for *const T {
     #[inline(always)]
-    unsafe fn load_field(address: u32) -> Self {
-        unsafe { u64::load(address) as *const T }
+    unsafe fn of(op: impl Source, offset: u32) -> Self {
+        unsafe { op.long(offset) as *const T }
     }
 }
 
 impl<T> Field for *mut T {
     #[inline(always)]
-    unsafe fn load_field(address: u32) -> Self {
-        unsafe { u64::load(address) as *mut T }
+    unsafe fn of(op: impl Source, offset: u32) -> Self {
+        unsafe { op.long(offset) as *mut T }
     }
 }
 
-/// An operation on its way into the window.
-#[derive(Clone, Copy)]
-struct Coming {
-    index: u32,
-    words: [u32; 4],
-    /// Whether this lane has 16 bytes of it.
-    mine: bool,
-}
-
-impl Coming {
-    /// Asks for operation `index`, if this warp is the last: it has the fewest tasks.
-    #[inline(always)]
-    unsafe fn load(a: &DecodeArgs, index: u32) -> Coming {
-        let t = thread_idx_x();
-        let mine = t / 32 == WARPS - 1 && t % 32 < OP_BYTES / 16 && index < a.count;
-        let mut words = [0; 4];
-        if mine {
-            unsafe {
-                let op = a.ops.add(index as usize).cast::<u8>();
-                words = ldg_v4_u32(op.add(16 * lane_id() as usize));
-            }
-        }
-        Coming { index, words, mine }
-    }
-
-    /// Puts it into the window; a barrier of the block shows it to all.
-    #[inline(always)]
-    unsafe fn store(self) {
-        if self.mine {
-            let to = Current::at(self.index).0 + 16 * lane_id();
-            unsafe { SharedPtr::<u32>::from_addr(to).store_v4(self.words) }
-        }
-    }
-}
-
-/// Asks for what `op` reads that neither the ring nor an operation brings: norm weights and biases.
+/// Starts to copy operation `index` into the window, by the last warp: it has the fewest tasks. [`await_op`] and a
+/// barrier must follow.
 #[inline(always)]
-unsafe fn prefetch(op: Current) {
-    unsafe {
-        const LINE: u32 = 128;
-        let line = block_idx_x() + grid_dim_x() * (thread_idx_x() % 32);
-        let ask = |p: *const f32, len: u32| {
-            if !p.is_null() && line * (LINE / 4) < len {
-                prefetch_l2(p.add((line * (LINE / 4)) as usize));
-            }
-        };
-        match thread_idx_x() / 32 {
-            12 => ask(get!(op, input.norm), get!(op, input.len)),
-            w @ 9..12 => {
-                let rows = core::mem::offset_of!(Matrix, rows) as u32;
-                ask(op.bias(w - 9), u32::load(op.matrix(w - 9) + rows));
-            }
-            _ => {}
+unsafe fn copy_op(a: &DecodeArgs, index: u32) {
+    let (warp, at) = (thread() / 32, 16 * lane());
+    if warp == WARPS - 1 && index < a.count && at < OP_BYTES {
+        let to = SharedPtr::<u8>::from_addr(Current::at(index).0 + at);
+        unsafe {
+            let from = a.ops.add(index as usize).cast::<u8>();
+            cp_async_16(to, from.add(at as usize));
         }
     }
+}
+
+/// Waits for what [`copy_op`] began.
+#[inline(always)]
+fn await_op() {
+    cp_async_wait_all();
 }
 
 /// What a warp carries from operation to operation.
@@ -345,26 +358,52 @@ struct Warp {
     /// Index of the current operation.
     index: u32,
     ring: Ring,
-    /// [`clock`] at the end of the last operation.
-    since: u32,
+}
+
+/// Lane and thread of the block, as numbers from which nothing is computed beforehand: what follows from them would
+/// else take registers throughout the launch.
+#[inline(always)]
+fn lane() -> u32 {
+    here(lane_id())
+}
+
+#[inline(always)]
+fn thread() -> u32 {
+    here(thread_idx_x())
+}
+
+/// Blocks of the grid, likewise.
+#[inline(always)]
+fn blocks() -> u32 {
+    here(grid_dim_x())
+}
+
+/// A barrier of the warps that compute: the feeders do not come to it.
+#[inline(always)]
+fn sync() {
+    bar_sync(1, 32 * WARPS);
 }
 
 /// Carries `ops` in order over one row. The launch is cooperative, with [`shared_bytes`].
 #[kernel(launch_bounds(512, 1))]
 pub unsafe fn decode(a: DecodeArgs) {
     unsafe {
+        ring::init();
         let mut i = 0;
         while i < AHEAD {
-            Coming::load(&a, i).store();
+            copy_op(&a, i);
             i += 1;
         }
+        await_op();
         sync_threads();
+        if thread_idx_x() >= 32 * WARPS {
+            ring::feed(&a);
+            return;
+        }
         let mut w = Warp {
             index: 0,
             ring: Ring::new(&a),
-            since: clock(),
         };
-        w.ring.fill(&a, AHEAD - 1);
         while w.index < a.count {
             let op = Current::at(w.index);
             note(&a, w.index, point::BEGIN);
@@ -374,11 +413,6 @@ pub unsafe fn decode(a: DecodeArgs) {
                 _ => product::product(&a, op, &mut w),
             }
             note(&a, w.index, point::OUTPUT);
-            w.since = clock();
-            if w.index + 2 < a.count {
-                prefetch(Current::at(w.index + 2));
-            }
-            w.ring.fill(&a, w.index + AHEAD);
             w.index += 1;
         }
     }

@@ -1,165 +1,23 @@
 //! Products with the input row: plain ones, gate and up, queries, keys and values.
 
-use super::ring::{Rest, Tile};
-use super::row::{Group, Row};
+use super::ring::Tile;
+use super::row::{Group, Row, ask, norm_scale};
 use super::seal::{Seal, pause};
-use super::{AHEAD, Coming, Current, DecodeArgs, PLAIN, WARPS, Warp, get, kind, note, point};
+use super::task::{Task, first_run, first_task, matrix_field, task_stride};
+use super::{AHEAD, Current, DecodeArgs, PLAIN, Source, WARPS, Warp, await_op, blocks, copy_op, get, kind,
+    lane, note, point, sync, thread};
 use crate::for_each_type;
-use crate::rows::{BLOCK_TOKENS, Rotation};
-use crate::sample::{block_max, max_u64, rank};
+use crate::rows::BLOCK_TOKENS;
+use crate::sample::{max_u64, rank, warp_max};
 use crate::types::*;
 use core::mem::offset_of;
-use cuda_std::int::{dp4a_us, opaque};
+use cuda_std::int::{dp4a_us, here, opaque, quotient};
 use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
 };
-use cuda_std::shared::{self, Scalar, SharedPtr};
-use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id, sync_threads, thread_idx_x};
+use cuda_std::shared::{self, SharedPtr};
+use cuda_std::thread::block_idx_x;
 use cuda_std::{float, half, warp};
-
-/// Two matrix rows (the number of a matrix of the operation, and a row of it), or one twice.
-#[derive(Clone, Copy)]
-pub struct Task {
-    pub m0: u32,
-    pub r0: u32,
-    pub m1: u32,
-    pub r1: u32,
-    /// A [`kind::QKV`]'s pair of elements within its head, and whether they rotate.
-    pair: u32,
-    rotates: bool,
-}
-
-/// This warp's first task. Neighbouring tasks go to different blocks, so that a few keep all busy.
-#[inline(always)]
-pub fn first_task() -> u32 {
-    thread_idx_x() / 32 * grid_dim_x() + block_idx_x()
-}
-
-/// From one of this warp's tasks to the next.
-#[inline(always)]
-pub fn task_stride() -> u32 {
-    grid_dim_x() * WARPS
-}
-
-impl Task {
-    /// Task `index` of an operation.
-    #[inline(always)]
-    pub unsafe fn of(op: Current, index: u32) -> Task {
-        let mut task = Task {
-            m0: 0,
-            r0: index,
-            m1: 0,
-            r1: index,
-            pair: 0,
-            rotates: false,
-        };
-        unsafe {
-            match get!(op, kind) {
-                kind::PRODUCT if get!(op, split) == 0 => {
-                    task.r0 = 2 * index;
-                    let last = rows(op, 0) - 1;
-                    task.r1 = if 2 * index < last {
-                        2 * index + 1
-                    } else {
-                        2 * index
-                    };
-                }
-                kind::GATE_UP => task.m1 = 1,
-                kind::QKV => {
-                    let head_dim = get!(op, cache.head_dim);
-                    let (heads, kv_heads) = (get!(op, heads), get!(op, cache.kv_heads));
-                    let pairs = head_dim / 2;
-                    let head = index / pairs;
-                    let pair = index - head * pairs;
-                    let (which, head) = if head < heads {
-                        (0, head)
-                    } else if head < heads + kv_heads {
-                        (1, head - heads)
-                    } else {
-                        (2, head - heads - kv_heads)
-                    };
-                    let rotation = Rotation {
-                        table: core::ptr::null(),
-                        dims: get!(op, rotation.dims),
-                        halves: get!(op, rotation.halves),
-                    };
-                    let (e0, e1, rotates) = rotation.pair(pair as usize, which < 2);
-                    task = Task {
-                        m0: which,
-                        r0: head * head_dim + e0 as u32,
-                        m1: which,
-                        r1: head * head_dim + e1 as u32,
-                        pair,
-                        rotates,
-                    };
-                }
-                _ => {}
-            }
-        }
-        task
-    }
-
-    /// The bytes of both runs.
-    #[inline(always)]
-    pub unsafe fn rest(&self, op: Current) -> [Rest; 2] {
-        unsafe {
-            let row = |m: u32, r: u32| {
-                let row_bytes = matrix_field(op, m, offset_of!(Matrix, row_bytes));
-                let base = u64::load(op.matrix(m) + offset_of!(Matrix, base) as u32) as *const u8;
-                Rest {
-                    from: base.add(r as usize * row_bytes as usize),
-                    bytes: row_bytes,
-                    tile: matrix_field(op, m, offset_of!(Matrix, tile_bytes)),
-                }
-            };
-            let (mut first, mut second) = (row(self.m0, self.r0), row(self.m1, self.r1));
-            if get!(op, split) != 0 {
-                let tile = matrix_field(op, self.m0, offset_of!(Matrix, tile_bytes));
-                let bytes = half(first.bytes.div_ceil(tile)) * tile;
-                let bytes = if bytes < first.bytes {
-                    bytes
-                } else {
-                    first.bytes
-                };
-                first.bytes = bytes;
-                second.from = second.from.add(bytes as usize);
-                second.bytes -= bytes;
-            }
-            [first, second]
-        }
-    }
-}
-
-/// Groups of both runs of a task: whole rows, or a row's halves.
-#[inline(always)]
-unsafe fn runs(op: Current, apart: bool) -> (u32, u32) {
-    let groups = unsafe { matrix_field(op, 0, offset_of!(Matrix, cols)) } / GROUP as u32;
-    if !apart {
-        return (groups, groups);
-    }
-    let first = half(groups.div_ceil(TILE as u32)) * TILE as u32;
-    if first < groups {
-        (first, groups - first)
-    } else {
-        (groups, 0)
-    }
-}
-
-/// Tiles of the first half of so many.
-#[inline(always)]
-fn half(tiles: u32) -> u32 {
-    tiles.div_ceil(2)
-}
-
-#[inline(always)]
-unsafe fn matrix_field(op: Current, m: u32, offset: usize) -> u32 {
-    unsafe { u32::load(op.matrix(m) + offset as u32) }
-}
-
-#[inline(always)]
-unsafe fn rows(op: Current, m: u32) -> u32 {
-    unsafe { matrix_field(op, m, offset_of!(Matrix, rows)) }
-}
 
 /// Tasks that a warp brings to an end together.
 const BATCH: u32 = 4;
@@ -168,21 +26,34 @@ const BATCH: u32 = 4;
 /// half of the warp, the second's in the upper. Of four neighbours with the same output the first writes it.
 #[derive(Clone, Copy)]
 struct Output {
-    /// Its matrix and row.
-    m: u32,
-    r: u32,
-    exists: bool,
+    /// Where it goes.
+    to: *mut f32,
+    /// Its matrix, and above it whether this lane writes it.
+    flags: u32,
     bias: f32,
     /// Cosine and sine of a rotation's angle; or the bits of the word that is added to.
     turn: (f32, f32),
 }
 
 impl Output {
+    const WRITES: u32 = 4;
+
+    /// Its matrix.
+    #[inline(always)]
+    fn m(&self) -> u32 {
+        self.flags % Self::WRITES
+    }
+
+    #[inline(always)]
+    fn writes(&self) -> bool {
+        self.flags & Self::WRITES != 0
+    }
+
     /// Of the batch that begins with task `index`. What it asks for comes while the input is awaited.
     #[inline(always)]
     unsafe fn of(a: &DecodeArgs, op: Current, index: u32) -> Output {
         unsafe {
-            let (lane, count) = (lane_id(), get!(op, tasks));
+            let (lane, count) = (lane(), get!(op, tasks));
             let index = index + lane / 4 % BATCH * task_stride();
             let exists = index < count;
             let task = Task::of(op, if exists { index } else { 0 });
@@ -191,11 +62,13 @@ impl Output {
             } else {
                 (task.m1, task.r1)
             };
+            // A matrix's last row may be without a second; of a split row's halves, and of a gate and its up, the first
+            // writes.
+            let second = (task.m0, task.r0) != (task.m1, task.r1) && get!(op, kind) != kind::GATE_UP;
+            let writes = exists && lane % 4 == 0 && (lane < 16 || second);
             let mut output = Output {
-                m,
-                r,
-                // A matrix's last row may be without a second.
-                exists: exists && (lane < 16 || (task.m0, task.r0) != (task.m1, task.r1)),
+                to: get!(op, out).wrapping_add(r as usize),
+                flags: m | if writes { Self::WRITES } else { 0 },
                 bias: 0.0,
                 turn: (1.0, 0.0),
             };
@@ -209,8 +82,7 @@ impl Output {
                     let at = (a.position * (get!(op, rotation.dims) / 2) + task.pair) as usize * 2;
                     output.turn = (ldg_f32(table.add(at)), ldg_f32(table.add(at + 1)));
                 } else if get!(op, add) != 0 {
-                    let word = ld_relaxed_u32(get!(op, out).add(r as usize).cast());
-                    output.turn.0 = f32::from_bits(word);
+                    output.turn.0 = f32::from_bits(ld_relaxed_u32(output.to.cast()));
                 }
             }
             output
@@ -218,169 +90,366 @@ impl Output {
     }
 }
 
-/// This lane's part of the product of one group.
-#[inline(always)]
-fn dot_group<T: Quantised>(raw: T::Raw, g: u32, x: &Group) -> f32 {
-    let levels = T::levels(raw);
-    let a = T::affine(raw, g as usize);
-    let (mut first, mut last) = (0, 0);
-    for w in 0..4 {
-        first = dp4a_us(levels[w], x.low[w], first);
-        last = dp4a_us(levels[w + 4], x.high[w], last);
-    }
-    if T::UNIFORM {
-        a.d[0] * (x.d * (first + last) as f32) + a.m[0] * x.sum
-    } else {
-        a.d[0] * (x.d * first as f32)
-            + a.d[1] * (x.d * last as f32)
-            + (a.m[0] * x.sums[0] + a.m[1] * x.sums[1])
-    }
+/// A group of weights, whatever its type: levels, and `d * level + m` for its halves.
+#[derive(Clone, Copy)]
+struct Unpacked {
+    levels: [u32; 8],
+    affine: Affine,
 }
 
-/// A turn.
+/// A turn's groups of this lane.
+type Pair = [Unpacked; 2];
+
+/// A turn in shared memory: addresses of the two tiles, and their groups; and the lane that reads it.
+#[derive(Clone, Copy)]
 struct Turn {
-    /// Addresses of the two tiles.
+    lane: u32,
     tiles: [u32; 2],
-    /// Their groups.
     groups: [u32; 2],
-    /// Their places in the row.
-    at: [u32; 2],
-    /// Whether those differ.
-    apart: bool,
 }
 
-/// This lane's parts of a turn's two products, of matrices of one quantised type.
-#[inline(always)]
-unsafe fn turn_quantised<T: Quantised>(row: &Row, turn: &Turn) -> (f32, f32) {
-    unsafe {
-        let lane = lane_id();
-        // Lanes past the end compute with whatever is there, and are not counted.
-        let tile = |i: usize| Tile::<T>::new(turn.tiles[i], turn.groups[i]);
-        let w0 = T::load(&tile(0), lane as usize);
-        let w1 = T::load(&tile(1), lane as usize);
-        let x = row.group(turn.at[0] + lane);
-        let y = if turn.apart {
-            row.group(turn.at[1] + lane)
+/// The two runs of a task, in groups: the whole of a row each, or its two halves.
+#[derive(Clone, Copy)]
+struct Runs(u32);
+
+impl Runs {
+    #[inline(always)]
+    fn of(groups: u32, split: bool) -> Runs {
+        let second = if split { first_run(groups) } else { 0 };
+        Runs(groups | (second << 16))
+    }
+
+    /// Groups of a row.
+    #[inline(always)]
+    fn groups(self) -> u32 {
+        self.0 & 0xffff
+    }
+
+    /// Where the second run begins; it ends with the row.
+    #[inline(always)]
+    fn second(self) -> u32 {
+        self.0 >> 16
+    }
+
+    /// Where the first run ends.
+    #[inline(always)]
+    fn first(self) -> u32 {
+        if self.second() == 0 {
+            self.groups()
         } else {
-            x
-        };
-        let v0 = dot_group::<T>(w0, lane, &x);
-        let v1 = dot_group::<T>(w1, lane, &y);
-        (
-            if lane < turn.groups[0] { v0 } else { 0.0 },
-            if lane < turn.groups[1] { v1 } else { 0.0 },
+            self.second()
+        }
+    }
+}
+
+impl Turn {
+    /// The turn at address `tile`, whose tiles begin at group `at` of their runs.
+    #[inline(always)]
+    fn new(a: &DecodeArgs, tile: u32, runs: Runs, at: u32) -> Turn {
+        Turn {
+            lane: lane(),
+            tiles: [tile, tile + a.tile_bytes],
+            groups: [
+                left(runs.first(), at),
+                left(runs.groups() - runs.second(), at),
+            ],
+        }
+    }
+}
+
+/// Groups of a run's tile that begins at group `at`.
+#[inline(always)]
+fn left(groups: u32, at: u32) -> u32 {
+    let left = groups.saturating_sub(at);
+    if left < TILE as u32 {
+        left
+    } else {
+        TILE as u32
+    }
+}
+
+/// Lanes past the end of a tile take whatever is there, and are not counted.
+#[inline(always)]
+unsafe fn load<T: Quantised>(turn: &Turn, i: usize) -> T::Raw {
+    unsafe {
+        T::load(
+            &Tile::<T>::new(turn.tiles[i], turn.groups[i]),
+            turn.lane as usize,
         )
     }
 }
 
-/// The same, one product after the other through the same code: for types that take more registers than
-/// loads in flight are worth.
 #[inline(always)]
-unsafe fn turn_looked_up<T: Quantised>(row: &Row, turn: &Turn) -> (f32, f32) {
-    unsafe {
-        let lane = lane_id();
-        let (mut first, mut last) = (0.0, 0.0);
-        let mut i = 0;
-        while i < 2 {
-            let (tile, groups, at) = if i == 0 {
-                (turn.tiles[0], turn.groups[0], turn.at[0])
-            } else {
-                (turn.tiles[1], turn.groups[1], turn.at[1])
-            };
-            let w = T::load(&Tile::<T>::new(tile, groups), lane as usize);
-            let v = dot_group::<T>(w, lane, &row.group(at + lane));
-            first = last;
-            last = if lane < groups { v } else { 0.0 };
-            // Not unrolled.
-            i += opaque(1);
-        }
-        (first, last)
+fn unpacked<T: Quantised>(raw: T::Raw, turn: &Turn) -> Unpacked {
+    Unpacked {
+        levels: T::levels(raw),
+        affine: T::affine(raw, turn.lane as usize),
     }
 }
 
-/// The same with float weights and the f32 row.
+/// Both groups of one quantised type.
 #[inline(always)]
-unsafe fn turn_float<T: Sixteen>(row: &Row, turn: &Turn) -> (f32, f32) {
+unsafe fn pair_quantised<T: Quantised>(turn: Turn) -> Pair {
     unsafe {
-        let side = |i: usize| {
-            let mut sum = 0.0;
-            // 16 bytes a lane at a time.
-            let mut unit = lane_id();
-            while unit * (T::WEIGHTS as u32) < turn.groups[i] * GROUP as u32 {
-                let w = SharedPtr::<u32>::from_addr(turn.tiles[i] + 16 * unit).load_v4();
-                let w = T::unpack_sixteen(w);
-                let e = turn.at[i] * GROUP as u32 + unit * T::WEIGHTS as u32;
-                let mut k = 0;
-                while k < T::WEIGHTS {
-                    let x = row.values().add(e + k as u32).load_v4();
-                    for j in 0..4 {
-                        sum += w[k + j] * x[j];
-                    }
-                    k += 4;
+        let first = load::<T>(&turn, 0);
+        let second = load::<T>(&turn, 1);
+        [unpacked::<T>(first, &turn), unpacked::<T>(second, &turn)]
+    }
+}
+
+/// The same, one after the other through the same code: for types that take more registers than
+/// loads in flight are worth.
+#[inline(always)]
+unsafe fn pair_looked_up<T: Quantised>(turn: Turn) -> Pair {
+    let mut pair = [NOTHING; 2];
+    let mut turn = turn;
+    let mut i = 0;
+    while i < 2 {
+        turn.lane = here(turn.lane);
+        pair[0] = pair[1];
+        pair[1] = unpacked::<T>(unsafe { load::<T>(&turn, 0) }, &turn);
+        (turn.tiles[0], turn.groups[0]) = (turn.tiles[1], turn.groups[1]);
+        // Not unrolled.
+        i += opaque(1);
+    }
+    pair
+}
+
+const NOTHING: Unpacked = Unpacked {
+    levels: [0; 8],
+    affine: Affine {
+        d: [0.0; 2],
+        m: [0.0; 2],
+    },
+};
+
+/// This lane's part of the product of one group.
+#[inline(always)]
+fn dot(w: &Unpacked, x: &Group) -> f32 {
+    let (mut first, mut last) = (0, 0);
+    for i in 0..4 {
+        first = dp4a_us(w.levels[i], x.low[i], first);
+        last = dp4a_us(w.levels[i + 4], x.high[i], last);
+    }
+    let a = &w.affine;
+    let product = a.d[0] * first as f32 + a.d[1] * last as f32;
+    x.d * product + (a.m[0] * x.sums[0] + a.m[1] * x.sums[1])
+}
+
+/// This lane's part of the product of a tile of float weights with the f32 row from group `at` on.
+#[inline(always)]
+unsafe fn dot_float<T: Sixteen>(row: &Row, tile: u32, groups: u32, at: u32) -> f32 {
+    unsafe {
+        let mut sum = 0.0;
+        // 16 bytes a lane at a time.
+        let mut unit = lane();
+        while unit * (T::WEIGHTS as u32) < groups * GROUP as u32 {
+            let w = SharedPtr::<u32>::from_addr(tile + 16 * unit).load_v4();
+            let w = T::unpack_sixteen(w);
+            let e = at * GROUP as u32 + unit * T::WEIGHTS as u32;
+            let mut k = 0;
+            while k < T::WEIGHTS {
+                let x = row.values().add(e + k as u32).load_v4();
+                for j in 0..4 {
+                    sum += w[k + j] * x[j];
                 }
-                unit += 32;
+                k += 4;
             }
-            sum
-        };
-        (side(0), side(1))
+            unit += 32;
+        }
+        sum
     }
 }
 
 macro_rules! turn_by_type {
     ($($ty:literal => $name:ident, $kind:ident;)*) => {
+        /// A turn's groups of quantised type `ty`.
         #[inline(always)]
-        unsafe fn turn_of(ty: u32, row: &Row, turn: &Turn) -> (f32, f32) {
+        unsafe fn pair_of(ty: u32, turn: Turn) -> Pair {
             unsafe {
                 match ty {
-                    $($ty => turn_by_type!(@$kind $name, row, turn),)*
-                    _ => (f32::NAN, f32::NAN),
+                    $($ty => turn_by_type!(@$kind pair $name, turn),)*
+                    _ => [NOTHING; 2],
+                }
+            }
+        }
+
+        /// [`dot_float`] of type `ty`.
+        #[inline(always)]
+        unsafe fn dot_float_of(ty: u32, row: &Row, tile: u32, groups: u32, at: u32) -> f32 {
+            unsafe {
+                match ty {
+                    $($ty => turn_by_type!(@$kind dot $name, row, tile, groups, at),)*
+                    _ => f32::NAN,
                 }
             }
         }
     };
-    (@quantised $name:ident, $($arg:expr),*) => { turn_quantised::<$name>($($arg),*) };
-    (@looked_up $name:ident, $($arg:expr),*) => { turn_looked_up::<$name>($($arg),*) };
-    (@float $name:ident, $($arg:expr),*) => { turn_float::<$name>($($arg),*) };
+    (@quantised pair $name:ident, $($arg:expr),*) => { pair_quantised::<$name>($($arg),*) };
+    (@looked_up pair $name:ident, $($arg:expr),*) => { pair_looked_up::<$name>($($arg),*) };
+    (@float pair $name:ident, $($arg:expr),*) => { [NOTHING; 2] };
+    (@quantised dot $name:ident, $($arg:expr),*) => { f32::NAN };
+    (@looked_up dot $name:ident, $($arg:expr),*) => { f32::NAN };
+    (@float dot $name:ident, $($arg:expr),*) => { dot_float::<$name>($($arg),*) };
 }
 for_each_type!(turn_by_type);
 
+/// A turn's groups of a matrix each; those of float types are not unpacked.
+#[inline(always)]
+unsafe fn unpack_turn(types: Types, turn: Turn) -> Pair {
+    let mut turn = turn;
+    let mut ty = types.first();
+    let mut pair = [NOTHING; 2];
+    let mut i = 0;
+    while i < 2 {
+        // Else the addresses for every type would be computed beforehand, and kept.
+        turn.lane = here(turn.lane);
+        turn.tiles = turn.tiles.map(here);
+        turn.groups = turn.groups.map(here);
+        let [first, second] = unsafe { pair_of(ty, turn) };
+        pair[1] = second;
+        if i == 0 {
+            pair[0] = first;
+        }
+        if types.first() == types.second() {
+            break;
+        }
+        // Rare (a gate and an up of a hand-made mix): through the same code again.
+        ty = types.second();
+        turn.tiles[0] = turn.tiles[1];
+        turn.groups[0] = turn.groups[1];
+        i += opaque(1);
+    }
+    pair
+}
+
+/// This lane's parts of a turn's two products of which at least one is of float weights; `quantised` is the other.
+#[inline(always)]
+unsafe fn dot_turn_float(
+    types: Types,
+    row: &Row,
+    turn: Turn,
+    at: [u32; 2],
+    quantised: [f32; 2],
+) -> [f32; 2] {
+    let mut v = [0.0; 2];
+    let (mut ty, mut tile, mut groups, mut from) =
+        (types.first(), turn.tiles[0], turn.groups[0], at[0]);
+    let mut given = quantised[0];
+    let mut i = 0;
+    while i < 2 {
+        v[0] = v[1];
+        v[1] = if is_float(ty) {
+            unsafe { dot_float_of(ty, row, tile, groups, from) }
+        } else {
+            given
+        };
+        (ty, tile, groups, from) = (types.second(), turn.tiles[1], turn.groups[1], at[1]);
+        given = quantised[1];
+        i += opaque(1);
+    }
+    v
+}
+
 /// [`kind::PRODUCT`], [`kind::GATE_UP`] and [`kind::QKV`].
+///
+/// What does not need the input comes before the wait for it: the first turn's weights are unpacked by then, and
+/// what the outputs need is on its way.
 #[inline(always)]
 pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
-        let coming = Coming::load(a, w.index + AHEAD);
-        let row = Row::new(a, op, w.index);
+        copy_op(a, w.index + AHEAD);
+        let asked = ask(op);
         let count = get!(op, tasks);
-        let mut index = first_task();
+        let split = get!(op, split) != 0;
+        let gate = get!(op, kind) == kind::GATE_UP;
+        let groups = matrix_field(op, 0, offset_of!(Matrix, cols)) / GROUP as u32;
+        let runs = Runs::of(groups, split);
+        let mut index = first_task(thread() / 32);
         let mut output = Output::of(a, op, index);
-        if block_idx_x() < count {
-            row.fill(a, op, w);
-        }
-        coming.store();
-        sync_threads();
-        note(a, w.index, point::INPUT);
-        let limit = w.index + AHEAD;
-        let scale = row.scale(op);
+        let mut types = Types::of(op, gate, warp::shuffle_idx(output.m(), 0));
+        let mut waits = true;
         let mut best = 0;
-        while index < count {
-            // A lane's sum of each task of the batch, of its half's row.
-            let mut sums = [0.0f32; BATCH as usize];
-            let mut k = 0;
-            while k < BATCH && index < count {
-                let which = warp::shuffle_idx(output.m, 4 * k);
-                index += task_stride();
-                let sum = multiply(a, op, w, &row, which, index >= count, limit);
-                for i in 0..BATCH as usize {
-                    if i as u32 == k {
-                        sums[i] = sum;
-                    }
+        let mut scale = 1.0;
+        // A lane's sum of each task of the batch, of its half's row; of the current task, of both rows.
+        let mut sums = [0.0f32; BATCH as usize];
+        let mut k = 0;
+        let mut v = [0.0f32; 2];
+        let mut at = 0;
+        loop {
+            let any = index < count;
+            let mut pair = [NOTHING; 2];
+            if any {
+                let tile = w.ring.wait();
+                pair = unpack_turn(types, Turn::new(a, tile, runs, at));
+                // What is unpacked needs its place no more.
+                if !types.any_float() {
+                    w.ring.release(a);
                 }
-                k += 1;
             }
-            best = max_u64(best, finish(a, op, &output, sums, scale));
-            if index < count {
+            if waits {
+                waits = false;
+                if block_idx_x() < count {
+                    Row::new(a, w.index, runs.groups() * GROUP as u32).fill(a, op, w.index, asked);
+                }
+                await_op();
+                sync();
+                note(a, w.index, point::INPUT);
+                scale = norm_scale(op, w.index);
+                // Said here, so that they take no registers before.
+                (sums, k) = ([0.0; BATCH as usize], 0);
+                (v, at) = ([0.0; 2], 0);
+                best = 0;
+            }
+            if !any {
+                break;
+            }
+            let row = Row::new(a, w.index, runs.groups() * GROUP as u32);
+            let lane = lane();
+            let mut x = row.group(at + lane);
+            let mut turn_v = [dot(&pair[0], &x), 0.0];
+            if runs.second() != 0 {
+                x = row.group(runs.second() + at + lane);
+            }
+            turn_v[1] = dot(&pair[1], &x);
+            if at + lane >= runs.first() {
+                turn_v[0] = 0.0;
+            }
+            if runs.second() + at + lane >= runs.groups() {
+                turn_v[1] = 0.0;
+            }
+            if types.any_float() {
+                let turn = Turn::new(a, w.ring.turn(), runs, at);
+                turn_v = dot_turn_float(types, &row, turn, [at, runs.second() + at], turn_v);
+                w.ring.release(a);
+            }
+            v[0] += turn_v[0];
+            v[1] += turn_v[1];
+            at += TILE as u32;
+            if at < runs.first() {
+                continue;
+            }
+            // The task's end.
+            let low = lane < 16;
+            let (mine, other) = if low { (v[0], v[1]) } else { (v[1], v[0]) };
+            let sum = mine + warp::shuffle_xor(other, 16);
+            for i in 0..BATCH as usize {
+                if i as u32 == k {
+                    sums[i] = sum;
+                }
+            }
+            (v, at) = ([0.0; 2], 0);
+            k += 1;
+            index += task_stride();
+            if k == BATCH || index >= count {
+                best = max_u64(best, finish(a, op, &output, sums, scale));
+                if index >= count {
+                    break;
+                }
+                k = 0;
                 output = Output::of(a, op, index);
             }
+            types = Types::of(op, gate, warp::shuffle_idx(output.m(), 4 * k));
         }
         if get!(op, choose) != 0 {
             choose(a, best);
@@ -388,66 +457,32 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
     }
 }
 
-/// This lane's sum of the products of a task, the next of the ring: of the first row in the lower half of the warp, of
-/// the second in the upper. The place of the very last turn of an operation is not filled again yet: the result
-/// goes out first.
-#[inline(always)]
-unsafe fn multiply(
-    a: &DecodeArgs,
-    op: Current,
-    w: &mut Warp,
-    row: &Row,
-    which: u32,
-    last: bool,
-    limit: u32,
-) -> f32 {
-    unsafe {
-        let apart = get!(op, split) != 0;
-        let (first, second) = runs(op, apart);
-        let ty = offset_of!(Matrix, ty);
-        let other = if get!(op, kind) == kind::GATE_UP {
-            1
-        } else {
-            which
-        };
-        let (ty0, ty1) = (matrix_field(op, which, ty), matrix_field(op, other, ty));
-        let left = |len: u32, at: u32| {
-            let left = len.saturating_sub(at);
-            if left < TILE as u32 {
-                left
-            } else {
-                TILE as u32
-            }
-        };
-        let mut sums = (0.0, 0.0);
-        let mut at = 0;
-        while at < first {
-            let tile = w.ring.wait(a, limit);
-            let mut turn = Turn {
-                tiles: [tile, tile + a.tile_bytes],
-                groups: [left(first, at), left(second, at)],
-                at: [at, if apart { first + at } else { at }],
-                apart,
-            };
-            let v = turn_of(ty0, row, &turn);
-            sums.0 += v.0;
-            let mut v1 = v.1;
-            if ty0 != ty1 {
-                // Rare (a gate and an up of a hand-made mix): through the same code again.
-                turn.tiles[0] = turn.tiles[1];
-                turn.groups[0] = turn.groups[1];
-                v1 = turn_of(ty1, row, &turn).0;
-            }
-            sums.1 += v1;
-            w.ring.release(a);
-            at += TILE as u32;
-            if !(last && at >= first) {
-                w.ring.fill(a, limit);
-            }
-        }
-        let low = lane_id() < 16;
-        let (mine, other) = if low { sums } else { (sums.1, sums.0) };
-        mine + warp::shuffle_xor(other, 16)
+/// The types of a task's two rows.
+#[derive(Clone, Copy)]
+struct Types(u32);
+
+impl Types {
+    /// Of rows of matrix `m`, or of a gate and its up.
+    #[inline(always)]
+    unsafe fn of(op: Current, gate: bool, m: u32) -> Types {
+        let ty = |m: u32| unsafe { matrix_field(op, m, offset_of!(Matrix, ty)) };
+        let first = ty(m);
+        Types(first | ((if gate { ty(1) } else { first }) << 16))
+    }
+
+    #[inline(always)]
+    fn first(self) -> u32 {
+        self.0 & 0xffff
+    }
+
+    #[inline(always)]
+    fn second(self) -> u32 {
+        self.0 >> 16
+    }
+
+    #[inline(always)]
+    fn any_float(self) -> bool {
+        is_float(self.first()) || is_float(self.second())
     }
 }
 
@@ -468,7 +503,7 @@ unsafe fn finish(
 ) -> u64 {
     unsafe {
         // At each of the first two steps a lane passes on what is not of its task, and has half as many.
-        let lane = lane_id();
+        let lane = lane();
         let up = lane & 8 != 0;
         let keep = |i: usize| if up { sums[i + 2] } else { sums[i] };
         let pass = |i: usize| if up { sums[i] } else { sums[i + 2] };
@@ -485,49 +520,51 @@ unsafe fn finish(
         v += warp::shuffle_xor(v, 2);
         v += warp::shuffle_xor(v, 1);
         let low = lane < 16;
-        let op_kind = get!(op, kind);
         let number = if get!(op, sealed) != 0 {
             get!(op, number)
         } else {
             PLAIN
         };
         let seal = Seal::of(a, number);
-        let writes = output.exists && lane % 4 == 0;
-        let to = get!(op, out).add(output.r as usize);
         v = v * scale + output.bias;
-        let mut best = 0;
-        if op_kind == kind::PRODUCT {
-            let mut writes = writes;
-            if get!(op, split) != 0 {
-                // Both halves have the bias.
-                v += warp::shuffle_xor(v, 16) - output.bias;
-                writes = writes && low;
-            }
-            if writes {
-                best = rank(v, output.r as usize);
-                if get!(op, add) != 0 {
-                    let before = Seal::of(a, get!(op, add_from));
-                    v += before.await_word(to, output.turn.0.to_bits());
+        match get!(op, kind) {
+            kind::PRODUCT => {
+                if get!(op, split) != 0 {
+                    // Both halves have the bias.
+                    v += warp::shuffle_xor(v, 16) - output.bias;
                 }
-                seal.write(to, v);
+                if output.writes() {
+                    if get!(op, add) != 0 {
+                        let before = Seal::of(a, get!(op, add_from));
+                        v += before.await_word(output.to, output.turn.0.to_bits());
+                    }
+                    seal.write(output.to, v);
+                    if get!(op, choose) != 0 {
+                        let bytes = output.to as usize - get!(op, out) as usize;
+                        return rank(v, bytes / 4);
+                    }
+                }
             }
-            return best;
+            kind::GATE_UP => {
+                let up = warp::shuffle_xor(v, 16);
+                if output.writes() {
+                    seal.write(output.to, silu(v) * up);
+                }
+            }
+            _ => {
+                let other = warp::shuffle_xor(v, 16);
+                if output.writes() {
+                    let (cos, sin) = output.turn;
+                    let v = v * cos + if low { -other } else { other } * sin;
+                    if output.m() == 0 {
+                        seal.write(output.to, v);
+                    } else {
+                        write_cache(a, op, output, v, seal);
+                    }
+                }
+            }
         }
-        let other = warp::shuffle_xor(v, 16);
-        if op_kind == kind::GATE_UP {
-            if writes && low {
-                seal.write(to, silu(v) * other);
-            }
-        } else if writes {
-            let (cos, sin) = output.turn;
-            let v = v * cos + if low { -other } else { other } * sin;
-            if output.m == 0 {
-                seal.write(to, v);
-            } else {
-                write_cache(a, op, output, v, seal);
-            }
-        }
-        best
+        0
     }
 }
 
@@ -535,14 +572,14 @@ unsafe fn finish(
 #[inline(always)]
 unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal: Seal) {
     unsafe {
-        let r = output.r;
-        let (base, which) = if output.m == 1 {
+        let r = ((output.to as usize - get!(op, out) as usize) / 4) as u32;
+        let (base, which) = if output.m() == 1 {
             (get!(op, cache.keys), 0)
         } else {
             (get!(op, cache.values), 1)
         };
         let (kv_heads, head_dim) = (get!(op, cache.kv_heads), get!(op, cache.head_dim));
-        let head = r / head_dim;
+        let head = quotient(r, head_dim);
         let bits = to_f16(v);
         let fresh = get!(op, fresh);
         if !fresh.is_null() {
@@ -562,12 +599,10 @@ unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal
 #[inline(always)]
 unsafe fn choose(a: &DecodeArgs, best: u64) {
     unsafe {
-        let best = {
-            // Other warps still read the scratch that this uses.
-            sync_threads();
-            block_max(best, shared::at(0))
-        };
-        let t = thread_idx_x();
+        // Other warps still read the scratch that this uses.
+        sync();
+        let best = block_max(best);
+        let t = thread();
         let high = u64::from(a.sequence) << 32;
         if t < 2 {
             let half = if t == 0 { best >> 32 } else { best } as u32;
@@ -577,7 +612,7 @@ unsafe fn choose(a: &DecodeArgs, best: u64) {
         if block_idx_x() == 0 {
             let mut best = 0;
             let mut block = t;
-            while block < grid_dim_x() {
+            while block < blocks() {
                 let read = |half: u32| {
                     let p = a.ranks.add((2 * block + half) as usize);
                     let mut v = ld_relaxed_u64(p);
@@ -588,14 +623,32 @@ unsafe fn choose(a: &DecodeArgs, best: u64) {
                     u64::from(v as u32)
                 };
                 best = max_u64(best, (read(0) << 32) | read(1));
-                block += super::THREADS;
+                block += 32 * WARPS;
             }
-            let best = block_max(best, shared::at(0));
+            let best = block_max(best);
             if t == 0 {
                 let id = !(best as u32);
                 threadfence_system();
                 a.chosen.write_volatile(high | u64::from(id));
             }
         }
+    }
+}
+
+/// The greatest of the warps that compute.
+#[inline(always)]
+unsafe fn block_max(best: u64) -> u64 {
+    unsafe {
+        let scratch = shared::at::<u64>(0);
+        let mut best = warp_max(best);
+        if lane() == 0 {
+            scratch.add(thread() / 32).store(best);
+        }
+        sync();
+        for i in 0..WARPS {
+            best = max_u64(best, scratch.add(i).load());
+        }
+        sync();
+        best
     }
 }

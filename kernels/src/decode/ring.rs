@@ -1,20 +1,57 @@
 //! Weights on their way into shared memory.
 //!
-//! Every warp has a ring of *turns*. A turn is what the warp's lanes multiply at once: a tile of each of its
-//! task's two runs, a group a lane. The ring goes through the tasks of this and the coming operations in the
-//! order in which they will be computed; the copies of a turn are one `cp.async` group.
+//! Every warp that computes has a ring of *turns*. A turn is what the warp's lanes multiply at once: a tile of each
+//! of its task's two runs, a group a lane. Feeder warps go through the tasks of all operations in the order in
+//! which they will be computed, and copy a turn wherever a ring has room. Each turn has two barriers in shared
+//! memory ([`mbarrier`]): one says that it has come, the other that it has been read.
 
-use super::product::{self, Task};
-use super::{Current, DecodeArgs, ROWS_AT, get};
-use crate::types::{Planes, Quantised, TILE, Weights};
+use super::task::{Segment, first_task, task_stride};
+use super::{BARRIERS_AT, DecodeArgs, FEEDERS, Listed, ROWS_AT, Source, WARPS, get, matrix_at};
+use crate::types::{Matrix, Planes, Quantised, TILE, Weights};
+use crate::unrolled;
 use core::marker::PhantomData;
-use cuda_std::memory::{cp_async_16_if, cp_async_commit, cp_async_wait};
+use core::mem::offset_of;
+use cuda_std::int::quotient;
+use cuda_std::mbarrier;
+use cuda_std::memory::{cp_async_16_if, cp_async_wait_all, ldg_v4_u32_here, prefetch_l2};
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::{lane_id, thread_idx_x};
+use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id, nanosleep, thread_idx_x};
 use cuda_std::warp;
 
-/// How many turns a ring may have: what [`Ring::wait`] knows to wait for.
+/// How many turns a ring may have.
 pub const TURNS: [u32; 6] = [8, 6, 4, 3, 2, 1];
+const MAX_TURNS: u32 = TURNS[0];
+
+/// Bytes of a turn's two barriers: that it has come, which takes an arrival of every lane that copies, and that
+/// it has been read, which takes one of the warp.
+const TURN_BARRIERS: u32 = 16;
+const READ_AT: u32 = 8;
+/// Bytes of all barriers.
+pub(super) const BARRIERS_BYTES: u32 = WARPS * MAX_TURNS * TURN_BARRIERS;
+
+/// Warps that a feeder feeds, and its lanes for each; some may be left over.
+const FED: u32 = WARPS / FEEDERS;
+const TEAM: u32 = 8;
+const _: () = assert!(FED * TEAM <= 32 && FED * FEEDERS == WARPS);
+
+/// The barriers of a warp's first turn.
+#[inline(always)]
+fn barriers(warp: u32) -> u32 {
+    shared::at::<u64>(BARRIERS_AT + warp * MAX_TURNS * TURN_BARRIERS).addr()
+}
+
+/// Makes the barriers; one of the block must follow.
+#[inline(always)]
+pub unsafe fn init() {
+    let t = thread_idx_x();
+    if t < WARPS * MAX_TURNS {
+        let barrier = shared::at::<u64>(BARRIERS_AT + t * TURN_BARRIERS);
+        unsafe {
+            mbarrier::init(barrier, TEAM);
+            mbarrier::init(barrier.byte_add(READ_AT), 1);
+        }
+    }
+}
 
 /// A quantised tile in shared memory.
 pub(super) struct Tile<T> {
@@ -70,164 +107,321 @@ impl<T: Quantised> Planes for Tile<T> {
     }
 }
 
-/// What is still to be copied of a run.
-#[derive(Clone, Copy)]
-pub struct Rest {
-    pub from: *const u8,
-    pub bytes: u32,
-    /// Of a whole tile.
-    pub tile: u32,
-}
-
-impl Rest {
-    /// Starts the copy of the next tile to `slot`.
-    #[inline(always)]
-    unsafe fn copy_tile(&mut self, slot: u32) {
-        let bytes = if self.bytes < self.tile {
-            self.bytes
-        } else {
-            self.tile
-        };
-        let at = 16 * lane_id();
-        let to = SharedPtr::<u8>::from_addr(slot + at);
-        unsafe {
-            let from = self.from.add(at as usize);
-            cp_async_16_if::<0, _, _>(at < bytes, to, from);
-            cp_async_16_if::<512, _, _>(at + 512 < bytes, to, from);
-            cp_async_16_if::<1024, _, _>(at + 1024 < bytes, to, from);
-            cp_async_16_if::<1536, _, _>(at + 1536 < bytes, to, from);
-            // Only f32.
-            let mut more = 2048;
-            while more < bytes {
-                let inside = at + more < bytes;
-                cp_async_16_if::<0, _, _>(inside, to.byte_add(more), from.add(more as usize));
-                more += 512;
-            }
-            self.from = self.from.add(bytes as usize);
-        }
-        self.bytes -= bytes;
-    }
-}
-
-/// A warp's ring, and how far it has come.
-pub struct Ring {
-    start: u32,
-    /// Turns under way or ready.
-    full: u32,
-    /// Addresses of the next turn to be taken, and to be filled.
-    take: u32,
-    put: u32,
-    /// The operation and task that the next turn is of, and what it has not copied of the task's runs yet.
-    op: u32,
-    task: u32,
-    rest: [Rest; 2],
-}
-
-impl Ring {
-    #[inline(always)]
-    pub fn new(a: &DecodeArgs) -> Self {
-        const NOTHING: Rest = Rest {
-            from: core::ptr::null(),
-            bytes: 0,
-            tile: 0,
-        };
-        let warp = thread_idx_x() / 32;
-        let start = ROWS_AT + 2 * a.row_bytes + warp * a.turns * turn_bytes(a);
-        let start = shared::at::<u8>(start).addr();
-        Self {
-            start,
-            full: 0,
-            take: start,
-            put: start,
-            op: 0,
-            task: product::first_task(),
-            rest: [NOTHING; 2],
-        }
-    }
-
-    /// Starts turns, of operations up to `limit`, until the ring is full.
-    #[inline(always)]
-    pub unsafe fn fill(&mut self, a: &DecodeArgs, limit: u32) {
-        let limit = if limit < a.count { limit } else { a.count - 1 };
-        unsafe {
-            while self.full < a.turns && self.seek(limit) {
-                self.rest[0].copy_tile(self.put);
-                self.rest[1].copy_tile(self.put + a.tile_bytes);
-                cp_async_commit();
-                self.full += 1;
-                self.put = self.next(a, self.put);
-            }
-        }
-    }
-
-    /// Goes to the next task of this warp if it is through with one; false if there is none up to `limit`.
-    #[inline(always)]
-    unsafe fn seek(&mut self, limit: u32) -> bool {
-        if self.rest[0].bytes != 0 {
-            return true;
-        }
-        while self.op <= limit {
-            let op = Current::at(self.op);
-            unsafe {
-                if self.task < get!(op, tasks) {
-                    self.rest = Task::of(op, self.task).rest(op);
-                    self.task += product::task_stride();
-                    return true;
-                }
-            }
-            self.op += 1;
-            self.task = product::first_task();
-        }
-        false
-    }
-
-    #[inline(always)]
-    fn next(&self, a: &DecodeArgs, place: u32) -> u32 {
-        let next = place + turn_bytes(a);
-        if next == self.start + a.turns * turn_bytes(a) {
-            self.start
-        } else {
-            next
-        }
-    }
-
-    /// Waits for the next turn: the address of its first tile; the second run's is [`DecodeArgs::tile_bytes`] behind.
-    #[inline(always)]
-    pub unsafe fn wait(&mut self, a: &DecodeArgs, limit: u32) -> u32 {
-        if self.full == 0 {
-            unsafe { self.fill(a, limit) }
-        }
-        if self.full >= 8 {
-            cp_async_wait::<7>();
-        } else if self.full >= 6 {
-            cp_async_wait::<5>();
-        } else if self.full >= 4 {
-            cp_async_wait::<3>();
-        } else if self.full == 3 {
-            cp_async_wait::<2>();
-        } else if self.full == 2 {
-            cp_async_wait::<1>();
-        } else {
-            cp_async_wait::<0>();
-        }
-        // Each lane has waited for its own copies, and reads those of others.
-        warp::sync_warp();
-        self.take
-    }
-
-    /// Gives the place of the turn that [`Ring::wait`] returned back, once all lanes have read it.
-    #[inline(always)]
-    pub fn release(&mut self, a: &DecodeArgs) {
-        warp::sync_warp();
-        self.full -= 1;
-        self.take = self.next(a, self.take);
-    }
-}
-
 /// Bytes of a turn.
 #[inline(always)]
 fn turn_bytes(a: &DecodeArgs) -> u32 {
     2 * a.tile_bytes
 }
 
+/// A place in a warp's ring. Warp and feeder walk it alike.
+#[derive(Clone, Copy)]
+struct Place {
+    /// Address of the turn there, and of its barriers.
+    turn: u32,
+    barriers: u32,
+    /// Of the barriers' phase.
+    parity: u32,
+}
+
+impl Place {
+    #[inline(always)]
+    fn first(a: &DecodeArgs, warp: u32) -> Place {
+        let start = ROWS_AT + 2 * a.row_bytes + warp * a.turns * turn_bytes(a);
+        Place {
+            turn: shared::at::<u8>(start).addr(),
+            barriers: barriers(warp),
+            parity: 0,
+        }
+    }
+
+    /// The one after it; `warp` is whose ring it is.
+    #[inline(always)]
+    fn next(self, a: &DecodeArgs, warp: u32) -> Place {
+        let barriers = self.barriers + TURN_BARRIERS;
+        if barriers == self::barriers(warp) + a.turns * TURN_BARRIERS {
+            Place {
+                parity: self.parity ^ 1,
+                ..Place::first(a, warp)
+            }
+        } else {
+            Place {
+                turn: self.turn + turn_bytes(a),
+                barriers,
+                ..self
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn come(self) -> SharedPtr<u64> {
+        SharedPtr::from_addr(self.barriers)
+    }
+
+    #[inline(always)]
+    fn read(self) -> SharedPtr<u64> {
+        SharedPtr::from_addr(self.barriers + READ_AT)
+    }
+}
+
+/// A warp's ring.
+pub struct Ring {
+    place: Place,
+}
+
+impl Ring {
+    #[inline(always)]
+    pub fn new(a: &DecodeArgs) -> Self {
+        Self {
+            place: Place::first(a, thread_idx_x() / 32),
+        }
+    }
+
+    /// Waits for the next turn: the address of its first tile; the second run's is [`DecodeArgs::tile_bytes`] behind.
+    #[inline(always)]
+    pub unsafe fn wait(&self) -> u32 {
+        unsafe { mbarrier::wait(self.place.come(), self.place.parity) }
+        self.place.turn
+    }
+
+    /// The turn that [`Ring::wait`] returned.
+    #[inline(always)]
+    pub fn turn(&self) -> u32 {
+        self.place.turn
+    }
+
+    /// Gives the place of the turn that [`Ring::wait`] returned back, once all lanes have read it.
+    #[inline(always)]
+    pub unsafe fn release(&mut self, a: &DecodeArgs) {
+        warp::sync_warp();
+        if lane_id() == 0 {
+            unsafe { mbarrier::arrive(self.place.read()) }
+        }
+        self.place = self.place.next(a, thread_idx_x() / 32);
+    }
+}
+
+/// What is still to be copied of a run.
+#[derive(Clone, Copy)]
+struct Rest {
+    from: *const u8,
+    bytes: u32,
+}
+
+impl Rest {
+    const NOTHING: Rest = Rest {
+        from: core::ptr::null(),
+        bytes: 0,
+    };
+
+    /// Bytes of the next tile.
+    #[inline(always)]
+    fn next(&self, tile: u32) -> u32 {
+        if self.bytes < tile { self.bytes } else { tile }
+    }
+
+    #[inline(always)]
+    unsafe fn advance(&mut self, tile: u32) {
+        let bytes = self.next(tile);
+        self.from = unsafe { self.from.add(bytes as usize) };
+        self.bytes -= bytes;
+    }
+}
+
+/// A segment, loaded ahead: no field is looked at before its time.
+type Coming = [[u32; 4]; 4];
+
+/// How far the feeding of a warp has come.
+struct Feed {
+    warp: u32,
+    /// The current segment, and the next on its way.
+    segment: Segment,
+    coming: Coming,
+    /// Index of the next.
+    next: u32,
+    /// The task after the one that is being copied, where its runs begin, and its place in the period.
+    task: u32,
+    from: [*const u8; 2],
+    place_in_period: u32,
+    /// From a task to the next: bytes of each run, and places in the period.
+    strides: [usize; 2],
+    places: u32,
+    /// What is not copied yet of the task's runs.
+    rest: [Rest; 2],
+    place: Place,
+}
+
+impl Feed {
+    #[inline(always)]
+    unsafe fn load(a: &DecodeArgs, index: u32) -> Coming {
+        // The list ends with a segment that has no tasks.
+        let index = if index < a.segment_count { index } else { a.segment_count };
+        let p = unsafe { a.segments.add(index as usize).cast::<u8>() };
+        unrolled!(4, |i| unsafe { ldg_v4_u32_here(p.add(16 * i)) })
+    }
+
+    /// Enters the next segment.
+    #[inline(always)]
+    unsafe fn enter(&mut self, a: &DecodeArgs) {
+        let before = self.segment.op;
+        // Sixteen words, as the host wrote them.
+        self.segment = unsafe { core::mem::transmute::<Coming, Segment>(self.coming) };
+        self.next += 1;
+        self.coming = unsafe { Feed::load(a, self.next) };
+        let s = &self.segment;
+        if s.op != before {
+            self.task = first_task(self.warp);
+        }
+        let bytes = |tasks: u32, step: u32, periods: u32| {
+            tasks as usize * step as usize + periods as usize * s.jump as usize
+        };
+        unsafe {
+            let t = self.task.wrapping_sub(s.first);
+            let periods = quotient(t, s.period);
+            self.place_in_period = t - periods * s.period;
+            self.from =
+                [0, 1].map(|i| s.bases[i].wrapping_add(bytes(t, s.steps[i], periods)));
+            let periods = quotient(task_stride(), s.period);
+            self.places = task_stride() - periods * s.period;
+            self.strides = s.steps.map(|step| bytes(task_stride(), step, periods));
+        }
+    }
+
+    /// Goes to the warp's next task if it is through with one; false if there is none.
+    #[inline(always)]
+    unsafe fn seek(&mut self, a: &DecodeArgs) -> bool {
+        while self.rest[0].bytes == 0 {
+            if self.task < self.segment.end {
+                let s = &self.segment;
+                let second = if self.task == s.single { 0 } else { 1 };
+                let from = [self.from[0], self.from[second]];
+                self.rest = [0, 1].map(|i| Rest {
+                    from: from[i],
+                    bytes: s.runs[i],
+                });
+                self.task += task_stride();
+                self.from = [0, 1].map(|i| self.from[i].wrapping_add(self.strides[i]));
+                self.place_in_period += self.places;
+                if self.place_in_period >= s.period {
+                    self.place_in_period -= s.period;
+                    self.from = self.from.map(|from| from.wrapping_add(s.jump as usize));
+                }
+            } else if self.next > a.segment_count {
+                return false;
+            } else {
+                unsafe { self.enter(a) }
+            }
+        }
+        true
+    }
+}
+
+/// Starts the copy of so many bytes, by a team.
+#[inline(always)]
+unsafe fn copy(to: u32, from: *const u8, bytes: u32) {
+    /// Bytes that a team copies at once.
+    const STEP: u32 = 16 * TEAM;
+    let at = 16 * (lane_id() % TEAM);
+    let mut to = SharedPtr::<u8>::from_addr(to + at);
+    unsafe {
+        let mut from = from.add(at as usize);
+        // Four bits and their scales take five steps.
+        cp_async_16_if::<0, _, _>(at < bytes, to, from);
+        cp_async_16_if::<{ STEP }, _, _>(at + STEP < bytes, to, from);
+        cp_async_16_if::<{ 2 * STEP }, _, _>(at + 2 * STEP < bytes, to, from);
+        cp_async_16_if::<{ 3 * STEP }, _, _>(at + 3 * STEP < bytes, to, from);
+        cp_async_16_if::<{ 4 * STEP }, _, _>(at + 4 * STEP < bytes, to, from);
+        let mut more = 5 * STEP;
+        while more < bytes {
+            (to, from) = (to.byte_add(more), from.add(more as usize));
+            cp_async_16_if::<0, _, _>(at + more < bytes, to, from);
+            cp_async_16_if::<{ STEP }, _, _>(at + more + STEP < bytes, to, from);
+            cp_async_16_if::<{ 2 * STEP }, _, _>(at + more + 2 * STEP < bytes, to, from);
+            cp_async_16_if::<{ 3 * STEP }, _, _>(at + more + 3 * STEP < bytes, to, from);
+            (to, from) = (
+                to.byte_add(more.wrapping_neg()),
+                from.wrapping_sub(more as usize),
+            );
+            more += 4 * STEP;
+        }
+    }
+}
+
+/// What a feeder warp does: its lanes form a team for each warp that it feeds.
+#[inline(always)]
+pub unsafe fn feed(a: &DecodeArgs) {
+    unsafe {
+        let feeder = thread_idx_x() / 32 - WARPS;
+        let warp = feeder * FED + lane_id() / TEAM;
+        let mut f = Feed {
+            warp,
+            segment: Segment::NONE,
+            coming: Feed::load(a, 0),
+            next: if lane_id() / TEAM < FED {
+                0
+            } else {
+                a.segment_count + 1
+            },
+            task: first_task(warp),
+            from: [core::ptr::null(); 2],
+            place_in_period: 0,
+            strides: [0; 2],
+            places: 0,
+            rest: [Rest::NOTHING; 2],
+            place: Place::first(a, warp),
+        };
+        let mut prefetched = 0;
+        loop {
+            let more = f.seek(a);
+            // The place's last turn was of the phase before.
+            let empty = more && mbarrier::test(f.place.read(), f.place.parity ^ 1);
+            let mask = warp::ballot(empty);
+            // A team's first lane says it for all, who might have looked at different times.
+            if mask >> (lane_id() / TEAM * TEAM) & 1 != 0 {
+                let tiles = f.segment.tiles;
+                copy(f.place.turn, f.rest[0].from, f.rest[0].next(tiles[0]));
+                let second = f.place.turn + a.tile_bytes;
+                copy(second, f.rest[1].from, f.rest[1].next(tiles[1]));
+                mbarrier::arrive_after_copies(f.place.come());
+                f.rest[0].advance(tiles[0]);
+                f.rest[1].advance(tiles[1]);
+                f.place = f.place.next(a, warp);
+            }
+            if mask == 0 {
+                if !warp::any(more) {
+                    break;
+                }
+                nanosleep(PAUSE);
+            }
+            let reached = warp::shuffle_idx(f.segment.op, 0);
+            while prefetched < reached {
+                prefetched += 1;
+                prefetch(Listed(a.ops.add(prefetched as usize)), feeder);
+            }
+        }
+        cp_async_wait_all();
+    }
+}
+
+/// Nanoseconds between two looks for room: a warp that looks takes time from those that compute.
+const PAUSE: u32 = 400;
+
+/// Asks for what an operation reads that neither the rings nor another operation bring: norm weights and biases.
+#[inline(always)]
+unsafe fn prefetch(op: Listed, feeder: u32) {
+    const LINE: u32 = 128;
+    unsafe {
+        let (p, len) = if feeder == 0 {
+            (get!(op, input.norm), get!(op, input.len))
+        } else {
+            let rows = matrix_at(feeder - 1) + offset_of!(Matrix, rows) as u32;
+            (op.bias(feeder - 1), op.word(rows))
+        };
+        let line = block_idx_x() + grid_dim_x() * lane_id();
+        if !p.is_null() && line * (LINE / 4) < len {
+            prefetch_l2(p.add((line * (LINE / 4)) as usize));
+        }
+    }
+}
+
 const _: () = assert!(TILE == 32, "a lane takes a group of a tile");
+const _: () = assert!(FEEDERS == 4, "a feeder each for a norm and three biases");

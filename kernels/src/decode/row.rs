@@ -1,19 +1,14 @@
 //! A product's input row in shared memory.
 
 use super::seal::{Seal, pause};
-use super::{Current, DecodeArgs, ROWS_AT, THREADS, WARPS, Warp, get};
+use super::{Current, DecodeArgs, ROWS_AT, WARPS, get, lane, thread};
 use crate::attention::NONE;
 use crate::types::GROUP;
 use crate::unrolled;
-use cuda_std::int::dp4a;
-use cuda_std::memory::{ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
+use cuda_std::int::{dp4a, quotient};
+use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::{lane_id, thread_idx_x, wait_since};
 use cuda_std::{float, warp};
-
-/// Cycles from a warp's last operation to its first look for the next input: looks that come too early delay what
-/// they look for.
-const FIRST_LOOK: u32 = 500;
 
 /// Shared memory for an input row of `cols` values (a multiple of 32); `float` where any matrix is of
 /// a float type.
@@ -27,9 +22,8 @@ pub const fn row_bytes(cols: u32, float: bool) -> u32 {
 #[derive(Clone, Copy)]
 pub struct Row {
     low: SharedPtr<u32>,
-    meta: SharedPtr<f32>,
-    pub groups: u32,
-    squares: SharedPtr<f32>,
+    /// Values, a multiple of 32.
+    cols: u32,
 }
 
 /// A group of the row.
@@ -38,169 +32,198 @@ pub struct Group {
     pub low: [u32; 4],
     pub high: [u32; 4],
     pub d: f32,
-    /// The sum of what `low` and `high` stand for, and of each.
-    pub sum: f32,
+    /// The sums of what `low` and `high` stand for.
     pub sums: [f32; 2],
 }
 
-/// Vectors of four values that a thread looks for at once.
-const VECTORS: usize = 4;
-/// Values that the block looks for at once.
-const STRIDE: u32 = VECTORS as u32 * 4 * THREADS;
+/// Each warp's sum of squares of its part of an operation's row.
+#[inline(always)]
+fn squares_of(index: u32) -> SharedPtr<f32> {
+    shared::at(index % 2 * (4 * WARPS))
+}
+
+/// What multiplies every product of operation `index`: the norm's `1 / sqrt(mean(x²) + eps)`, known only after the
+/// values are stored.
+#[inline(always)]
+pub unsafe fn norm_scale(op: Current, index: u32) -> f32 {
+    unsafe {
+        let mut sum = 0.0;
+        for i in 0..WARPS / 4 {
+            let v = squares_of(index).add(4 * i).load_v4();
+            sum += (v[0] + v[1]) + (v[2] + v[3]);
+        }
+        let scale = float::rsqrt_approx(sum * get!(op, input.inverse_len) + get!(op, input.eps));
+        // Without a branch: this goes beside the first products.
+        if get!(op, input.norm).is_null() {
+            1.0
+        } else {
+            scale
+        }
+    }
+}
+
+const _: () = assert!(WARPS.is_multiple_of(4), "squares are read as vectors");
+
+const THREADS: u32 = 32 * WARPS;
+/// Values that the block takes at once, four a thread.
+const STRIDE: u32 = 4 * THREADS;
+
+/// This thread's first values of a row, and their norm weights, on their way.
+#[derive(Clone, Copy)]
+pub struct Asked {
+    words: [u32; 4],
+    weights: [f32; 4],
+}
+
+/// Asks for the input of `op` before anything else is done: a block that comes late finds it there at the first look.
+#[inline(always)]
+pub unsafe fn ask(op: Current) -> Asked {
+    unsafe {
+        let (len, i) = (get!(op, input.len), 4 * thread());
+        let mut asked = Asked {
+            words: [0; 4],
+            weights: [1.0; 4],
+        };
+        if get!(op, input.splits) == 0 && len % 4 == 0 && i < len {
+            asked.words = ld_relaxed_v4_u32(get!(op, input.x).add(i as usize));
+            asked.weights = load_norm(get!(op, input.norm), i, len);
+        }
+        asked
+    }
+}
 
 impl Row {
-    /// Where the row of `op` lies; rows of neighbouring operations lie apart, so that a block may fill one while its
-    /// slower warps still read the other.
+    /// The row of so many values of operation `index`. Rows of neighbouring operations lie apart, so that a block may
+    /// fill one while its slower warps still read the other.
     #[inline(always)]
-    pub unsafe fn new(a: &DecodeArgs, op: Current, index: u32) -> Row {
-        unsafe {
-            let cols = get!(op, input.len).next_multiple_of(GROUP as u32);
-            let start = ROWS_AT + index % 2 * a.row_bytes;
-            Row {
-                low: shared::at(start),
-                meta: shared::at(start + cols),
-                groups: cols / GROUP as u32,
-                squares: shared::at(index % 2 * (4 * WARPS)),
-            }
+    pub fn new(a: &DecodeArgs, index: u32, cols: u32) -> Row {
+        Row {
+            low: shared::at(ROWS_AT + index % 2 * a.row_bytes),
+            cols,
         }
     }
 
     #[inline(always)]
     fn high(&self) -> SharedPtr<u32> {
-        self.low.byte_add(self.groups * (GROUP as u32 / 2))
+        self.low.byte_add(self.cols / 2)
+    }
+
+    #[inline(always)]
+    fn meta(&self) -> SharedPtr<f32> {
+        self.low.byte_add(self.cols).cast()
     }
 
     /// The values themselves.
     #[inline(always)]
     pub fn values(&self) -> SharedPtr<f32> {
-        self.meta.byte_add(self.groups * 16)
+        self.low.byte_add(self.cols + self.cols / 2).cast()
     }
 
     #[inline(always)]
     pub unsafe fn group(&self, g: u32) -> Group {
         unsafe {
-            let [d, sum, first, last] = self.meta.add(g * 4).load_v4();
+            let [d, _, first, last] = self.meta().add(g * 4).load_v4();
             Group {
                 low: self.low.add(g * 4).load_v4(),
                 high: self.high().add(g * 4).load_v4(),
                 d,
-                sum,
                 sums: [first, last],
             }
-        }
-    }
-
-    /// What multiplies every product: the norm's `1 / sqrt(mean(x²) + eps)`, known only after the values
-    /// are stored.
-    #[inline(always)]
-    pub unsafe fn scale(&self, op: Current) -> f32 {
-        unsafe {
-            if get!(op, input.norm).is_null() {
-                return 1.0;
-            }
-            let fillers = (self.groups * GROUP as u32).div_ceil(32 * 4);
-            let mut sum = 0.0;
-            for i in 0..WARPS / 4 {
-                let v = self.squares.add(4 * i).load_v4();
-                for k in 0..4 {
-                    if 4 * i + (k as u32) < fillers {
-                        sum += v[k];
-                    }
-                }
-            }
-            float::rsqrt_approx(sum * get!(op, input.inverse_len) + get!(op, input.eps))
         }
     }
 
     /// Waits for the input of `op`, multiplies it by the norm weight, quantises and stores it. A barrier of
     /// the block must follow.
     ///
-    /// Each thread takes four values at a time, eight threads a group. Of a short row the first warps take all: they have
-    /// the most tasks, and come late enough to find the input there at the first look.
+    /// Each thread takes four values at a time, eight threads a group.
     #[inline(always)]
-    pub unsafe fn fill(&self, a: &DecodeArgs, op: Current, w: &Warp) {
+    pub unsafe fn fill(&self, a: &DecodeArgs, op: Current, index: u32, asked: Asked) {
         unsafe {
             let seal = Seal::of(a, get!(op, input.from));
             let squares = if get!(op, input.splits) != 0 {
-                self.fill_combined(op, seal, w)
-            } else if seal.plain() && get!(op, input.len) % 4 != 0 {
-                self.fill_short(op)
+                self.fill_combined(op, seal)
+            } else if get!(op, input.len) % 4 != 0 {
+                self.fill_words(op, seal)
             } else {
-                self.fill_vectors(op, seal, w)
+                self.fill_vectors(op, seal, asked)
             };
             if !get!(op, input.norm).is_null() {
                 let squares = warp::reduce_sum_f32(squares);
-                if lane_id() == 0 {
-                    self.squares.add(thread_idx_x() / 32).store(squares);
+                if lane() == 0 {
+                    squares_of(index)
+                        .add(thread() / 32)
+                        .store(squares);
                 }
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn fill_vectors(&self, op: Current, seal: Seal, w: &Warp) -> f32 {
+    unsafe fn fill_vectors(&self, op: Current, seal: Seal, asked: Asked) -> f32 {
         unsafe {
             let (x, norm) = (get!(op, input.x), get!(op, input.norm));
             let len = get!(op, input.len);
             let keep = get!(op, input.keep_f32) != 0;
-            let (t, cols) = (thread_idx_x(), self.groups * GROUP as u32);
-            let mut squares = 0.0;
-            let mut base = 0;
-            while base < cols {
-                let at = |u: usize| base + 4 * (t + THREADS * u as u32);
-                // What is known beforehand comes while the rest is awaited.
-                let weights = unrolled!(4, |u| load_norm(norm, at(u), len));
-                wait_since(w.since, FIRST_LOOK);
-                let mut words = unrolled!(4, |u| if at(u) < len {
-                    ld_relaxed_v4_u32(x.add(at(u) as usize))
+            let (t, cols) = (thread(), self.cols);
+            let look = |i: u32| {
+                if i < len {
+                    ld_relaxed_v4_u32(x.add(i as usize))
                 } else {
                     [0; 4]
-                });
-                for u in 0..VECTORS {
-                    // Whole warps: the lanes stay together for the shuffles, those past the end carry zeros.
-                    if base + 4 * (t / 32 * 32 + THREADS * u as u32) < cols {
-                        let mut v = [0.0; 4];
-                        if at(u) < len {
-                            let left = len - at(u);
-                            while !arrived(seal, words[u], left) {
-                                pause();
-                                words[u] = ld_relaxed_v4_u32(x.add(at(u) as usize));
-                            }
-                            for k in 0..4 {
-                                if (k as u32) < left {
-                                    v[k] = seal.open(words[u][k]);
-                                    squares += v[k] * v[k];
-                                    v[k] *= weights[u][k];
-                                }
-                            }
-                        }
-                        self.store(at(u), cols, v, keep);
+                }
+            };
+            let mut squares = 0.0;
+            let mut i = 4 * t;
+            let Asked { mut words, mut weights } = asked;
+            let mut next = look(i + STRIDE);
+            // Whole warps: the lanes stay together for the shuffles, those past the end carry zeros.
+            while i & !127 < cols {
+                let after = look(i + 2 * STRIDE);
+                let weights_after = load_norm(norm, i + STRIDE, len);
+                let mut v = [0.0; 4];
+                if i < len {
+                    while !seal.all_on(words) {
+                        pause();
+                        words = look(i);
+                    }
+                    for k in 0..4 {
+                        v[k] = seal.open(words[k]);
+                        squares += v[k] * v[k];
+                        v[k] *= weights[k];
                     }
                 }
-                base += STRIDE;
+                self.store(i, cols, v, keep);
+                (words, next, weights) = (next, after, weights_after);
+                i += STRIDE;
             }
             squares
         }
     }
 
-    /// Plain rows of a length that vectors do not fit.
+    /// Rows of a length that vectors do not fit.
     #[inline(always)]
-    unsafe fn fill_short(&self, op: Current) -> f32 {
+    unsafe fn fill_words(&self, op: Current, seal: Seal) -> f32 {
         unsafe {
             let (x, norm) = (get!(op, input.x), get!(op, input.norm));
             let len = get!(op, input.len);
-            let (t, cols) = (thread_idx_x(), self.groups * GROUP as u32);
+            let (t, cols) = (thread(), self.cols);
             let mut squares = 0.0;
             let mut base = 0;
             while base < cols {
                 let i = base + 4 * t;
-                let weights = load_norm(norm, i, len);
                 let mut v = [0.0; 4];
                 for k in 0..4 {
-                    if i + (k as u32) < len {
-                        let value = x.add(i as usize + k).read();
+                    let i = i as usize + k;
+                    if i < len as usize {
+                        let p = x.add(i);
+                        let value = seal.await_word(p, ld_relaxed_u32(p.cast()));
                         squares += value * value;
-                        v[k] = value * weights[k];
+                        let weight = if norm.is_null() {
+                            1.0
+                        } else {
+                            ldg_f32(norm.add(i))
+                        };
+                        v[k] = value * weight;
                     }
                 }
                 if base + 4 * (t / 32 * 32) < cols {
@@ -214,11 +237,10 @@ impl Row {
 
     /// From attention's parts.
     #[inline(always)]
-    unsafe fn fill_combined(&self, op: Current, seal: Seal, w: &Warp) -> f32 {
+    unsafe fn fill_combined(&self, op: Current, seal: Seal) -> f32 {
         unsafe {
             let len = get!(op, input.len);
-            let (t, cols) = (thread_idx_x(), self.groups * GROUP as u32);
-            wait_since(w.since, FIRST_LOOK);
+            let (t, cols) = (thread(), self.cols);
             let mut base = 0;
             while base < cols {
                 let i = base + 4 * t;
@@ -267,7 +289,7 @@ impl Row {
                 part.add(group * 4 + w % 4).store(word);
                 if w == 0 {
                     let (first, last) = (d * sum as f32, d * other as f32);
-                    let meta = self.meta.add(group * 4);
+                    let meta = self.meta().add(group * 4);
                     meta.store_v4([d, d * (sum + other) as f32, first, last]);
                 }
                 if keep_f32 {
@@ -278,36 +300,18 @@ impl Row {
     }
 }
 
-/// Whether those of four words that belong to the row have arrived.
-#[inline(always)]
-fn arrived(seal: Seal, words: [u32; 4], left: u32) -> bool {
-    seal.all_on(words)
-        || (left < 4
-            && seal.on(words[0])
-            && (left < 2 || seal.on(words[1]))
-            && (left < 3 || seal.on(words[2])))
-}
-
 /// Norm weights `i .. i + 4`, ones without a norm.
 #[inline(always)]
 unsafe fn load_norm(norm: *const f32, i: u32, len: u32) -> [f32; 4] {
-    unsafe {
-        if norm.is_null() || i >= len {
-            [1.0; 4]
-        } else if len % 4 == 0 {
-            ldg_v4_u32(norm.add(i as usize)).map(f32::from_bits)
-        } else {
-            unrolled!(4, |k| if i + (k as u32) < len {
-                ldg_f32(norm.add(i as usize + k))
-            } else {
-                1.0
-            })
-        }
+    if norm.is_null() || i >= len {
+        [1.0; 4]
+    } else {
+        unsafe { ldg_v4_u32(norm.add(i as usize)) }.map(f32::from_bits)
     }
 }
 
 /// Splits that are awaited together.
-const COMBINE: usize = 4;
+const COMBINE: usize = 2;
 
 /// Values `i .. i + 4` of attention's result from its parts: `Σ 2^(pₛ - p) sumₛ / Σ 2^(pₛ - p) massₛ`, with
 /// `p` the greatest of the peaks `pₛ` (arXiv:2205.14135, section 3.1).
@@ -316,7 +320,7 @@ unsafe fn combine(op: Current, seal: Seal, i: u32) -> [f32; 4] {
     unsafe {
         let (splits, head_dim) = (get!(op, input.splits), get!(op, input.head_dim));
         let stride = head_dim + 4;
-        let head = i / head_dim;
+        let head = quotient(i, head_dim);
         let parts = get!(op, input.x).add((head * splits * stride) as usize);
         let element = i - head * head_dim;
         let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 4]);
@@ -331,8 +335,8 @@ unsafe fn combine(op: Current, seal: Seal, i: u32) -> [f32; 4] {
             let mut stats;
             let mut values;
             loop {
-                stats = unrolled!(4, |s| ld_relaxed_v4_u32(at(s).add(head_dim as usize)));
-                values = unrolled!(4, |s| ld_relaxed_v4_u32(at(s).add(element as usize)));
+                stats = unrolled!(2, |s| ld_relaxed_v4_u32(at(s).add(head_dim as usize)));
+                values = unrolled!(2, |s| ld_relaxed_v4_u32(at(s).add(element as usize)));
                 let mut all = true;
                 for s in 0..COMBINE {
                     all &= seal.on(stats[s][0]) && seal.on(stats[s][1]) && seal.all_on(values[s]);
@@ -365,6 +369,7 @@ unsafe fn combine(op: Current, seal: Seal, i: u32) -> [f32; 4] {
             peak = top;
             first += COMBINE as u32;
         }
-        unrolled!(4, |k| sum[k] / mass)
+        let inverse = float::rcp_approx(mass);
+        sum.map(|s| s * inverse)
     }
 }

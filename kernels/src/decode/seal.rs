@@ -41,11 +41,6 @@ impl Seal {
         }
     }
 
-    #[inline(always)]
-    pub fn plain(self) -> bool {
-        self.mask == 0
-    }
-
     /// Whether `word` has arrived.
     #[inline(always)]
     pub fn on(self, word: u32) -> bool {

@@ -423,7 +423,7 @@ macro_rules! layouts {
 
         /// Whether a type is of plain floats.
         #[inline(always)]
-        const fn is_float(ty: u32) -> bool {
+        pub(crate) const fn is_float(ty: u32) -> bool {
             false $(|| (ty == $ty && !$name::LAYOUT.quantised))*
         }
     };

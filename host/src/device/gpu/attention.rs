@@ -242,7 +242,11 @@ impl<D: Driver> Gpu<D> {
     ) -> Result<()> {
         let heads = op.heads;
         if self.fused() {
-            let values = heads.heads * decode::MAX_SPLITS as usize * (heads.head_dim + 4);
+            // A buffer for each number of splits: what another left there would look like words of this.
+            let values = match self.decode_splits() as usize {
+                1 => heads.heads * heads.head_dim,
+                splits => heads.heads * splits * (heads.head_dim + 4),
+            };
             let role = Role::Parts(values);
             let fresh = Role::Fresh(2 * heads.kv_heads * heads.head_dim);
             let op = Op {

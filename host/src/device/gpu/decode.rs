@@ -11,12 +11,14 @@
 use super::{Address, Allocation, Buffer, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
-use kernels::decode::{self, DecodeArgs, Input, MAX_SPLITS, NUMBERS, Op, kind, point};
+use kernels::decode::{
+    self, DecodeArgs, Input, MAX_SEGMENTS, MAX_SPLITS, NO_OP, NUMBERS, Op, Segment, kind, point,
+};
 use kernels::types::GROUP;
 use std::collections::HashMap;
 
-/// Tokens that are worth a split of their own: four for each warp of the block that takes it.
-const SPLIT_TOKENS: usize = 64;
+/// Tokens that are worth a split of their own: sixteen for each warp of the block that takes it.
+const SPLIT_TOKENS: usize = 256;
 
 /// What decides how a step's operations look.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -51,9 +53,10 @@ struct Writes {
     last: u64,
 }
 
-/// Operations in device memory.
+/// Operations in device memory, and behind them their segments.
 struct Program {
     ops: Allocation,
+    segments: Segments,
     count: u32,
     room: Room,
     writes: Vec<Writes>,
@@ -163,7 +166,7 @@ pub(super) struct Decode {
 
 impl Decode {
     pub(super) fn new<D: Driver>(driver: &mut D) -> Result<Self> {
-        let single = driver.alloc(size_of::<Op>())?;
+        let single = driver.alloc(listing(&[NO_OP]).0.len() + MAX_SEGMENTS * size_of::<Segment>())?;
         let ranks = vec![0; 16 * driver.multiprocessors() as usize];
         let ranks_on = driver.alloc(ranks.len())?;
         driver.write(ranks_on.address, &ranks)?;
@@ -244,10 +247,36 @@ pub(super) fn room<D: Driver>(driver: &D, ops: &[Op]) -> Result<Room> {
     })
 }
 
-/// The bytes of operations, as the device reads them.
-fn bytes(ops: &[Op]) -> &[u8] {
-    // An `Op` is plain data; its padding is never read.
-    unsafe { std::slice::from_raw_parts(ops.as_ptr().cast(), size_of_val(ops)) }
+/// Segments that lie behind operations.
+#[derive(Clone, Copy)]
+pub(super) struct Segments {
+    /// Bytes from the first operation to them.
+    pub(super) offset: usize,
+    pub(super) count: u32,
+}
+
+/// What the device reads of a program: its operations, then their segments.
+pub(super) fn listing(ops: &[Op]) -> (Vec<u8>, Segments) {
+    let segments = ops.iter().enumerate();
+    let mut segments: Vec<Segment> = segments
+        .flat_map(|(i, op)| op.segments(i as u32))
+        .filter(|s| s.first < s.end)
+        .collect();
+    let count = segments.len() as u32;
+    segments.push(Segment {
+        op: ops.len().saturating_sub(1) as u32,
+        ..Segment::NONE
+    });
+    let mut listing = bytes(ops).to_vec();
+    let offset = listing.len();
+    listing.extend_from_slice(bytes(&segments));
+    (listing, Segments { offset, count })
+}
+
+/// The bytes of plain data, as the device reads them.
+fn bytes<T>(values: &[T]) -> &[u8] {
+    // Only of `Op` and `Segment`, whose padding is never read.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
 impl<D: Driver> Gpu<D> {
@@ -383,10 +412,12 @@ impl<D: Driver> Gpu<D> {
         let recording = self.decode.recording.take().unwrap_or_default();
         recorded?;
         let ops = recording.ops;
-        let memory = self.driver.alloc(size_of_val(ops.as_slice()))?;
-        self.driver.write(memory.address, bytes(&ops))?;
+        let (listing, segments) = listing(&ops);
+        let memory = self.driver.alloc(listing.len())?;
+        self.driver.write(memory.address, &listing)?;
         Ok(Program {
             ops: memory,
+            segments,
             count: ops.len() as u32,
             room: room(&self.driver, &ops)?,
             weight_bytes: ops.iter().map(weight_bytes).collect(),
@@ -417,13 +448,15 @@ impl<D: Driver> Gpu<D> {
         decode.numbers = base + program.numbers;
         let base = (base % u64::from(NUMBERS)) as u32;
         let (ops, count, room) = (program.ops.address, program.count, program.room);
+        let segments = program.segments;
         decode.traced = decode.trace.as_ref().map(|_| shape);
-        self.run_program(ops, count, room, base, token, position)
+        self.run_program(ops, segments, count, room, base, token, position)
     }
 
     fn run_program(
         &mut self,
         ops: Address,
+        segments: Segments,
         count: u32,
         room: Room,
         base: u32,
@@ -435,6 +468,8 @@ impl<D: Driver> Gpu<D> {
         decode.sequence = decode.sequence.wrapping_add(1).max(1);
         let args = DecodeArgs {
             ops: ops as *const Op,
+            segments: (ops + segments.offset as u64) as *const Segment,
+            segment_count: segments.count,
             count,
             base,
             token,
@@ -465,7 +500,7 @@ impl<D: Driver> Gpu<D> {
         let Some(trace) = self.decode.trace.as_ref().map(|t| t.address) else {
             let bytes = point_bytes * longest(&self.decode.programs).unwrap_or(0) as usize;
             if bytes > 0 {
-                self.decode.trace = Some(self.driver.alloc(bytes)?);
+                self.decode.trace = Some(self.driver.alloc(bytes * 132 * 16)?);
             }
             return Ok(Vec::new());
         };
@@ -473,6 +508,11 @@ impl<D: Driver> Gpu<D> {
             return Ok(Vec::new());
         };
         let mut times = vec![0u64; program.count as usize * point::COUNT];
+        if let Ok(p) = std::env::var("KIGO_TRACE") {
+            let mut all = vec![0u64; program.count as usize * point::COUNT * 132 * 16];
+            self.driver.read(trace, bytemuck::cast_slice_mut(&mut all))?;
+            std::fs::write(p, bytemuck::cast_slice::<u64, u8>(&all)).ok();
+        }
         self.driver
             .read(trace, bytemuck::cast_slice_mut(&mut times))?;
         let at = |i: usize, point: usize| times[i * point::COUNT + point];
@@ -500,9 +540,10 @@ impl<D: Driver> Gpu<D> {
     pub(super) fn run_single(&mut self, op: Op) -> Result<()> {
         let ops = [complete(op)];
         let address = self.decode.single.address;
-        self.driver.write(address, bytes(&ops))?;
+        let (listing, segments) = listing(&ops);
+        self.driver.write(address, &listing)?;
         let room = room(&self.driver, &ops)?;
-        self.run_program(address, 1, room, 0, 0, 0)?;
+        self.run_program(address, segments, 1, room, 0, 0, 0)?;
         self.decode.chooser = (op.choose != 0).then_some(self.decode.sequence);
         Ok(())
     }

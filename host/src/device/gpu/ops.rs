@@ -103,7 +103,11 @@ impl<D: Driver> Gpu<D> {
         Ok(Input {
             from: self.number_of(role)?,
             x: self.numbered(role, 0)?,
-            splits: parts.map_or(0, |_| self.decode_splits()),
+            // A single part is the whole, and finished.
+            splits: parts.map_or(0, |_| match self.decode_splits() {
+                1 => 0,
+                splits => splits,
+            }),
             head_dim: parts.map_or(0, |p| p.head_dim),
             ..plain
         })

@@ -63,7 +63,7 @@ impl<D: Driver> Gpu<D> {
     ) -> Result<Op> {
         let weight = linear.weight;
         let rows = weight.matrix.rows as usize;
-        let warps = self.driver.multiprocessors() as usize * (decode::THREADS as usize / 32);
+        let warps = self.driver.multiprocessors() as usize * decode::WARPS as usize;
         // A row's halves go to the lanes side by side where a warp would else take two long rows while
         // others have none.
         let split = weight.matrix.groups() > 32 && rows.div_ceil(2) * 2 <= warps;

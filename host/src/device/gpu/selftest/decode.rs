@@ -1,6 +1,6 @@
 //! The kernel `decode`: each kind of operation, alone and after one another.
 
-use super::super::decode::{complete, room};
+use super::super::decode::{complete, listing, room};
 use super::Driver;
 use super::bench::{Bench, Guarded, TestMatrix, layout, nmse, nmse_at_least};
 use super::products::{F32_LIMIT, name};
@@ -91,23 +91,16 @@ fn launch<D: Driver>(
     table: *const u32,
 ) -> Result<Option<u32>> {
     let ops: Vec<Op> = ops.iter().map(|op| complete(*op)).collect();
-    let bytes: Vec<u8> = ops
-        .iter()
-        .flat_map(|op| {
-            // An `Op` is plain data.
-            let bytes = unsafe {
-                std::slice::from_raw_parts(ptr::from_ref(op).cast::<u8>(), size_of::<Op>())
-            };
-            bytes.to_vec()
-        })
-        .collect();
-    let ops_on = b.upload(&bytes)?;
+    let (listing, segments) = listing(&ops);
+    let ops_on = b.upload(&listing)?;
     let ranks = b.upload(&[0u64; 2 * BLOCKS as usize])?;
     let chosen = b.upload(&[0u64])?;
     let room = room(&b.driver, &ops)?;
     const SEQUENCE: u32 = 77;
     let args = DecodeArgs {
         ops: ops_on.ptr(),
+        segments: ops_on.ptr::<u8>().wrapping_add(segments.offset).cast(),
+        segment_count: segments.count,
         count: ops.len() as u32,
         base,
         token,
@@ -394,7 +387,8 @@ fn attend<D: Driver>(
         Op {
             kind: kind::PRODUCT,
             input: Input {
-                splits,
+                // A single part is a row.
+                splits: if splits == 1 { 0 } else { splits },
                 head_dim: head_dim as u32,
                 from: 3,
                 ..input(&parts, None, 0.0, len, true)
