@@ -220,3 +220,64 @@ fn folders_that_hold_no_references() {
         &["a.golden.json", "logits"],
     );
 }
+
+/// Memory is planned before it is asked for, and what does not fit is refused with the numbers.
+#[test]
+fn a_context_that_no_memory_holds() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = changed(dir.path(), "long.gguf", |bytes| {
+        let key = b"llama.context_length";
+        let at = bytes.windows(key.len()).position(|w| w == key);
+        // The value's type lies between.
+        let value = at.expect("the key") + key.len() + 4;
+        bytes[value..value + 4].copy_from_slice(&250_000_000u32.to_le_bytes());
+    });
+    let path = path.to_str().expect("UTF-8");
+    // Two layers of keys and values of two heads of 64 halves: a kilobyte a token.
+    for (cache_type, mib) in [("f16", "244140"), ("q8_0", "137329")] {
+        let args = ["logits", "--model", path, "--ids", "1", "--device", "cpu"];
+        let more = ["--ctx-size", "250000000", "--cache-type", cache_type];
+        fails_saying(
+            [args.as_slice(), &more].concat(),
+            &[
+                "long.gguf",
+                "250000000 tokens",
+                &format!("{mib} MiB"),
+                "free",
+            ],
+        );
+        let mut inspect = vec!["inspect", path, "--device", "cpu"];
+        inspect.extend(more);
+        let output = run(&inspect, b"");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success());
+        assert!(said.contains("will not run: it needs"), "{said}");
+    }
+}
+
+/// A chat template that fails is an error, unless a fallback is asked for.
+#[test]
+fn a_template_that_does_not_render() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let chat =
+        r#"{"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": true}"#;
+    let path = changed(dir.path(), "broken.gguf", |bytes| {
+        let start = b"{{ bos_token }}";
+        let at = bytes.windows(start.len()).position(|w| w == start);
+        let at = at.expect("the template");
+        bytes[at..at + start.len()].copy_from_slice(b"{{ bos_token( }");
+    });
+    let args = ["chat-template", "--model", path.to_str().expect("UTF-8")];
+    let said = fails(args, chat);
+    assert!(said.contains("tokenizer.chat_template"), "{said}");
+    assert!(said.contains("--template-fallback"), "{said}");
+    let args = [args.as_slice(), &["--template-fallback"]].concat();
+    let output = run(&args, chat.as_bytes());
+    assert!(output.status.success());
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    );
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("ChatML"), "{said}");
+}

@@ -1,6 +1,6 @@
 //! Tokenizers and chat templates of real models against reference data.
 
-use gguf::Gguf;
+use gguf::{Gguf, Metadata};
 use kigo::tokenizer::{ChatTemplate, Tokenizer};
 use kigo_tests::{model, read_golden as golden};
 use serde::Deserialize;
@@ -149,5 +149,87 @@ fn templates_render_as_in_jinja2() {
             .render(&file.messages, Some(&file.tools), true)
             .unwrap_or_else(|e| panic!("{}: {e}", case.template));
         assert_eq!(rendered, case.rendered, "{}", case.template);
+    }
+}
+
+/// Unigram and WordPiece vocabularies, from metadata as GGUF files have it, against SentencePiece and BERT's own
+/// tokenizer.
+#[test]
+fn unigram_and_wordpiece_tokenizers() {
+    #[derive(Deserialize)]
+    struct Made {
+        name: String,
+        metadata: serde_json::Map<String, Value>,
+        cases: Vec<Case>,
+    }
+    #[derive(Deserialize)]
+    struct Case {
+        text: String,
+        ids: Vec<u32>,
+    }
+    let made: Vec<Made> = golden("tokenizers.json");
+    assert_eq!(made.len(), 6);
+    for Made {
+        name,
+        metadata,
+        cases,
+    } in made
+    {
+        let entries = metadata.iter().map(|(key, v)| (key.clone(), value(key, v)));
+        let metadata = Metadata::new(&name, entries.collect()).expect("no key twice");
+        kigo::tokenizer::check(&metadata).expect("the vocabulary is whole");
+        let tokenizer = Tokenizer::from_metadata(&metadata).expect("the tokenizer loads");
+        assert!(cases.len() >= 35);
+        for Case { text, ids } in &cases {
+            let found = tokenizer.encode(text, false, true).expect("it encodes");
+            assert_eq!(&found, ids, "{name}: {text:?}");
+            let around = tokenizer.encode(text, true, true).expect("it encodes");
+            let (before, after) = match metadata.str("tokenizer.ggml.model") {
+                Ok("bert") => (
+                    tokenizer.bos(),
+                    metadata.opt_u32("tokenizer.ggml.seperator_token_id"),
+                ),
+                _ => (None, Ok(tokenizer.eos())),
+            };
+            let after = after.expect("an id");
+            let expected: Vec<u32> = before
+                .into_iter()
+                .chain(ids.iter().copied())
+                .chain(after)
+                .collect();
+            assert_eq!(around, expected, "{name}: {text:?}");
+        }
+    }
+}
+
+/// A value of a GGUF file from JSON.
+fn value(key: &str, json: &Value) -> gguf::Value {
+    let numbers =
+        |array: &[Value]| -> Vec<f64> { array.iter().filter_map(Value::as_f64).collect() };
+    match json {
+        Value::Bool(b) => (*b).into(),
+        Value::String(s) => s.as_str().into(),
+        Value::Array(a) if a.first().is_some_and(Value::is_string) => {
+            let strings = a.iter().filter_map(Value::as_str).map(str::to_owned);
+            strings.collect::<Vec<_>>().into()
+        }
+        Value::Array(a) => match key {
+            "tokenizer.ggml.scores" => numbers(a)
+                .into_iter()
+                .map(|x| x as f32)
+                .collect::<Vec<_>>()
+                .into(),
+            "tokenizer.ggml.token_type" => numbers(a)
+                .into_iter()
+                .map(|x| x as i32)
+                .collect::<Vec<_>>()
+                .into(),
+            _ => numbers(a)
+                .into_iter()
+                .map(|x| x as u8)
+                .collect::<Vec<_>>()
+                .into(),
+        },
+        other => (other.as_u64().expect("an id") as u32).into(),
     }
 }

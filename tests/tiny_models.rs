@@ -16,6 +16,18 @@ struct Prompt {
     ids: Vec<u32>,
     logits: Vec<Vec<f64>>,
     greedy: Vec<u32>,
+    /// How far the likeliest logit is above the next, at each id of `greedy`.
+    margins: Vec<f64>,
+}
+
+impl Prompt {
+    /// The margin below which an error of `nmse` may turn a choice: the standard deviation that it means for a
+    /// difference of two logits.
+    fn turning(&self, nmse: f64) -> f64 {
+        let row = &self.logits[0];
+        let mean = row.iter().map(|l| l * l).sum::<f64>() / row.len() as f64;
+        (2.0 * nmse * mean).sqrt()
+    }
 }
 
 /// Largest normalised mean square error of a prompt's last logits.
@@ -38,9 +50,39 @@ fn worst(file: &Path, prompts: &[Prompt], device: &str, exact: bool, args: &[&st
     worst
 }
 
-/// Models whose greedy ids part from the reference's with 8-bit activations on the CPU, while their logits are within
-/// the limit: known to fall short, not known why. One that no longer does should leave this list.
-const PARTING: [&str; 1] = ["gpt-oss-MXFP4"];
+/// Greedy ids of a prompt that differ from the reference's, each with its margin: where one does, the rest is generated
+/// after the reference's.
+fn differing(file: &Path, device: &str, exact: bool, prompt: &Prompt) -> Vec<(usize, u32, f64)> {
+    let n = prompt.greedy.len();
+    assert_eq!(prompt.margins.len(), n);
+    let mut differing = Vec::new();
+    let mut done = 0;
+    while done < n {
+        let mut ids = prompt.ids.clone();
+        ids.extend(&prompt.greedy[..done]);
+        let (ids, count) = (join(&ids), (n - done).to_string());
+        let args = ["--ids", &ids, "--max-tokens", &count, "--temperature", "0"];
+        let output = run_model("generate", file, device, exact, &args);
+        let ours: Vec<u32> =
+            serde_json::from_value(output["ids"].clone()).expect("ids are token ids");
+        assert!(!ours.is_empty(), "{}: nothing generated", file.display());
+        let equal = ours
+            .iter()
+            .zip(&prompt.greedy[done..])
+            .take_while(|(a, b)| a == b)
+            .count();
+        done += equal;
+        // An end of generation ends ours; the reference goes on.
+        if equal < ours.len() && done < n {
+            differing.push((done, ours[equal], prompt.margins[done]));
+            done += 1;
+        }
+    }
+    differing
+}
+
+/// Ids of the 48 of a model that 8-bit activations may turn, where the margin allows it at all.
+const MOST_TURNED: usize = 1;
 
 /// The models whose names begin with `family-`: logits, and on the CPU greedy continuations.
 fn check(family: &str, device: &str, exact: bool) {
@@ -67,24 +109,21 @@ fn check(family: &str, device: &str, exact: bool) {
                 wrong.push(line);
             }
         }
-        // Decoding, past the sliding windows; the reference goes on after an end of text.
-        let name = path
-            .file_name()
-            .and_then(|n| n.to_str())
-            .unwrap_or_default();
-        if device == "cpu" && (exact || !PARTING.contains(&name)) {
-            for prompt in &golden.prompts {
-                let ids = join(&prompt.ids);
-                let args = ["--ids", &ids, "--max-tokens", "16", "--temperature", "0"];
-                let output = run_model("generate", &file, device, exact, &args);
-                let ours: Vec<u32> =
-                    serde_json::from_value(output["ids"].clone()).expect("ids are token ids");
-                if ours.is_empty() || !prompt.greedy.starts_with(&ours) {
-                    wrong.push(format!(
-                        "{} exact={exact}: {ours:?} instead of {:?}",
-                        file.display(),
-                        prompt.greedy
-                    ));
+        // Decoding, past the sliding windows.
+        let mut turned = 0;
+        for prompt in golden.prompts.iter().filter(|_| device == "cpu") {
+            for (step, id, margin) in differing(&file, device, exact, prompt) {
+                let turning = prompt.turning(limit);
+                let line = format!(
+                    "{} exact={exact}: id {id} instead of {} at step {step}, whose margin is {margin:.3}; \
+                     the error that is allowed turns those below {turning:.3}",
+                    file.display(),
+                    prompt.greedy[step],
+                );
+                println!("{line}");
+                turned += 1;
+                if margin >= turning || turned > MOST_TURNED {
+                    wrong.push(line);
                 }
             }
         }

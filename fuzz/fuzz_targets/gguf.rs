@@ -3,11 +3,13 @@
 #![no_main]
 
 use gguf::Gguf;
+use kigo::model::{DeviceChoice, LoadOptions, verdicts};
 use libfuzzer_sys::fuzz_target;
+use std::sync::Arc;
 
 fuzz_target!(|data: &[u8]| {
     let file = match Gguf::from_bytes("fuzz.gguf", data.to_vec()) {
-        Ok(file) => file,
+        Ok(file) => Arc::new(file),
         Err(error) => {
             assert!(error.to_string().contains("fuzz.gguf"), "{error}");
             return;
@@ -30,9 +32,15 @@ fuzz_target!(|data: &[u8]| {
             .expect("inside the tensor");
         assert_eq!(bytes, tensor.data()[..bytes.len()]);
     }
+    // Every check on the way to a model, and the memory it would take, with nothing loaded.
+    let options = LoadOptions {
+        device: DeviceChoice::Cpu,
+        ..LoadOptions::default()
+    };
+    let verdicts = verdicts(&file, &options);
     for json in [false, true] {
         let mut text = Vec::new();
-        kigo::cli::inspect::inspect(&file, json, &mut text).expect("memory takes it");
+        kigo::cli::inspect::inspect(&file, &verdicts, json, &mut text).expect("memory takes it");
         let text = String::from_utf8(text).expect("what is printed is text");
         if json {
             serde_json::from_str::<serde_json::Value>(&text).expect("what is printed is JSON");

@@ -252,6 +252,19 @@ impl Metadata {
         }
     }
 
+    /// An array of bytes, signed ones by their bits; none if the key is missing.
+    ///
+    /// # Errors
+    /// The value is something else.
+    pub fn opt_u8s(&self, key: &str) -> Result<Option<Cow<'_, [u8]>>, Error> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Array(Array::U8(v))) => Ok(Some(Cow::Borrowed(v))),
+            Some(Value::Array(Array::I8(v))) => Ok(Some(v.iter().map(|&b| b as u8).collect())),
+            Some(other) => Err(self.wrong(key, other, "an array of u8")),
+        }
+    }
+
     fn integers<T: TryFrom<i128>>(&self, key: &str) -> Result<Option<Vec<T>>, Error> {
         let Some(value) = self.get(key) else {
             return Ok(None);
@@ -363,6 +376,21 @@ mod tests {
             m.opt_byte_strings("g").unwrap().unwrap(),
             [&b"ok"[..], b"\xff"]
         );
+    }
+
+    #[test]
+    fn bytes_may_be_signed() {
+        let entries = vec![
+            ("a".into(), vec![1u8, 255].into()),
+            ("b".into(), vec![1i8, -1].into()),
+            ("c".into(), vec![1i32].into()),
+        ];
+        let m = Metadata::new("m.gguf", entries).unwrap();
+        assert_eq!(m.opt_u8s("a").unwrap().as_deref(), Some(&[1, 255][..]));
+        assert_eq!(m.opt_u8s("b").unwrap().as_deref(), Some(&[1, 255][..]));
+        assert_eq!(m.opt_u8s("nope").unwrap(), None);
+        let error = m.opt_u8s("c").unwrap_err().to_string();
+        assert!(error.contains("expected an array of u8"), "{error}");
     }
 
     #[test]

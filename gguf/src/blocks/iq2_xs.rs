@@ -38,7 +38,7 @@ impl Block for Iq2Xs {
         assert_eq!(out.len(), Self::LEN);
         let d = self.d.to_f32();
         for (run, out) in out.chunks_exact_mut(8).enumerate() {
-            let d = d * (0.5 + super::nibble_scale(&self.scales, run / 2)) * 0.25;
+            let d = d * (0.5 + f32::from(super::nibble(&self.scales, run / 2))) * 0.25;
             let (index, signs) = self.run(run);
             let entry = &GRID[index];
             super::fill::<8>(out, |i| super::signed(d * f32::from(entry[i]), signs, i));

@@ -42,7 +42,7 @@ impl Block for Iq3S {
         assert_eq!(out.len(), Self::LEN);
         let d = self.d.to_f32();
         for (eight, out) in out.chunks_exact_mut(8).enumerate() {
-            let d = d * (1.0 + 2.0 * super::nibble_scale(&self.scales, eight / 4));
+            let d = d * f32::from(1 + 2 * super::nibble(&self.scales, eight / 4));
             super::fill::<8>(out, |i| {
                 let entry = &GRID[self.index(2 * eight + i / 4)];
                 super::signed(d * f32::from(entry[i % 4]), self.signs[eight], i)

@@ -24,7 +24,7 @@ impl Iq4Xs {
     /// The scale of sub-block `j`, -32 to 31.
     #[inline(always)]
     pub fn scale(&self, j: usize) -> i8 {
-        let low = self.scales_l[j / 2] >> (j % 2 * 4) & 15;
+        let low = super::nibble(&self.scales_l, j);
         let high = (u16::from_le_bytes(self.scales_h) >> (2 * j)) as u8 & 3;
         (low | high << 4) as i8 - 32
     }

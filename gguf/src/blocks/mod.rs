@@ -212,6 +212,6 @@ fn signed(value: f32, signs: u8, i: usize) -> f32 {
 
 /// Number `j` of 4 bits, two a byte, the first in the low half.
 #[inline(always)]
-fn nibble_scale(scales: &[u8], j: usize) -> f32 {
-    f32::from((scales[j / 2] >> (j % 2 * 4)) & 15)
+pub fn nibble(bytes: &[u8], j: usize) -> u8 {
+    (bytes[j / 2] >> (j % 2 * 4)) & 15
 }

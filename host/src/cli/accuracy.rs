@@ -24,6 +24,10 @@ pub(super) struct AccuracyArgs {
     /// Only models whose name starts with this
     #[arg(long, value_name = "PREFIX", default_value = "")]
     only: String,
+    /// What another run said with --json, of other devices or on another machine, to be shown beside; may be
+    /// given more than once
+    #[arg(long, value_name = "FILE")]
+    with: Vec<PathBuf>,
 }
 
 /// What a golden file must have; it may have more.
@@ -38,6 +42,17 @@ struct Prompt {
     /// One row: those after the last id.
     logits: Vec<Vec<f64>>,
     greedy: Vec<u32>,
+    /// How far the likeliest id's logit is above the next, at each of them.
+    #[serde(default)]
+    margins: Vec<f64>,
+}
+
+impl Prompt {
+    /// Root mean square of the logits.
+    fn rms(&self) -> f64 {
+        let row = &self.logits[0];
+        (row.iter().map(|l| l * l).sum::<f64>() / row.len() as f64).sqrt()
+    }
 }
 
 /// Ids of a prompt that the emulator is given one by one at most: each takes it as long as a whole prompt.
@@ -51,6 +66,17 @@ struct Column {
 }
 
 impl Column {
+    /// The column of a report.
+    fn named(device: &str, exact: bool) -> Option<Self> {
+        let device = match device {
+            "CPU" => DeviceChoice::Cpu,
+            "emulator" => DeviceChoice::Emulated,
+            "GPU" => DeviceChoice::Cuda(0),
+            _ => return None,
+        };
+        Some(Column { device, exact })
+    }
+
     fn device_name(self) -> &'static str {
         match self.device {
             DeviceChoice::Cpu => "CPU",
@@ -73,6 +99,12 @@ impl Column {
             (true, _) => 1e-4,
         }
     }
+
+    /// The margin below which an error of [`Column::limit`] may turn a choice, over the root mean square of
+    /// the logits: the standard deviation of a difference of two of them.
+    fn turning(self) -> f64 {
+        (2.0 * self.limit()).sqrt()
+    }
 }
 
 /// What a model did on one device.
@@ -88,13 +120,21 @@ struct Measured {
     /// Ids that the reference chose too, given the reference's ids before them.
     equal: usize,
     greedy: usize,
+    /// The greatest margin of the reference, over the root mean square of its logits, at an id that differs:
+    /// infinite where the margin is not known.
+    turned: Option<f64>,
+}
+
+impl Measured {
+    fn is_right(&self, column: Column) -> bool {
+        self.nmse <= column.limit() && self.turned.is_none_or(|m| m < column.turning())
+    }
 }
 
 impl Cell {
     fn is_right(&self, column: Column) -> bool {
         match self {
-            // 8-bit activations may turn a choice between two that are near each other.
-            Cell::Measured(m) => m.nmse <= column.limit() && (!column.exact || m.equal == m.greedy),
+            Cell::Measured(m) => m.is_right(column),
             Cell::Failed(_) => false,
         }
     }
@@ -102,7 +142,7 @@ impl Cell {
     fn text(&self, column: Column) -> String {
         match self {
             Cell::Measured(m) => {
-                let over = if m.nmse <= column.limit() { "" } else { " !" };
+                let over = if m.is_right(column) { "" } else { " !" };
                 let ids = if m.equal == m.greedy {
                     String::new()
                 } else {
@@ -126,6 +166,7 @@ impl Cell {
                 value["nmse"] = json!(m.nmse);
                 value["greedy"] = json!(m.greedy);
                 value["greedy_equal"] = json!(m.equal);
+                value["turned_margin"] = json!(m.turned);
             }
             Cell::Failed(why) => value["error"] = json!(why),
         }
@@ -189,7 +230,10 @@ pub(super) fn run(common: &Common, args: &AccuracyArgs, out: &mut dyn Write) -> 
     }
     progress.finish_and_clear();
     lines.sort_by(|a, b| (&a.architecture, &a.name).cmp(&(&b.architecture, &b.name)));
-    let columns = columns(&devices, common.exact);
+    let mut columns = columns(&devices, common.exact);
+    for path in &args.with {
+        add_report(path, &mut lines, &mut columns)?;
+    }
     if common.json {
         let models: Vec<_> = lines.iter().map(|line| line_json(line, &columns)).collect();
         print_json(out, &json!({ "models": models }))?;
@@ -201,6 +245,80 @@ pub(super) fn run(common: &Common, args: &AccuracyArgs, out: &mut dyn Write) -> 
         cells.all(|(cell, column)| cell.is_right(*column))
     };
     Ok(lines.iter().all(right))
+}
+
+/// What this command prints with `--json`.
+#[derive(Deserialize)]
+struct Report {
+    models: Vec<ReportModel>,
+}
+
+#[derive(Deserialize)]
+struct ReportModel {
+    name: String,
+    results: Vec<ReportCell>,
+}
+
+#[derive(Deserialize)]
+struct ReportCell {
+    device: String,
+    exact: bool,
+    nmse: Option<f64>,
+    #[serde(default)]
+    greedy: usize,
+    #[serde(default)]
+    greedy_equal: usize,
+    turned_margin: Option<f64>,
+    error: Option<String>,
+}
+
+impl ReportCell {
+    fn cell(&self) -> Cell {
+        if let Some(error) = &self.error {
+            return Cell::Failed(error.clone());
+        }
+        // JSON has no number for what is none, or infinite.
+        let turned = (self.greedy_equal < self.greedy).then_some(f64::INFINITY);
+        Cell::Measured(Measured {
+            nmse: self.nmse.unwrap_or(f64::NAN),
+            equal: self.greedy_equal,
+            greedy: self.greedy,
+            turned: self.turned_margin.or(turned),
+        })
+    }
+}
+
+/// Adds the columns of another run's report.
+fn add_report(path: &PathBuf, lines: &mut [Line], columns: &mut Vec<Column>) -> Result<()> {
+    let origin = path.display().to_string();
+    let text = super::read_file(path)?;
+    let report: Report = super::parse_json(&text, &origin, "what kigo accuracy --json prints")?;
+    let results = report.models.iter().flat_map(|m| &m.results);
+    let mut own: Vec<(&str, bool)> = Vec::new();
+    for result in results {
+        let key = (result.device.as_str(), result.exact);
+        if !own.contains(&key) {
+            own.push(key);
+        }
+    }
+    for (device, exact) in own {
+        let column = Column::named(device, exact).ok_or_else(|| {
+            Error::Request(format!(
+                "{origin}: a result on {device:?}, expected \"CPU\", \"emulator\" or \"GPU\""
+            ))
+        })?;
+        columns.push(column);
+        for line in &mut *lines {
+            let model = report.models.iter().find(|m| m.name == line.name);
+            let mut results = model.iter().flat_map(|m| &m.results);
+            let found = results.find(|r| (r.device.as_str(), r.exact) == (device, exact));
+            line.cells.push(found.map_or_else(
+                || Cell::Failed(format!("{origin} has no result of it")),
+                ReportCell::cell,
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn columns(devices: &[DeviceChoice], only_exact: bool) -> Vec<Column> {
@@ -301,6 +419,7 @@ fn measure(common: &Common, column: Column, file: &Arc<Gguf>, golden: &Golden) -
         nmse: 0.0,
         equal: 0,
         greedy: 0,
+        turned: None,
     };
     for prompt in &golden.prompts {
         // One by one, then all at once: these are different kernels.
@@ -319,9 +438,15 @@ fn measure(common: &Common, column: Column, file: &Arc<Gguf>, golden: &Golden) -
                 measured.nmse = error;
             }
         }
-        for &id in &prompt.greedy {
+        for (step, &id) in prompt.greedy.iter().enumerate() {
             measured.greedy += 1;
-            measured.equal += usize::from(direct.sample_greedy()? == id);
+            if direct.sample_greedy()? == id {
+                measured.equal += 1;
+            } else {
+                let margin = prompt.margins.get(step);
+                let margin = margin.map_or(f64::INFINITY, |m| m / prompt.rms());
+                measured.turned = Some(measured.turned.map_or(margin, |m| m.max(margin)));
+            }
             direct.feed(&[id])?;
         }
     }
@@ -376,4 +501,71 @@ fn table(lines: &[Line], columns: &[Column]) -> String {
         text.extend(reasons);
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(name: &str) -> Line {
+        Line {
+            name: name.to_owned(),
+            architecture: "llama".to_owned(),
+            types: vec![GgmlType::Q8_0],
+            cells: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn other_runs_are_shown_beside() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("other.json");
+        let gpu = Column::named("GPU", false).unwrap();
+        let cells = [
+            Cell::Measured(Measured {
+                nmse: 2e-3,
+                equal: 47,
+                greedy: 48,
+                turned: Some(0.05),
+            }),
+            Cell::Measured(Measured {
+                nmse: 2e-3,
+                equal: 47,
+                greedy: 48,
+                turned: Some(f64::INFINITY),
+            }),
+        ];
+        let models: Vec<_> = ["a", "b"]
+            .into_iter()
+            .zip(cells)
+            .map(|(name, cell)| {
+                let line = Line {
+                    cells: vec![cell],
+                    ..line(name)
+                };
+                line_json(&line, &[gpu])
+            })
+            .collect();
+        std::fs::write(&path, json!({ "models": models }).to_string()).unwrap();
+        let (mut lines, mut columns) = (vec![line("a"), line("b"), line("c")], Vec::new());
+        add_report(&path, &mut lines, &mut columns).unwrap();
+        let text = table(&lines, &columns);
+        for part in [
+            "| weights | GPU |\n",
+            // A margin that the error may turn; one that it may not; a model that the other run lacked.
+            "| a | Q8_0 | 2e-3 (47 of 48 ids) |",
+            "| b | Q8_0 | 2e-3 ! (47 of 48 ids) |",
+            "| c | Q8_0 | - |",
+            "has no result of it",
+        ] {
+            assert!(text.contains(part), "{text}\nhas no {part:?}");
+        }
+        std::fs::write(
+            &path,
+            r#"{"models":[{"name":"a","results":[{"device":"abacus","exact":true}]}]}"#,
+        )
+        .unwrap();
+        let error = add_report(&path, &mut lines, &mut columns).unwrap_err();
+        assert!(error.to_string().contains("abacus"), "{error}");
+    }
 }

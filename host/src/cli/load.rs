@@ -5,7 +5,7 @@ use crate::catalog::{self, Catalog};
 use crate::engine::{Engine, EngineConfig, EngineHandle, ModelText};
 use crate::error::{Error, Result};
 use crate::model::{self, CacheSize, DEFAULT_CONTEXT, LoadOptions, LoadProgress, Runner};
-use crate::tokenizer;
+use crate::tokenizer::{self, ChatTemplate};
 use gguf::Gguf;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::sync::Arc;
@@ -60,6 +60,11 @@ pub(super) fn load(common: &Common, file: &Arc<Gguf>, tokens: usize) -> Result<L
 }
 
 impl Common {
+    /// What renders chats where the model's own template is missing or fails, if that is wanted.
+    pub(super) fn template_fallback(&self) -> Option<ChatTemplate> {
+        self.template_fallback.then(ChatTemplate::chatml)
+    }
+
     pub(super) fn load_options(&self, tokens: usize) -> LoadOptions {
         let needed = (tokens > DEFAULT_CONTEXT).then_some(tokens);
         LoadOptions {
@@ -130,7 +135,8 @@ fn load_observed(
 /// Loads the model and starts an engine on it.
 pub(super) fn engine(common: &Common, file: &Arc<Gguf>, tokens: usize) -> Result<EngineHandle> {
     let options = common.load_options(tokens);
-    engine_with(file, &options, EngineConfig::default(), &|_| {})
+    let fallback = common.template_fallback();
+    engine_with(file, &options, fallback, EngineConfig::default(), &|_| {})
 }
 
 /// As [`engine`], for the worker.
@@ -145,12 +151,13 @@ pub(super) fn engine_for_worker(
         cache,
         ..common.load_options(0)
     };
-    engine_with(file, &options, config, observe)
+    engine_with(file, &options, common.template_fallback(), config, observe)
 }
 
 fn engine_with(
     file: &Arc<Gguf>,
     options: &LoadOptions,
+    template_fallback: Option<ChatTemplate>,
     config: EngineConfig,
     observe: &(dyn Fn(LoadProgress) + Sync),
 ) -> Result<EngineHandle> {
@@ -162,7 +169,8 @@ fn engine_with(
         let text = text.join().unwrap_or_else(|e| std::panic::resume_unwind(e));
         (text, loaded)
     });
-    Engine::start(loaded?.runner, Arc::new(text?), config).map_err(|source| Error::Io {
+    let text = text?.with_fallback(template_fallback);
+    Engine::start(loaded?.runner, Arc::new(text), config).map_err(|source| Error::Io {
         path: "the engine's thread".into(),
         source,
     })

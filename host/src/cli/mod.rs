@@ -17,6 +17,7 @@ mod quantize;
 mod serve;
 mod serve_config;
 mod synthetic;
+mod tensor;
 mod text;
 
 pub(crate) use load::load_with_progress;
@@ -67,6 +68,9 @@ pub struct Common {
     /// A LoRA adapter, and by how much it counts; may be given more than once
     #[arg(long, global = true, value_name = "FILE[:SCALE]")]
     pub lora: Vec<LoraSource>,
+    /// Render chats as ChatML where the model's own template is missing or fails
+    #[arg(long, global = true, env = "KIGO_TEMPLATE_FALLBACK")]
+    pub template_fallback: bool,
     /// Print one JSON object on stdout and nothing else
     #[arg(long, global = true)]
     pub json: bool,
@@ -211,7 +215,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             count,
         } => {
             let file = load::open_named(file)?;
-            inspect::tensor(&file, name, *offset, *count, common.json, out)?;
+            tensor::tensor(&file, name, *offset, *count, common.json, out)?;
         }
         Command::Quantize(args) => quantize::run(common, args, out)?,
         Command::Models(ModelsCommand::List) => models::list(common.json)?,

@@ -1,6 +1,7 @@
 //! `kigo tokenize`, `detokenize` and `chat-template`: a model's text side, without its weights.
 
 use super::{Common, load, parse_json, print_json, read_stdin, stdout_error};
+use crate::engine::render_chat;
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat::ChatTemplate;
@@ -87,16 +88,15 @@ struct TemplateInput {
 
 pub(super) fn chat_template(common: &Common, out: &mut dyn Write) -> Result<()> {
     let file = load::open(common)?;
-    let template = ChatTemplate::from_gguf(&file)?.ok_or_else(|| Error::Model {
-        file: file.path().to_owned(),
-        what: "there is no chat template (tokenizer.chat_template) in this file".to_owned(),
-    })?;
+    let template = ChatTemplate::from_gguf(&file)?;
     let input: TemplateInput = parse_json(
         &read_stdin("the JSON")?,
         "stdin",
         "{\"messages\", \"tools\"?, \"add_generation_prompt\"?}",
     )?;
-    let text = template.render(
+    let text = render_chat(
+        template.as_ref(),
+        common.template_fallback().as_ref(),
         &input.messages,
         input.tools.as_ref(),
         input.add_generation_prompt,

@@ -127,6 +127,16 @@ impl std::str::FromStr for CacheType {
     }
 }
 
+impl std::fmt::Display for CacheType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            CacheType::F32 => "f32",
+            CacheType::F16 => "f16",
+            CacheType::Q8_0 => "q8_0",
+        })
+    }
+}
+
 /// The two parts of a KV cache, with blocks of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CachePart {

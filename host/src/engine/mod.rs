@@ -35,7 +35,7 @@ pub use failure::{Code, Failure};
 pub use grammar::{Constraint, Grammar, Grammars};
 pub use job::{Canceller, EVENT_BUFFER, End, Event, Job, JobStatus, LogProbs, StopReason};
 pub use metrics::{Metrics, Outcome, OutcomeLabel};
-pub use text::{Detokenize, ModelText, Text};
+pub use text::{Detokenize, ModelText, Text, render_chat};
 
 use crate::device::{BLOCK_TOKENS, DeviceInfo};
 use crate::model::{ModelInfo, Pooling, Runner};

@@ -434,15 +434,11 @@ pub(super) fn rehearse<D: Device>(
 ) -> Result<Plan> {
     let config = Config::from_gguf(file)?;
     let context = plan::context(&config, options.context)?;
-    let cache = CachePlan::new(&config, context, options, D::STEP_ROWS);
-    let plan = plan::plan(
-        file,
-        &config,
-        cache.shape,
-        context,
-        D::STEP_ROWS,
-        |widest| device.working_bytes(widest),
-    );
+    let step_rows = options.step_rows(D::STEP_ROWS);
+    let cache = CachePlan::new(&config, context, options, step_rows);
+    let plan = plan::plan(file, &config, cache.shape, context, step_rows, |widest| {
+        device.working_bytes(widest)
+    });
     let mut quiet = |_| ();
     let mut loader = Loader::new(&mut device, file, &config, &cache.places, &[], &mut quiet);
     loader.weights()?;
@@ -463,25 +459,21 @@ pub(super) fn load<D: Device>(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Box<dyn Runner>> {
     let context = plan::context(&config, options.context)?;
+    let step_rows = options.step_rows(D::STEP_ROWS);
     let CachePlan {
         shape: mut cache_shape,
         places,
         ring,
-    } = CachePlan::new(&config, context, options, D::STEP_ROWS);
+    } = CachePlan::new(&config, context, options, step_rows);
     let adapters = options
         .adapters
         .iter()
         .map(|source| Lora::open(source, &config))
         .collect::<Result<Vec<_>>>()?;
 
-    let mut plan = plan::plan(
-        file,
-        &config,
-        cache_shape,
-        context,
-        D::STEP_ROWS,
-        |widest| device.working_bytes(widest),
-    );
+    let mut plan = plan::plan(file, &config, cache_shape, context, step_rows, |widest| {
+        device.working_bytes(widest)
+    });
     let free = device.free_bytes()?;
     cache_shape.blocks = cache_blocks(cache_shape, options.cache, free, &plan);
     plan.cache = 2 * cache_shape.bytes() as u64;
@@ -530,10 +522,10 @@ pub(super) fn load<D: Device>(
     let (d, vocabulary) = (shape.embedding, shape.vocabulary);
     let (q_dim, _) = dims(shape);
     let scratch = Scratch {
-        x: device.alloc(D::STEP_ROWS * d)?,
-        q: device.alloc(D::STEP_ROWS * q_dim)?,
-        attended: device.alloc(D::STEP_ROWS * q_dim)?,
-        hidden: device.alloc(D::STEP_ROWS * shape.feed_forward)?,
+        x: device.alloc(step_rows * d)?,
+        q: device.alloc(step_rows * q_dim)?,
+        attended: device.alloc(step_rows * q_dim)?,
+        hidden: device.alloc(step_rows * shape.feed_forward)?,
         logits: device.alloc(MAX_OUTPUTS * vocabulary)?,
     };
     let info = ModelInfo {
@@ -564,6 +556,7 @@ pub(super) fn load<D: Device>(
         config,
         cache_shape,
         ring,
+        step_rows,
         embedding,
         layers,
         output_norm,

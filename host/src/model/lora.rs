@@ -47,6 +47,12 @@ impl FromStr for LoraSource {
     }
 }
 
+impl fmt::Display for LoraSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file.display(), self.scale)
+    }
+}
+
 /// An opened adapter.
 pub(super) struct Lora {
     pub file: Arc<Gguf>,

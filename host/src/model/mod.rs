@@ -69,6 +69,16 @@ pub struct LoadOptions {
     /// LoRA adapters, added to each other.
     pub adapters: Vec<LoraSource>,
     pub cache: CacheSize,
+    /// Rows of one step at most, and so what a window's part of the cache has room for beside the window;
+    /// `None` for as many as the device does well.
+    pub step_rows: Option<usize>,
+}
+
+impl LoadOptions {
+    /// Rows of one step at most on a device that does well with `most`.
+    fn step_rows(&self, most: usize) -> usize {
+        self.step_rows.map_or(most, |rows| rows.clamp(1, most))
+    }
 }
 
 /// How large the KV cache is, all sequences together. It always holds one of the whole context.

@@ -71,7 +71,7 @@ pub(super) struct RopeTables<D: Device> {
     pub long: Option<(D::Buffer, usize)>,
 }
 
-/// Intermediate activations of one step, [`Device::STEP_ROWS`] rows each.
+/// Intermediate activations of one step, a row for each of its tokens.
 pub(super) struct Scratch<D: Device> {
     pub x: D::Buffer,
     pub q: D::Buffer,
@@ -88,6 +88,8 @@ pub(super) struct Transformer<D: Device> {
     pub config: Config,
     pub cache_shape: CacheShape,
     pub ring: Option<Ring>,
+    /// Rows of one step at most.
+    pub step_rows: usize,
     pub embedding: D::Weight,
     pub layers: Vec<Layer<D>>,
     pub output_norm: NormWeights<D>,
@@ -102,8 +104,8 @@ impl<D: Device> Transformer<D> {
     fn check(&self, batch: &Batch) -> Result<()> {
         let bad = |what: String| Err(Error::Request(what));
         let rows = batch.tokens.len();
-        if rows == 0 || rows > D::STEP_ROWS {
-            let most = D::STEP_ROWS;
+        if rows == 0 || rows > self.step_rows {
+            let most = self.step_rows;
             return bad(format!("a step has {rows} rows, expected 1 to {most}"));
         }
         if batch.outputs.len() > MAX_OUTPUTS {
@@ -281,7 +283,7 @@ impl<D: Device> Runner for Transformer<D> {
     }
 
     fn step_rows(&self) -> usize {
-        D::STEP_ROWS
+        self.step_rows
     }
 
     fn profile(&mut self) -> Result<Vec<OpTiming>> {

@@ -3,11 +3,13 @@
 //! [`Tokenizer`] splits text in three steps. Special tokens are cut out first, so that no later step
 //! can split them or make them out of plain text (`special`). What is between them is cut into words
 //! by the pre-tokenizer that the file names (`pre`), and words into tokens by byte-level BPE (`bpe`);
-//! SentencePiece vocabularies go without words (`spm`). [`Detokenizer`] turns a stream of ids into
+//! SentencePiece vocabularies go without words (`spm`, `unigram`); BERT's have words of their own
+//! (`wordpiece`). [`Detokenizer`] turns a stream of ids into
 //! whole characters. [`ChatTemplate`] turns messages into a prompt.
 
 mod bpe;
 mod bytes;
+mod charsmap;
 pub mod chat;
 mod detokenizer;
 mod eog;
@@ -15,7 +17,9 @@ mod error;
 mod pre;
 mod special;
 mod spm;
+mod unigram;
 mod vocab;
+mod wordpiece;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -28,7 +32,9 @@ pub use error::Error;
 use bpe::Bpe;
 use special::{Piece, Specials};
 use spm::Spm;
+use unigram::Unigram;
 use vocab::{TokenType, Vocab};
+use wordpiece::WordPiece;
 
 /// The tokenizer of one model. Immutable, and shared freely between threads.
 pub struct Tokenizer {
@@ -38,7 +44,8 @@ pub struct Tokenizer {
     bos: Option<u32>,
     eos: Option<u32>,
     add_bos: bool,
-    add_eos: bool,
+    /// What goes after the text, where something does: EOS, or BERT's separator.
+    closing: Option<u32>,
     end_of_generation: Vec<u32>,
 }
 
@@ -65,12 +72,30 @@ impl Table {
 enum Model {
     Bpe(Box<Bpe>),
     Spm(Box<Spm>),
+    Unigram(Box<Unigram>),
+    WordPiece(Box<WordPiece>),
+}
+
+impl Model {
+    /// Whether text is encoded as if a space stood before it, which is then no part of it.
+    fn adds_prefix_space(&self) -> bool {
+        match self {
+            Self::Bpe(_) => false,
+            Self::Spm(spm) => spm.adds_prefix_space(),
+            Self::Unigram(unigram) => unigram.adds_prefix_space(),
+            // Its tokens say where a word begins, the first one's too.
+            Self::WordPiece(_) => true,
+        }
+    }
 }
 
 /// Kinds of tokenizers, by `tokenizer.ggml.model`.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Bpe,
     Spm,
+    Unigram,
+    WordPiece,
 }
 
 impl Kind {
@@ -78,9 +103,11 @@ impl Kind {
         match metadata.str("tokenizer.ggml.model")? {
             "gpt2" => Ok(Self::Bpe),
             "llama" => Ok(Self::Spm),
+            "t5" => Ok(Self::Unigram),
+            "bert" => Ok(Self::WordPiece),
             other => Err(vocab.error(format!(
-                "tokenizer.ggml.model is {other:?}; known are \"gpt2\" (byte-level BPE) and \
-                 \"llama\" (SentencePiece BPE)"
+                "tokenizer.ggml.model is {other:?}; known are \"gpt2\" (byte-level BPE), \
+                 \"llama\" (SentencePiece BPE), \"t5\" (SentencePiece unigram) and \"bert\" (WordPiece)"
             ))),
         }
     }
@@ -90,6 +117,9 @@ impl Kind {
 struct NamedIds {
     bos: Option<u32>,
     eos: Option<u32>,
+    /// BERT's begin and end of a text.
+    class: Option<u32>,
+    separator: Option<u32>,
     /// End of turn and of message.
     ends: [Option<u32>; 2],
 }
@@ -109,6 +139,9 @@ impl NamedIds {
         Ok(Self {
             bos: id("tokenizer.ggml.bos_token_id")?,
             eos: id("tokenizer.ggml.eos_token_id")?,
+            class: id("tokenizer.ggml.cls_token_id")?,
+            // So it is spelled in files.
+            separator: id("tokenizer.ggml.seperator_token_id")?,
             ends: [
                 id("tokenizer.ggml.eot_token_id")?,
                 id("tokenizer.ggml.eom_token_id")?,
@@ -127,6 +160,11 @@ pub fn check(metadata: &gguf::Metadata) -> Result<(), Error> {
     match Kind::read(metadata, &vocab)? {
         Kind::Bpe => drop(bpe::merges(metadata)?),
         Kind::Spm => drop(spm::scores(metadata, &vocab)?),
+        Kind::Unigram => {
+            spm::scores(metadata, &vocab)?;
+            drop(unigram::charsmap(metadata, &vocab)?);
+        }
+        Kind::WordPiece => drop(wordpiece::unknown(metadata, &vocab)?),
     }
     NamedIds::read(metadata, &vocab).map(drop)
 }
@@ -140,7 +178,7 @@ pub fn check_text(metadata: &gguf::Metadata) -> Result<(), Error> {
     let vocab = Vocab::read(metadata)?;
     match Kind::read(metadata, &vocab)? {
         Kind::Bpe => bpe::pre_tokenizer(metadata, &vocab).map(drop),
-        Kind::Spm => Ok(()),
+        Kind::Spm | Kind::Unigram | Kind::WordPiece => Ok(()),
     }
 }
 
@@ -171,15 +209,43 @@ impl Tokenizer {
     /// See [`Tokenizer::from_gguf`].
     pub fn from_metadata(metadata: &gguf::Metadata) -> Result<Self, Error> {
         let vocab = Vocab::read(metadata)?;
-        let (model, adds_bos) = match Kind::read(metadata, &vocab)? {
+        let kind = Kind::read(metadata, &vocab)?;
+        let (model, adds_bos) = match kind {
             Kind::Bpe => {
                 let bpe = Bpe::new(metadata, &vocab)?;
                 let adds_bos = bpe.adds_bos();
                 (Model::Bpe(Box::new(bpe)), adds_bos)
             }
             Kind::Spm => (Model::Spm(Box::new(Spm::new(metadata, &vocab)?)), true),
+            Kind::Unigram => {
+                let unigram = Unigram::new(metadata, &vocab)?;
+                (Model::Unigram(Box::new(unigram)), false)
+            }
+            Kind::WordPiece => {
+                let pieces = WordPiece::new(metadata, &vocab)?;
+                (Model::WordPiece(Box::new(pieces)), true)
+            }
         };
-        let NamedIds { bos, eos, ends } = NamedIds::read(metadata, &vocab)?;
+        let NamedIds {
+            bos,
+            eos,
+            class,
+            separator,
+            ends,
+        } = NamedIds::read(metadata, &vocab)?;
+        // BERT has a class token before a text and a separator after it in their places.
+        let bos = bos.or(class);
+        let adds = |key: &str, default: bool| {
+            let adds = metadata.opt_bool(key);
+            adds.map(|adds| adds.unwrap_or(default))
+        };
+        let add_sep = adds("tokenizer.ggml.add_sep_token", kind == Kind::WordPiece)?;
+        let add_eos = adds("tokenizer.ggml.add_eos_token", kind == Kind::Unigram)?;
+        let closing = match (add_sep, add_eos) {
+            (true, _) => separator.or(eos),
+            (_, true) => eos,
+            _ => None,
+        };
         let mut ends: BTreeSet<u32> = ends.into_iter().chain([eos]).flatten().collect();
         eog::extend_by_name(&mut ends, &vocab);
         if ends.len() < 2 {
@@ -189,7 +255,7 @@ impl Tokenizer {
         let specials = Specials::new(&vocab)?;
         let bytes = match &model {
             Model::Bpe(_) => bpe::token_bytes(&vocab),
-            Model::Spm(_) => spm::token_bytes(&vocab),
+            Model::Spm(_) | Model::Unigram(_) | Model::WordPiece(_) => spm::token_bytes(&vocab),
         };
         Ok(Self {
             model,
@@ -200,19 +266,15 @@ impl Tokenizer {
             }),
             bos,
             eos,
-            add_bos: metadata
-                .opt_bool("tokenizer.ggml.add_bos_token")?
-                .unwrap_or(adds_bos),
-            add_eos: metadata
-                .opt_bool("tokenizer.ggml.add_eos_token")?
-                .unwrap_or(false),
+            add_bos: adds("tokenizer.ggml.add_bos_token", adds_bos)?,
+            closing,
             end_of_generation: ends.into_iter().collect(),
         })
     }
 
     /// The ids of a text.
     ///
-    /// `add_special` puts BOS before and EOS after it where the file says so. `parse_special` finds
+    /// `add_special` puts BOS before and EOS after it where the file says so, or BERT's `[CLS]` and `[SEP]`. `parse_special` finds
     /// control tokens by their text (`<|im_start|>`), as a rendered chat template needs; without
     /// it their text is plain text, as a user's message needs. User-defined tokens are found always.
     ///
@@ -240,13 +302,15 @@ impl Tokenizer {
                     match &self.model {
                         Model::Bpe(bpe) => bpe.encode(text, &mut ids)?,
                         Model::Spm(spm) => spm.encode(text, after_special, &mut ids)?,
+                        Model::Unigram(unigram) => unigram.encode(text, after_special, &mut ids),
+                        Model::WordPiece(pieces) => pieces.encode(text, &mut ids)?,
                     }
                     after_special = false;
                 }
             }
         }
-        if add_special && self.add_eos {
-            ids.extend(self.eos);
+        if add_special {
+            ids.extend(self.closing);
         }
         Ok(ids)
     }
@@ -261,7 +325,7 @@ impl Tokenizer {
             .copied()
             .collect();
         // What `encode` put before the text is not part of it.
-        let prefixed = matches!(&self.model, Model::Spm(spm) if spm.adds_prefix_space());
+        let prefixed = self.model.adds_prefix_space();
         let first_is_text = ids.first().is_some_and(|&id| !self.is_control(id));
         if prefixed && first_is_text && bytes.first() == Some(&b' ') {
             bytes.remove(0);

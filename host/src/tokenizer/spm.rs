@@ -12,7 +12,7 @@ use super::Error;
 use super::vocab::{TokenType, Vocab};
 
 /// SentencePiece writes a space as U+2581.
-const SPACE: &str = "\u{2581}";
+pub(super) const SPACE: &str = "\u{2581}";
 
 pub(super) struct Spm {
     pieces: HashMap<Box<str>, u32>,
@@ -98,18 +98,11 @@ impl Spm {
                 TokenType::Unknown | TokenType::Control | TokenType::Unused => {}
             }
         }
-        let unknown = vocab
-            .iter()
-            .find(|&(.., ty)| ty == TokenType::Unknown)
-            .map(|(id, ..)| id);
         Ok(Self {
             pieces,
             scores: scores.into_owned(),
             bytes,
-            unknown: match metadata.opt_u32("tokenizer.ggml.unknown_token_id")? {
-                Some(id) if (id as usize) < vocab.len() => Some(id),
-                _ => unknown,
-            },
+            unknown: vocab.unknown(metadata)?,
             adds_prefix_space: metadata
                 .opt_bool("tokenizer.ggml.add_space_prefix")?
                 .unwrap_or(true),
@@ -218,7 +211,7 @@ impl Spm {
 }
 
 /// The byte of a token like `<0x0A>`.
-fn byte_token(text: &str) -> Option<u8> {
+pub(super) fn byte_token(text: &str) -> Option<u8> {
     let hex = text.strip_prefix("<0x")?.strip_suffix('>')?;
     (hex.len() == 2)
         .then(|| u8::from_str_radix(hex, 16).ok())

@@ -86,6 +86,19 @@ impl<'a> Vocab<'a> {
             .map(|(id, (text, &ty))| (id as u32, text.as_str(), ty))
     }
 
+    /// The token for what cannot be written otherwise: the one that the file names, else the first of
+    /// that type.
+    ///
+    /// # Errors
+    /// `tokenizer.ggml.unknown_token_id` is no integer of 32 bits.
+    pub fn unknown(&self, metadata: &gguf::Metadata) -> Result<Option<u32>, Error> {
+        let named = metadata.opt_u32("tokenizer.ggml.unknown_token_id")?;
+        let first = || self.iter().find(|&(.., ty)| ty == TokenType::Unknown);
+        Ok(named
+            .filter(|&id| (id as usize) < self.len())
+            .or_else(|| first().map(|(id, ..)| id)))
+    }
+
     pub fn error(&self, what: String) -> Error {
         Error::Vocabulary {
             file: self.file.clone(),

@@ -210,6 +210,9 @@ unsafe fn try_wait(barrier: SharedPtr<u64>, parity: u32) -> bool {
 pub fn show_to_copies() {
     #[cfg(target_arch = "nvptx64")]
     unsafe {
-        asm!("fence.mbarrier_init.release.cluster;", options(nostack, preserves_flags));
+        asm!(
+            "fence.mbarrier_init.release.cluster;",
+            options(nostack, preserves_flags)
+        );
     }
 }

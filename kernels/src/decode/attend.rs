@@ -106,7 +106,10 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 }
                 let out = get!(op, out);
                 if whole {
-                    seal.write(out.add((head * head_dim + e) as usize), sum * float::rcp_approx(mass));
+                    seal.write(
+                        out.add((head * head_dim + e) as usize),
+                        sum * float::rcp_approx(mass),
+                    );
                 } else {
                     // Elements, then peak, then mass.
                     let v = if e < head_dim {

@@ -4,8 +4,10 @@ use super::ring::{Tile, turn_bytes};
 use super::row::{Group, Row, ask, norm_scale};
 use super::seal::{Seal, pause};
 use super::task::{Task, first_run, first_task, matrix_field, task_stride};
-use super::{AHEAD, Current, DecodeArgs, PLAIN, Source, WARPS, Warp, await_op, blocks, copy_op, get, kind,
-    lane, note, point, sync, thread};
+use super::{
+    AHEAD, Current, DecodeArgs, PLAIN, Source, WARPS, Warp, await_op, blocks, copy_op, get, kind,
+    lane, note, point, sync, thread,
+};
 use crate::for_each_type;
 use crate::rows::BLOCK_TOKENS;
 use crate::sample::{max_u64, rank, warp_max};
@@ -64,7 +66,8 @@ impl Output {
             };
             // A matrix's last row may be without a second; of a split row's halves, and of a gate and its up, the first
             // writes.
-            let second = (task.m0, task.r0) != (task.m1, task.r1) && get!(op, kind) != kind::GATE_UP;
+            let second =
+                (task.m0, task.r0) != (task.m1, task.r1) && get!(op, kind) != kind::GATE_UP;
             let writes = exists && lane % 4 == 0 && (lane < 16 || second);
             let mut output = Output {
                 to: get!(op, out).wrapping_add(r as usize),

@@ -255,7 +255,11 @@ impl Feed {
     #[inline(always)]
     unsafe fn load(a: &DecodeArgs, index: u32) -> Coming {
         // The list ends with a segment that has no tasks.
-        let index = if index < a.segment_count { index } else { a.segment_count };
+        let index = if index < a.segment_count {
+            index
+        } else {
+            a.segment_count
+        };
         let p = unsafe { a.segments.add(index as usize).cast::<u8>() };
         unrolled!(4, |i| unsafe { ldg_v4_u32_here(p.add(16 * i)) })
     }
@@ -279,8 +283,7 @@ impl Feed {
             let t = self.task.wrapping_sub(s.first);
             let periods = quotient(t, s.period);
             self.place_in_period = t - periods * s.period;
-            self.from =
-                [0, 1].map(|i| s.bases[i].wrapping_add(bytes(t, s.steps[i], periods)));
+            self.from = [0, 1].map(|i| s.bases[i].wrapping_add(bytes(t, s.steps[i], periods)));
             let periods = quotient(task_stride(), s.period);
             self.places = task_stride() - periods * s.period;
             self.strides = s.steps.map(|step| bytes(task_stride(), step, periods));

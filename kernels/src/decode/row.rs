@@ -159,9 +159,7 @@ impl Row {
             if !get!(op, input.norm).is_null() {
                 let squares = warp::reduce_sum_f32(squares);
                 if lane() == 0 {
-                    squares_of(index)
-                        .add(thread() / 32)
-                        .store(squares);
+                    squares_of(index).add(thread() / 32).store(squares);
                 }
             }
         }
@@ -183,7 +181,10 @@ impl Row {
             };
             let mut squares = 0.0;
             let mut i = 4 * t;
-            let Asked { mut words, mut weights } = asked;
+            let Asked {
+                mut words,
+                mut weights,
+            } = asked;
             let mut next = look(i + STRIDE);
             // Whole warps: the lanes stay together for the shuffles, those past the end carry zeros.
             while i & !127 < cols {

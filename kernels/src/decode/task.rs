@@ -73,7 +73,14 @@ impl Segment {
 
     /// Tasks from `first` on: of each of the heads of `m`, `pairs` pairs of rows from row `row` on, neighbours or (`halves`)
     /// `pairs` apart.
-    fn of_heads(m: &Matrix, first: u32, head_dim: u32, row: u32, pairs: u32, halves: bool) -> Segment {
+    fn of_heads(
+        m: &Matrix,
+        first: u32,
+        head_dim: u32,
+        row: u32,
+        pairs: u32,
+        halves: bool,
+    ) -> Segment {
         let heads = m.rows / head_dim;
         let (step, gap) = if halves { (1, pairs) } else { (2, 1) };
         Segment {

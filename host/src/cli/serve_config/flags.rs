@@ -122,6 +122,8 @@ pub(super) struct Flags {
     pub(super) cache_type: Option<String>,
     #[arg(skip)]
     pub(super) lora: Vec<String>,
+    #[arg(skip)]
+    pub(super) template_fallback: bool,
 }
 
 /// Where to listen.

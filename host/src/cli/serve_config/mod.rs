@@ -82,6 +82,7 @@ impl Settings {
         common.threads = common.threads.or(file.threads);
         common.ctx_size = common.ctx_size.or(file.ctx_size);
         common.exact |= file.exact.unwrap_or(false);
+        common.template_fallback |= file.template_fallback;
         if let (None, Some(ty)) = (common.cache_type, &file.cache_type) {
             common.cache_type = Some(ty.parse().map_err(Error::Request)?);
         }
@@ -225,6 +226,10 @@ impl Settings {
         set("cache_type", ty.map(Into::into));
         let adapters = self.common.lora.iter().map(|l| l.to_string().into());
         set("lora", Some(adapters.collect::<Vec<toml::Value>>().into()));
+        set(
+            "template_fallback",
+            Some(self.common.template_fallback.into()),
+        );
         set("worker_id", text(self.worker_id()));
         set("listen", text(self.listen.to_string()));
         set("callback_url", self.callback_url.clone().and_then(text));
@@ -326,6 +331,7 @@ fn read_keys(path: &Path) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::CacheType;
     use clap::Parser;
 
     #[derive(Parser)]
@@ -371,6 +377,33 @@ mod tests {
         std::fs::write(&path, "max_quue = 7").unwrap();
         let error = settings(&format!("--config {}", path.display())).unwrap_err();
         assert!(error.to_string().contains("max_quue"), "{error}");
+    }
+
+    #[test]
+    fn the_file_may_say_what_every_command_takes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kigo.toml");
+        let text = "template_fallback = true\ncache_type = \"q8_0\"\nlora = [\"a.gguf\", \"b.gguf:0.5\"]\n";
+        std::fs::write(&path, text).unwrap();
+        let s = settings(&format!("--config {}", path.display())).unwrap();
+        assert!(s.common.template_fallback);
+        assert_eq!(s.common.cache_type, Some(CacheType::Q8_0));
+        assert_eq!(s.common.lora.len(), 2);
+        let printed = folder.path().join("printed.toml");
+        std::fs::write(&printed, s.shown()).unwrap();
+        let again = settings(&format!("--config {}", printed.display())).unwrap();
+        assert_eq!(again.shown(), s.shown());
+        let s = settings(&format!(
+            "--config {} --cache-type f16 --lora c.gguf",
+            path.display()
+        ))
+        .unwrap();
+        assert_eq!(s.common.cache_type, Some(CacheType::F16));
+        assert_eq!(s.common.lora.len(), 1);
+
+        std::fs::write(&path, "cache_type = \"q3\"").unwrap();
+        let error = settings(&format!("--config {}", path.display())).unwrap_err();
+        assert!(error.to_string().contains("q3"), "{error}");
     }
 
     #[test]

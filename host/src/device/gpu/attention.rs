@@ -7,7 +7,7 @@ use super::{Address, Buffer, Cache, Driver, Gpu, Scratch};
 use crate::device::{Attention, CachePlace, CacheType, HeadNorm, Heads, Qkv, RopeLayout};
 use crate::error::Result;
 use kernels::attention::{self, AttendArgs, Variant};
-use kernels::decode::{self, NO_OP, Op, kind};
+use kernels::decode::{NO_OP, Op, kind};
 use kernels::flash::{self, FlashArgs};
 use kernels::rows::{CacheLayer, CastArgs, RopeCacheArgs, Rotation, cache_types};
 use kernels::types::GROUP;

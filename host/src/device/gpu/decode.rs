@@ -12,7 +12,8 @@ use super::{Address, Allocation, Buffer, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
 use kernels::decode::{
-    self, DecodeArgs, Input, MAX_SEGMENTS, MAX_SPLITS, MAX_TURNS, NO_OP, NUMBERS, Op, Segment, kind, point,
+    self, DecodeArgs, Input, MAX_SEGMENTS, MAX_SPLITS, MAX_TURNS, NO_OP, NUMBERS, Op, Segment,
+    kind, point,
 };
 use kernels::types::{GROUP, TILE};
 use std::collections::HashMap;
@@ -166,7 +167,8 @@ pub(super) struct Decode {
 
 impl Decode {
     pub(super) fn new<D: Driver>(driver: &mut D) -> Result<Self> {
-        let single = driver.alloc(listing(&[NO_OP]).0.len() + MAX_SEGMENTS * size_of::<Segment>())?;
+        let single =
+            driver.alloc(listing(&[NO_OP]).0.len() + MAX_SEGMENTS * size_of::<Segment>())?;
         let ranks = vec![0; 16 * driver.multiprocessors() as usize];
         let ranks_on = driver.alloc(ranks.len())?;
         driver.write(ranks_on.address, &ranks)?;
@@ -233,7 +235,11 @@ pub(super) fn room<D: Driver>(driver: &D, ops: &[Op]) -> Result<Room> {
     // Of the shortest rows, which are most of a model's.
     let row_tiles = products().map(|op| op.input.len.div_ceil((GROUP * TILE) as u32));
     let limit = driver.shared_limit();
-    let most = if row_tiles.min().unwrap_or(0) >= LONG_ROW { 2 } else { 1 };
+    let most = if row_tiles.min().unwrap_or(0) >= LONG_ROW {
+        2
+    } else {
+        1
+    };
     for turn_tiles in (1..=most).rev() {
         for turns in (1..=MAX_TURNS).rev() {
             let (shared, row_bytes) = decode::shared_bytes(row, tile_bytes, turn_tiles, turns);

@@ -80,6 +80,13 @@ impl ChatTemplate {
         }
     }
 
+    /// ChatML, for models whose own template is missing or fails. It has no place for tools, and
+    /// refuses them.
+    #[must_use]
+    pub fn chatml() -> Self {
+        Self::new(include_str!("chatml.jinja"), "", "")
+    }
+
     /// The template's text, as it stands in the file.
     #[must_use]
     pub fn source(&self) -> &str {

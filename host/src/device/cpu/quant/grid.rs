@@ -1,20 +1,69 @@
-//! What the types have in common that look their values up: in a grid, with signs, or in a table of 16.
+//! What the types have in common that look their values up: in a grid ([`Grid`]), or in a table of 16.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-use super::UNIT;
+use super::{Quant, UNIT};
+use gguf::blocks::{Block, F16};
 
-/// A unit's magnitudes, eight a word, and a bit for each element that is negative.
+/// A type whose values are looked up in a grid, a run of 4 or 8 elements at once.
+pub(super) trait Grid: Block {
+    /// As [`Quant::SUB`].
+    const SUB: usize;
+    /// As [`Quant::MAX`].
+    const MAX: u8;
+    /// As [`Quant::OFFSET`].
+    const OFFSET: f32;
+
+    /// Unit `unit` of the block.
+    fn unit(&self, unit: usize) -> Signed;
+
+    /// The scale of the scales.
+    fn d(&self) -> F16;
+
+    /// The scale of sub-block `j`, to be multiplied by [`Grid::d`].
+    fn scale(&self, j: usize) -> f32;
+}
+
+impl<G: Grid> Quant for G {
+    const SUB: usize = <G as Grid>::SUB;
+    const MAX: u8 = <G as Grid>::MAX;
+    const OFFSET: f32 = <G as Grid>::OFFSET;
+
+    #[inline(always)]
+    fn quants(&self, unit: usize) -> [u8; UNIT] {
+        self.unit(unit).quants()
+    }
+
+    #[inline(always)]
+    fn scales(&self, f32_of: impl Fn(F16) -> f32, s: &mut [f32; 16], m: &mut [f32; 16]) {
+        let d = f32_of(self.d());
+        for j in 0..G::LEN / <G as Grid>::SUB {
+            s[j] = d * self.scale(j);
+            m[j] = -<G as Grid>::OFFSET * s[j];
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn quants_avx2(&self, unit: usize) -> __m256i {
+        // SAFETY: the caller's.
+        unsafe { self.unit(unit).quants_avx2() }
+    }
+}
+
+/// A unit's magnitudes, eight a word, a bit for each element that is negative, and what is added to all.
 pub(super) struct Signed {
     pub magnitudes: [u64; 4],
     pub signs: u32,
+    pub offset: u8,
 }
 
 impl Signed {
     /// `offset ± magnitude`.
     #[inline(always)]
-    pub fn quants(self, offset: u8) -> [u8; UNIT] {
+    pub fn quants(self) -> [u8; UNIT] {
+        let offset = self.offset;
         std::array::from_fn(|i| {
             let magnitude = (self.magnitudes[i / 8] >> (i % 8 * 8)) as u8;
             if self.signs >> i & 1 == 0 {
@@ -31,14 +80,14 @@ impl Signed {
     /// The processor has AVX2.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    pub unsafe fn quants_avx2(self, offset: u8) -> __m256i {
+    pub unsafe fn quants_avx2(self) -> __m256i {
         let [a, b, c, d] = self.magnitudes.map(|m| m as i64);
         // SAFETY: the caller's.
         unsafe {
             let negative = super::spread_bits_avx2(self.signs, -1);
             let flipped = _mm256_xor_si256(_mm256_setr_epi64x(a, b, c, d), negative);
             let signed = _mm256_sub_epi8(flipped, negative);
-            _mm256_add_epi8(signed, _mm256_set1_epi8(offset as i8))
+            _mm256_add_epi8(signed, _mm256_set1_epi8(self.offset as i8))
         }
     }
 }
@@ -63,6 +112,12 @@ pub(super) const fn half_words<const N: usize>(grid: &[[u8; 4]; N]) -> [u32; N] 
         i += 1;
     }
     out
+}
+
+/// Words of two entries of four, `entry(0)` and `entry(1)` first.
+#[inline(always)]
+pub(super) fn two_halves(entry: impl Fn(usize) -> u32) -> [u64; 4] {
+    std::array::from_fn(|i| u64::from(entry(2 * i)) | u64::from(entry(2 * i + 1)) << 32)
 }
 
 /// Four times all eight signs, of which seven are stored, from a word's lowest bit on.

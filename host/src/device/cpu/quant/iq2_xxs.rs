@@ -1,46 +1,32 @@
 //! `d * (0.5 + scale) / 4 * ±magnitude`, magnitudes from a grid, scales of 32 elements.
 
-#[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::*;
-
-use super::grid::{Signed, even_signs, words};
-use super::{Quant, UNIT};
+use super::grid::{Grid, Signed, even_signs, words};
 use gguf::blocks::{F16, Iq2Xxs};
 
 static GRID: [u64; 256] = words(&Iq2Xxs::GRID);
 
-#[inline(always)]
-fn unit(block: &Iq2Xxs, unit: usize) -> Signed {
-    let indices = &block.groups[unit];
-    Signed {
-        magnitudes: std::array::from_fn(|run| GRID[usize::from(indices[run])]),
-        signs: even_signs(block.signs_and_scale(unit)),
-    }
-}
-
-impl Quant for Iq2Xxs {
+impl Grid for Iq2Xxs {
     const SUB: usize = 32;
     const MAX: u8 = 64 + 43;
     const OFFSET: f32 = 64.0;
 
     #[inline(always)]
-    fn quants(&self, at: usize) -> [u8; UNIT] {
-        unit(self, at).quants(64)
-    }
-
-    #[inline(always)]
-    fn scales(&self, f32_of: impl Fn(F16) -> f32, s: &mut [f32; 16], m: &mut [f32; 16]) {
-        let d = 0.25 * f32_of(self.d);
-        for j in 0..8 {
-            s[j] = d * (0.5 + (self.signs_and_scale(j) >> 28) as f32);
-            m[j] = -64.0 * s[j];
+    fn unit(&self, unit: usize) -> Signed {
+        let indices = &self.groups[unit];
+        Signed {
+            magnitudes: std::array::from_fn(|run| GRID[usize::from(indices[run])]),
+            signs: even_signs(self.signs_and_scale(unit)),
+            offset: 64,
         }
     }
 
-    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn quants_avx2(&self, at: usize) -> __m256i {
-        // SAFETY: the caller's.
-        unsafe { unit(self, at).quants_avx2(64) }
+    fn d(&self) -> F16 {
+        self.d
+    }
+
+    #[inline(always)]
+    fn scale(&self, j: usize) -> f32 {
+        0.25 * (0.5 + (self.signs_and_scale(j) >> 28) as f32)
     }
 }

@@ -210,12 +210,6 @@ unsafe fn field_avx2(bytes: &[u8], shift: usize, mask: u8) -> __m256i {
     }
 }
 
-/// Number `j` of 4 bits, two a byte, the first in the low half.
-#[inline(always)]
-fn nibble(bytes: &[u8], j: usize) -> u8 {
-    (bytes[j / 2] >> (j % 2 * 4)) & 0x0f
-}
-
 /// The portable twin of [`field_avx2`].
 #[inline(always)]
 fn field(bytes: &[u8], shift: usize, mask: u8) -> [u8; UNIT] {

@@ -1,0 +1,144 @@
+//! Products of every type at every level.
+
+use super::super::linear::{Input, Scratch};
+use super::super::testing::{Random, values};
+use super::super::*;
+use super::file_of;
+use gguf::GgmlType;
+
+/// Rows that 8 bits hold without loss: in each 32 elements multiples of a power of two, 127 of it
+/// among them.
+fn lossless(random: &mut Random, n: usize) -> Vec<f32> {
+    let mut x = Vec::with_capacity(n);
+    while x.len() < n {
+        let d = [0.25, 0.5, 1.0 / 64.0][random.below(3)];
+        let at = random.below(32);
+        x.extend((0..32).map(|i| {
+            let q = if i == at {
+                127.0
+            } else {
+                random.below(255) as f32 - 127.0
+            };
+            d * q
+        }));
+    }
+    x.truncate(n);
+    x
+}
+
+fn check_products(ty: GgmlType, cols: usize, rows: usize, exact: bool, random: &mut Random) {
+    let data = random.weights(ty, rows * cols);
+    let w = values(ty, &data);
+    let file = file_of(&[("w", [cols as u64, rows as u64], ty, data)]);
+    let weight = Weight::new(file.require("w").unwrap(), 0..rows, &file).unwrap();
+    for n in [1, 2, 7, 9, 131] {
+        let x = lossless(random, n * cols);
+        for level in Level::available() {
+            let mut pool = Pool::new(1).unwrap();
+            let views = [weight.view(exact).unwrap()];
+            let mut input = Input::default();
+            input.fill(level, &mut pool, (n, cols), &views, |row, _| {
+                Some(&x[row * cols..(row + 1) * cols])
+            });
+            let mut scratch = Scratch::default();
+            let mut seen = 0;
+            for tile in 0..views[0].tiles() {
+                views[0].multiply(level, tile, &input, n, &mut scratch);
+                for (i, row) in views[0].tile_rows(tile).enumerate() {
+                    for (at, out) in scratch.out.iter().enumerate() {
+                        let terms = w[row * cols..(row + 1) * cols]
+                            .iter()
+                            .zip(&x[at * cols..(at + 1) * cols])
+                            .map(|(&w, &x)| f64::from(w) * f64::from(x));
+                        let (mut want, mut size) = (0.0, 0.0);
+                        for term in terms {
+                            want += term;
+                            size += term.abs();
+                        }
+                        let error = (f64::from(out[i]) - want).abs();
+                        assert!(
+                            error <= 2e-6 * size + 1e-9,
+                            "{ty} {cols}x{rows} by {n}, {level:?}, exact {exact}: row {row} of \
+                             {at}: {} for {want}",
+                            out[i]
+                        );
+                        seen += 1;
+                    }
+                }
+            }
+            assert_eq!(seen, rows * n);
+        }
+    }
+}
+
+#[test]
+fn quantised_products_equal_the_reference() {
+    let mut random = Random::new(7);
+    for &ty in quant::TYPES {
+        let block = ty.block_len();
+        for (blocks, rows) in [
+            (1, 1),
+            (2, 16),
+            (3, 19),
+            (if block == 32 { 28 } else { 5 }, 33),
+        ] {
+            for exact in [false, true] {
+                check_products(ty, blocks * block, rows, exact, &mut random);
+            }
+        }
+    }
+}
+
+#[test]
+fn plain_products_equal_the_reference() {
+    let mut random = Random::new(8);
+    for ty in [GgmlType::F32, GgmlType::F16, GgmlType::BF16] {
+        for (cols, rows) in [(1, 1), (5, 17), (16, 16), (31, 3), (100, 33), (896, 16)] {
+            check_products(ty, cols, rows, false, &mut random);
+        }
+    }
+}
+
+#[test]
+fn a_row_of_nothing_but_zeros_or_tiny_values_gives_zeros() {
+    let mut random = Random::new(9);
+    let file = file_of(&[(
+        "w",
+        [64, 8],
+        GgmlType::Q5_0,
+        random.weights(GgmlType::Q5_0, 512),
+    )]);
+    for level in Level::available() {
+        for value in [0.0, 1e-38, f32::MIN_POSITIVE / 4.0] {
+            let mut cpu = Cpu::with_level(Some(1), false, level).unwrap();
+            let tensor = file.require("w").unwrap();
+            let all = 0..tensor.rows() as usize;
+            let weight = cpu.load(tensor, all, &file).unwrap();
+            let input = cpu.upload(&[value; 64]).unwrap();
+            let mut out = cpu.upload(&[0.0; 8]).unwrap();
+            let batch = Batch {
+                tokens: vec![0],
+                spans: vec![],
+                outputs: vec![],
+            };
+            cpu.step(&batch, &mut |cpu| {
+                cpu.linear_add(
+                    Linear {
+                        weight: &weight,
+                        bias: None,
+                        adapters: &[],
+                    },
+                    &input,
+                    &Residual::PLAIN,
+                    &mut out,
+                )
+            })
+            .unwrap();
+            assert!(
+                out.0.iter().all(|x| x.abs() < 1e-30),
+                "{level:?} {value}: {:?}",
+                out.0
+            );
+        }
+    }
+}
