@@ -18,12 +18,6 @@ pub struct LoraSource {
     pub scale: f32,
 }
 
-impl fmt::Display for LoraSource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.file.display(), self.scale)
-    }
-}
-
 impl FromStr for LoraSource {
     type Err = String;
 

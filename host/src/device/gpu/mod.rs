@@ -103,6 +103,9 @@ pub trait Driver: Send + Sized + 'static {
     /// Memory, zeroed, that kernels write and the host reads while they run; it lives as long as the driver.
     fn alloc_mapped(&mut self, bytes: usize) -> Result<Mapped>;
 
+    /// Names of the forms of the kernel `decode`, which differ in how weights come.
+    const DECODE_KERNELS: &'static [&'static str] = &["decode"];
+
     /// Rows of a step from which on weights are unpacked beforehand, once for all rows. On a card that
     /// is faster for any number of rows: the other way has too few blocks for narrow matrices.
     const DENSE_ROWS: usize = 2;

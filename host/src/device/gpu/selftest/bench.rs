@@ -57,6 +57,8 @@ pub struct Bench<'a, D: Driver> {
     pub driver: D,
     pub random: Random,
     pub each: &'a mut dyn FnMut(Outcome),
+    /// The form of the kernel `decode` that is checked.
+    pub decode_kernel: &'static str,
 }
 
 /// A weight matrix on the device, and its values as the reference has them.

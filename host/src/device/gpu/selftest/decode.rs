@@ -116,7 +116,7 @@ fn launch<D: Driver>(
         chosen: chosen.ptr(),
     };
     b.driver
-        .launch_cooperative("decode", BLOCKS, decode::THREADS, room.shared, &args)?;
+        .launch_cooperative(b.decode_kernel, BLOCKS, decode::THREADS, room.shared, &args)?;
     b.take::<u8>("decode", ops_on)?;
     b.take::<u64>("decode", ranks)?;
     let chosen = b.take::<u64>("decode", chosen)?;
@@ -230,7 +230,7 @@ pub fn product<D: Driver>(b: &mut Bench<'_, D>, m: &TestMatrix) -> Result<()> {
             },
         );
         let error = nmse_at_least(&found, &expected, m.typical(&seen));
-        b.report("decode", case, error, limit);
+        b.report(b.decode_kernel, case, error, limit);
     }
     Ok(())
 }
@@ -260,7 +260,7 @@ fn gate_up<D: Driver>(b: &mut Bench<'_, D>, gate: GgmlType, up: GgmlType) -> Res
         .map(|i| silu(g[i] + f64::from(gate_bias[i])) * (u[i] + f64::from(up_bias[i])))
         .collect();
     let case = format!("gate and up {} and {} {rows}×{cols}", gate.ty, up.ty);
-    b.report("decode", case, nmse(&found, &expected), Q8_LIMIT);
+    b.report(b.decode_kernel, case, nmse(&found, &expected), Q8_LIMIT);
     Ok(())
 }
 
@@ -331,7 +331,7 @@ fn qkv<D: Driver>(
     }
     let case = format!("qkv, {heads} heads, {kv_heads} kv, {head_dim} wide, {dims} rotate");
     // Keys and values are rounded to f16.
-    b.report("decode", case, nmse(&found, &expected), Q8_LIMIT);
+    b.report(b.decode_kernel, case, nmse(&found, &expected), Q8_LIMIT);
     Ok(())
 }
 
@@ -430,7 +430,12 @@ fn attend<D: Driver>(
     let case = format!(
         "attention, {heads}/{kv_heads} heads of {head_dim}, {tokens} tokens, {splits} splits"
     );
-    b.report("decode", case, nmse(&found, &m.times(&attended)), 1e-9);
+    b.report(
+        b.decode_kernel,
+        case,
+        nmse(&found, &m.times(&attended)),
+        1e-9,
+    );
     Ok(())
 }
 
@@ -471,7 +476,7 @@ fn choice<D: Driver>(b: &mut Bench<'_, D>, vocabulary: usize) -> Result<()> {
         .map(|v| f64::from(*v) * 0.5)
         .collect();
     b.report(
-        "decode",
+        b.decode_kernel,
         format!("embedding of {vocabulary}"),
         nmse(&found, &expected),
         F32_LIMIT,
@@ -482,6 +487,11 @@ fn choice<D: Driver>(b: &mut Bench<'_, D>, vocabulary: usize) -> Result<()> {
         .max_by(|i, j| logits[*i as usize].total_cmp(&logits[*j as usize]));
     // Of equals the lower id, as everywhere.
     let error = if chosen == greatest { 0.0 } else { 1.0 };
-    b.report("decode", format!("choice of {vocabulary}"), error, 0.0);
+    b.report(
+        b.decode_kernel,
+        format!("choice of {vocabulary}"),
+        error,
+        0.0,
+    );
     Ok(())
 }

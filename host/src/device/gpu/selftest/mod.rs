@@ -42,9 +42,13 @@ pub fn run<D: Driver>(driver: D, seed: u64, each: &mut dyn FnMut(Outcome)) -> Re
         driver,
         random: bench::Random(seed | 1),
         each,
+        decode_kernel: D::DECODE_KERNELS[0],
     };
     products::run(&mut bench)?;
-    decode::run(&mut bench)?;
+    for kernel in D::DECODE_KERNELS {
+        bench.decode_kernel = kernel;
+        decode::run(&mut bench)?;
+    }
     rows::run(&mut bench)?;
     variants::run(&mut bench)?;
     experts::run(&mut bench)?;

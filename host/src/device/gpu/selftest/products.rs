@@ -35,7 +35,10 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             for n in [1, 9] {
                 linear_exact(b, &m, n)?;
             }
-            decode::product(b, &m)?;
+            for kernel in D::DECODE_KERNELS {
+                b.decode_kernel = kernel;
+                decode::product(b, &m)?;
+            }
         }
         for (rows, cols) in [(5, block), (130, 2 * block + if quantised { 0 } else { 9 })] {
             let m = b.matrix(ty, rows, cols)?;
