@@ -122,7 +122,7 @@ pub unsafe fn copy_bulk(to: SharedPtr<u8>, from: *const u8, bytes: u32, barrier:
     }
     #[cfg(not(target_arch = "nvptx64"))]
     unsafe {
-        let aligned = (to.addr() | bytes | from as usize as u32) % 16 == 0;
+        let aligned = (to.addr() | bytes | from as usize as u32).is_multiple_of(16);
         if !aligned {
             emulator::fail("a bulk copy that is not aligned to 16 bytes".to_owned());
         }
