@@ -22,7 +22,7 @@ use cuda_std::warp;
 pub const MAX_TURNS: u32 = 8;
 
 /// Bytes of a turn's two barriers: that it has come, which takes an arrival of every lane of a team, and that
-/// it has been read, which takes one of the warp.
+/// it has been read, which takes one of every lane of the warp.
 const TURN_BARRIERS: u32 = 16;
 const READ_AT: u32 = 8;
 /// Bytes of all barriers.
@@ -47,7 +47,7 @@ pub unsafe fn init<const BULK: bool>() {
         let barrier = shared::at::<u64>(BARRIERS_AT + t * TURN_BARRIERS);
         unsafe {
             mbarrier::init(barrier, if BULK { 1 } else { TEAM });
-            mbarrier::init(barrier.byte_add(READ_AT), 1);
+            mbarrier::init(barrier.byte_add(READ_AT), 32);
         }
     }
     #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
@@ -190,13 +190,11 @@ impl Ring {
         self.place.turn
     }
 
-    /// Gives the place of the turn that [`Ring::wait`] returned back, once all lanes have read it.
+    /// Gives the place of the turn that [`Ring::wait`] returned back, once all lanes have read it: each says so for
+    /// itself.
     #[inline(always)]
     pub unsafe fn release(&mut self, a: &DecodeArgs) {
-        warp::sync_warp();
-        if lane_id() == 0 {
-            unsafe { mbarrier::arrive(self.place.read()) }
-        }
+        unsafe { mbarrier::arrive(self.place.read()) }
         self.place = self.place.next(a);
     }
 }
@@ -407,6 +405,7 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
 #[inline(always)]
 unsafe fn copy_bulk(to: [u32; 2], from: [*const u8; 2], bytes: [u32; 2], come: SharedPtr<u64>) {
     unsafe {
+        mbarrier::fence_copies();
         mbarrier::arrive_expecting(come, bytes[0] + bytes[1]);
         for i in 0..2 {
             if bytes[i] != 0 {
