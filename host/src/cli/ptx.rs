@@ -501,6 +501,8 @@ mod tests {
     #[test]
     fn the_emulator_has_every_embedded_kernel() {
         let mut emulated: Vec<&str> = kernels::all().iter().map(|kernel| kernel.name).collect();
+        // The form of `decode` that the module for sm_90 has under that name.
+        emulated.retain(|name| *name != "decode_bulk");
         emulated.sort_unstable();
         for (arch, text) in MODULES {
             let mut embedded: Vec<&str> =

@@ -77,6 +77,6 @@ pub mod warp;
 pub mod prelude {
     pub use crate::half::{BF16, F16, Half2};
     pub use crate::shared::SharedPtr;
-    pub use crate::{atomic, float, grid, half, int, memory, mma, shared, thread, warp};
+    pub use crate::{atomic, float, grid, half, int, mbarrier, memory, mma, shared, thread, warp};
     pub use crate::{kernel, kernels, shared_array, shared_static};
 }

@@ -113,7 +113,10 @@ pub unsafe fn arrive_expecting(barrier: SharedPtr<u64>, bytes: u32) {
 pub fn fence_copies() {
     #[cfg(target_arch = "nvptx64")]
     unsafe {
-        asm!("fence.proxy.async.shared::cta;", options(nostack, preserves_flags));
+        asm!(
+            "fence.proxy.async.shared::cta;",
+            options(nostack, preserves_flags)
+        );
     }
 }
 

@@ -45,6 +45,25 @@ fn static_and_dynamic_shared_memory_do_not_overlap() {
 }
 
 #[test]
+fn a_ring_between_two_warps() {
+    for (rounds, bulk) in [(1u32, 0u32), (2, 1), (7, 0), (7, 1)] {
+        let x: Vec<u32> = (0..128 * rounds).map(|i| i * i).collect();
+        let mut out = GuardedBuffer::<u32>::new(32);
+        run(
+            &__KERNEL_ring,
+            1,
+            64,
+            64 + 1024,
+            &params![x.as_ptr(), out.as_mut_ptr(), rounds, bulk],
+        );
+        for (lane, sum) in out.as_slice().iter().enumerate() {
+            let expected: u32 = x.iter().skip(lane).step_by(32).sum();
+            assert_eq!(*sum, expected, "lane {lane}, {rounds} rounds, bulk {bulk}");
+        }
+    }
+}
+
+#[test]
 fn shuffles_and_votes() {
     let mut out = GuardedBuffer::<u32>::new(2 * 64 * 8);
     run(&__KERNEL_exchanges, 2, 64, 0, &params![out.as_mut_ptr()]);

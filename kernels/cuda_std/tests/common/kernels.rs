@@ -255,6 +255,52 @@ pub unsafe fn copies(x: *const u32, out: *mut u32, wait: u32, bytes: u32) {
     );
 }
 
+/// The second warp brings `rounds` times 128 words through two places of a ring, the first sums them: with `bulk` by the
+/// copy engine, where there is one, else 16 bytes a lane.
+#[kernel]
+pub unsafe fn ring(x: *const u32, out: *mut u32, rounds: u32, bulk: u32) {
+    const PLACES: u32 = 2;
+    let (warp, lane) = (thread::warp_id(), thread::lane_id());
+    // A place's two barriers: it has come, it has been read.
+    let barrier = |place: u32, i: u32| shared::at::<u64>(8 * (2 * place + i));
+    let words = |place: u32| shared::at::<u32>(64 + 512 * place);
+    if thread::thread_idx_x() < PLACES {
+        let place = thread::thread_idx_x();
+        mbarrier::init(barrier(place, 0), if bulk != 0 { 1 } else { 32 });
+        mbarrier::init(barrier(place, 1), 32);
+    }
+    thread::sync_threads();
+    let mut sum = 0;
+    for round in 0..rounds {
+        let (place, parity) = (round % PLACES, round / PLACES % 2);
+        let (come, read) = (barrier(place, 0), barrier(place, 1));
+        if warp == 0 {
+            mbarrier::wait(come, parity);
+            for i in 0..4 {
+                sum += words(place).add(lane + 32 * i).load();
+            }
+            mbarrier::arrive(read);
+        } else {
+            mbarrier::wait(read, parity ^ 1);
+            let from = x.add(128 * round as usize);
+            if bulk == 0 {
+                memory::cp_async_16(words(place).add(4 * lane), from.add(4 * lane as usize));
+                mbarrier::arrive_after_copies(come);
+            } else if lane == 0 {
+                #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+                {
+                    mbarrier::fence_copies();
+                    mbarrier::arrive_expecting(come, 512);
+                    mbarrier::copy_bulk(words(place).cast(), from.cast(), 512, come);
+                }
+            }
+        }
+    }
+    if warp == 0 {
+        *out.add(lane as usize) = sum;
+    }
+}
+
 /// Each block writes, all wait, each block reads its neighbour; `rounds` times.
 #[kernel]
 pub unsafe fn grid_rounds(counter: *mut u32, slots: *mut u32, out: *mut u32, rounds: u32) {
