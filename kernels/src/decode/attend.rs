@@ -4,7 +4,7 @@
 //! of just enough lanes to hold a head, eight elements each; each team walks its own tokens with a running
 //! softmax (arXiv:2205.14135); teams, then warps merge at the end, and the product that follows merges splits.
 
-use super::seal::Seal;
+use super::seal::{Seal, pause};
 use super::{
     AHEAD, Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, Warp, await_op, blocks, copy_op, get, lane,
     sync, thread,
@@ -13,9 +13,9 @@ use crate::attention::{LoadEight, NONE};
 use crate::rows::BLOCK_TOKENS;
 use crate::types::to_f16;
 use crate::unrolled;
-use cuda_std::int::quotient;
-use cuda_std::memory::{ld_v4_u32, ldg_u32};
-use cuda_std::shared;
+use cuda_std::int::{here, quotient};
+use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_u32};
+use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::block_idx_x;
 use cuda_std::{float, warp};
 
@@ -38,46 +38,19 @@ struct Part {
 }
 
 /// [`kind::ATTEND`](super::kind::ATTEND).
+///
+/// Little is kept from one step to the next: what is needed again is looked up again.
 #[inline(always)]
 pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
         copy_op(a, w.index + AHEAD);
-        let head_dim = get!(op, cache.head_dim);
-        let splits = get!(op, splits);
-        let heads = get!(op, heads);
-        let team_lanes = head_dim.div_ceil(8).next_power_of_two();
-        let (warp_index, lane) = (thread() / 32, lane());
-        let tokens = a.position + 1;
-        let parts = shared::at::<f32>(ROWS_AT + w.index % 2 * a.row_bytes);
-        let number = if get!(op, sealed) != 0 {
-            get!(op, number)
-        } else {
-            PLAIN
-        };
-        let seal = Seal::of(a, number);
         let mut index = block_idx_x();
-        while index < heads * splits {
-            let head = quotient(index, splits);
-            let split = index - head * splits;
-            let chunk = quotient(tokens + splits - 1, splits);
-            let first = split * chunk;
-            let last = if first + chunk < tokens {
-                first + chunk
-            } else {
-                tokens
-            };
-            // Whole turns of all teams, so that no warp is left with a remainder of another's.
-            let teams = quotient(32, team_lanes);
-            let share = (chunk.div_ceil(WARPS) + teams - 1) & !(teams - 1);
-            let from = first + warp_index * share;
-            let to = if from + share < last {
-                from + share
-            } else {
-                last
-            };
+        while index < get!(op, heads) * get!(op, splits) {
+            let (head, from, to) = share(a, op, index);
             let part = attend_tokens(a, op, head, from, to);
-            let slot = parts.add(warp_index * PART);
-            if lane < team_lanes && lane * 8 < head_dim {
+            let slot = parts(a, w).add(thread() / 32 * PART);
+            let lane = lane();
+            if lane * 8 < get!(op, cache.head_dim) {
                 let s = part.sum;
                 slot.add(lane * 8).store_v4([s[0], s[1], s[2], s[3]]);
                 slot.add(lane * 8 + 4).store_v4([s[4], s[5], s[6], s[7]]);
@@ -87,47 +60,91 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 slot.add(257).store(part.mass);
             }
             sync();
-            // A thread per element merges the warps.
-            let e = thread();
-            let whole = splits == 1;
-            if e < if whole { head_dim } else { head_dim + 2 } {
-                let mut peak = NONE;
-                for w in 0..WARPS {
-                    peak = peak.max(parts.add(w * PART + 256).load());
-                }
-                let (mut sum, mut mass) = (0.0, 0.0);
-                for w in 0..WARPS {
-                    let at = parts.add(w * PART);
-                    let weight = float::exp2_approx(at.add(256).load() - peak);
-                    mass += weight * at.add(257).load();
-                    if e < head_dim {
-                        sum += weight * at.add(e).load();
-                    }
-                }
-                let out = get!(op, out);
-                if whole {
-                    seal.write(
-                        out.add((head * head_dim + e) as usize),
-                        sum * float::rcp_approx(mass),
-                    );
-                } else {
-                    // Elements, then peak, then mass.
-                    let v = if e < head_dim {
-                        sum
-                    } else if e == head_dim {
-                        peak
-                    } else {
-                        mass
-                    };
-                    let stride = head_dim + 4;
-                    seal.write(out.add(((head * splits + split) * stride + e) as usize), v);
-                }
-            }
+            merge(a, op, parts(a, w), here(index));
             sync();
             index += blocks();
         }
         await_op();
         sync();
+    }
+}
+
+/// Where the warps leave their parts.
+#[inline(always)]
+fn parts(a: &DecodeArgs, w: &Warp) -> SharedPtr<f32> {
+    shared::at(ROWS_AT + here(w.index) % 2 * a.row_bytes)
+}
+
+/// Head of the block's piece `index`, and this warp's tokens of it: `from .. to`.
+#[inline(always)]
+unsafe fn share(a: &DecodeArgs, op: Current, index: u32) -> (u32, u32, u32) {
+    unsafe {
+        let splits = get!(op, splits);
+        let head = quotient(index, splits);
+        let tokens = a.position + 1;
+        let chunk = quotient(tokens + splits - 1, splits);
+        let first = (index - head * splits) * chunk;
+        let last = if first + chunk < tokens {
+            first + chunk
+        } else {
+            tokens
+        };
+        // Whole turns of all teams, so that no warp is left with a remainder of another's.
+        let team_lanes = get!(op, cache.head_dim).div_ceil(8).next_power_of_two();
+        let teams = quotient(32, team_lanes);
+        let share = (chunk.div_ceil(WARPS) + teams - 1) & !(teams - 1);
+        let from = first + thread() / 32 * share;
+        let to = if from + share < last {
+            from + share
+        } else {
+            last
+        };
+        (head, from, to)
+    }
+}
+
+/// Merges the warps' parts of the block's piece `index`, a thread for each element, and writes what comes of it.
+#[inline(always)]
+unsafe fn merge(a: &DecodeArgs, op: Current, parts: SharedPtr<f32>, index: u32) {
+    unsafe {
+        let (head_dim, splits) = (get!(op, cache.head_dim), get!(op, splits));
+        let e = thread();
+        let whole = splits == 1;
+        if e >= if whole { head_dim } else { head_dim + 2 } {
+            return;
+        }
+        let mut peak = NONE;
+        for w in 0..WARPS {
+            peak = peak.max(parts.add(w * PART + 256).load());
+        }
+        let (mut sum, mut mass) = (0.0, 0.0);
+        for w in 0..WARPS {
+            let at = parts.add(w * PART);
+            let weight = float::exp2_approx(at.add(256).load() - peak);
+            mass += weight * at.add(257).load();
+            if e < head_dim {
+                sum += weight * at.add(e).load();
+            }
+        }
+        let number = if get!(op, sealed) != 0 {
+            get!(op, number)
+        } else {
+            PLAIN
+        };
+        // A whole is a row of heads; of splits there are elements, then peak, then mass.
+        let (v, at) = if whole {
+            (sum * float::rcp_approx(mass), index * head_dim + e)
+        } else {
+            let v = if e < head_dim {
+                sum
+            } else if e == head_dim {
+                peak
+            } else {
+                mass
+            };
+            (v, index * (head_dim + 4) + e)
+        };
+        Seal::of(a, number).write(get!(op, out).add(at as usize), v);
     }
 }
 
@@ -156,13 +173,12 @@ unsafe fn attend_tokens(a: &DecodeArgs, op: Current, head: u32, from: u32, to: u
         while base < to {
             let mut keys = [[0u32; 4]; UNROLL];
             let mut values = [[0u32; 4]; UNROLL];
+            let mut new = false;
             for u in 0..UNROLL {
                 let token = base + u as u32 * teams + team;
                 if active && token < to {
                     if token == a.position && !fresh.is_null() {
-                        let at = fresh.add((kv_head * head_dim + element) as usize);
-                        keys[u] = fresh8(written, at);
-                        values[u] = fresh8(written, at.add((kv_heads * head_dim) as usize));
+                        new = true;
                     } else {
                         let tokens = BLOCK_TOKENS as u32;
                         let block = ldg_u32(a.table.add((token / tokens) as usize));
@@ -173,13 +189,45 @@ unsafe fn attend_tokens(a: &DecodeArgs, op: Current, head: u32, from: u32, to: u
                     }
                 }
             }
-            // The first keys are on their way while the query is awaited.
-            if active && base == from {
+            // The first keys are on their way while query and new key and value are awaited, all at once.
+            let first = base == from;
+            if first || warp::any(new) {
                 let q = get!(op, input.x).add((head * head_dim + element) as usize);
-                let (x, y) = (written.read4(q), written.read4(q.add(4)));
-                for k in 0..4 {
-                    scaled[k] = x[k] * scale;
-                    scaled[k + 4] = y[k] * scale;
+                let key = fresh.wrapping_add((kv_head * head_dim + element) as usize);
+                let value = key.wrapping_add((kv_heads * head_dim) as usize);
+                let mut query = [[0u32; 4]; 2];
+                let mut fresh = [[0u32; 4]; 4];
+                loop {
+                    if first && active {
+                        query = unrolled!(2, |i| ld_relaxed_v4_u32(q.add(4 * i)));
+                    }
+                    if new {
+                        let new = [key, key.add(4), value, value.add(4)];
+                        fresh = unrolled!(4, |i| ld_relaxed_v4_u32(new[i]));
+                    }
+                    let mut all = true;
+                    for i in 0..2 {
+                        all &= !(first && active) || written.all_on(query[i]);
+                    }
+                    for i in 0..4 {
+                        all &= !new || written.all_on(fresh[i]);
+                    }
+                    // The lanes stay together, for the shuffles.
+                    if warp::all(all) {
+                        break;
+                    }
+                    pause();
+                }
+                if first {
+                    for k in 0..8 {
+                        scaled[k] = written.open(query[k / 4][k % 4]) * scale;
+                    }
+                }
+                for u in 0..UNROLL {
+                    if new && base + u as u32 * teams + team == a.position {
+                        keys[u] = pack(written, [fresh[0], fresh[1]]);
+                        values[u] = pack(written, [fresh[2], fresh[3]]);
+                    }
                 }
             }
             let mut scores = [0.0; UNROLL];
@@ -243,16 +291,9 @@ unsafe fn attend_tokens(a: &DecodeArgs, op: Current, head: u32, from: u32, to: u
 
 /// Eight values of this step's key or value, as the cache holds them.
 #[inline(always)]
-unsafe fn fresh8(seal: Seal, p: *const f32) -> [u32; 4] {
-    unsafe {
-        let (x, y) = (seal.read4(p), seal.read4(p.add(4)));
-        unrolled!(4, |k| {
-            let (low, high) = if k < 2 {
-                (x[2 * k % 4], x[(2 * k + 1) % 4])
-            } else {
-                (y[2 * k % 4], y[(2 * k + 1) % 4])
-            };
-            u32::from(to_f16(low)) | (u32::from(to_f16(high)) << 16)
-        })
-    }
+fn pack(seal: Seal, words: [[u32; 4]; 2]) -> [u32; 4] {
+    unrolled!(4, |k| {
+        let f16 = |i: usize| u32::from(to_f16(seal.open(words[i / 4][i % 4])));
+        f16(2 * k) | (f16(2 * k + 1) << 16)
+    })
 }

@@ -12,15 +12,16 @@
 //!   operation to end.
 //!
 //! In a product ([`product`]), every block brings the whole input row into shared memory, quantised to 8 bits per
-//! group of 32 ([`row`]). A warp then computes two dot products at a time, a lane taking every 32nd group;
+//! group of 32 ([`row`]); the first warps do that, while the last, which have the first tasks, prepare these. A warp then computes two dot products at a time, a lane taking every 32nd group;
 //! which two is the operation's choice: a rotation's pair, a gate and its up, two neighbours, or two halves of
-//! one row.
+//! one row. What a block's warps have computed is gathered and written together ([`gather`]).
 //!
 //! A buffer is written again only by an operation that could not have begun before every reader was done:
 //! each block's part of an operation needs the whole output of the one before.
 
 mod attend;
 mod embed;
+mod gather;
 mod product;
 mod ring;
 mod row;
@@ -38,10 +39,11 @@ use cuda_std::thread::{
 };
 use ring::Ring;
 
+pub use gather::SLOTS;
 pub use ring::MAX_TURNS;
 pub use row::row_bytes;
 pub use seal::{NUMBERS, PLAIN};
-pub use task::{MAX_SEGMENTS, Segment};
+pub use task::{MAX_SEGMENTS, Segment, Shares};
 
 /// Warps of a block that compute.
 pub const WARPS: u32 = 14;
@@ -106,8 +108,6 @@ pub struct Op {
     pub split: u32,
     /// Whether `out` are logits, the greatest of which is the step's choice.
     pub choose: u32,
-    /// Tasks of a product, one per warp and turn: [`Op::count_tasks`].
-    pub tasks: u32,
     pub heads: u32,
     /// Parts that each head's tokens are cut into, at most [`MAX_SPLITS`]; a block takes one at a time. A single part
     /// is normalised, and `out` a row.
@@ -126,10 +126,14 @@ pub struct Op {
     pub fresh: *mut f32,
     /// f32.
     pub out: *mut f32,
+    /// How the tasks fall to the blocks.
+    pub shares: Shares,
+    /// Outputs of a task that a block gathers and writes together, or 0: see [`gather`].
+    pub gathered: u32,
 }
 
 impl Op {
-    /// What [`Op::tasks`] must be.
+    /// Tasks of a product, one per warp at a time.
     pub const fn count_tasks(&self) -> u32 {
         let rows = self.matrices[0].rows;
         match self.kind {
@@ -208,9 +212,10 @@ const WINDOW: u32 = 4;
 /// How far the window reaches beyond the current operation, whose barrier has shown its last.
 const AHEAD: u32 = WINDOW - 2;
 
-/// Shared memory: scratch, the rings' barriers, the window, two rows, the rings.
+/// Shared memory: scratch, the rings' barriers, gathered outputs, the window, two rows, the rings.
 const BARRIERS_AT: u32 = 256;
-const WINDOW_AT: u32 = BARRIERS_AT + ring::BARRIERS_BYTES;
+const GATHER_AT: u32 = BARRIERS_AT + ring::BARRIERS_BYTES;
+const WINDOW_AT: u32 = GATHER_AT + gather::BYTES;
 const ROWS_AT: u32 = WINDOW_AT + WINDOW * OP_BYTES;
 
 /// Bytes of shared memory of a launch whose operations need at most `row` bytes for a row
@@ -335,12 +340,12 @@ impl<T> Field for *mut T {
     }
 }
 
-/// Starts to copy operation `index` into the window, by the last warp: it has the fewest tasks. [`await_op`] and a
+/// Starts to copy operation `index` into the window, by a warp that has few tasks. [`await_op`] and a
 /// barrier must follow.
 #[inline(always)]
 unsafe fn copy_op(a: &DecodeArgs, index: u32) {
     let (warp, at) = (thread() / 32, 16 * lane());
-    if warp == WARPS - 1 && index < a.count && at < OP_BYTES {
+    if warp == WARPS - 2 && index < a.count && at < OP_BYTES {
         let to = SharedPtr::<u8>::from_addr(Current::at(index).0 + at);
         unsafe {
             let from = a.ops.add(index as usize).cast::<u8>();
@@ -443,7 +448,6 @@ pub const NO_OP: Op = Op {
     add_from: PLAIN,
     split: 0,
     choose: 0,
-    tasks: 0,
     heads: 0,
     splits: 0,
     scale: 0.0,
@@ -473,4 +477,6 @@ pub const NO_OP: Op = Op {
     },
     fresh: core::ptr::null_mut(),
     out: core::ptr::null_mut(),
+    shares: Shares::NONE,
+    gathered: 0,
 };

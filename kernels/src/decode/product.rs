@@ -1,9 +1,10 @@
 //! Products with the input row: plain ones, gate and up, queries, keys and values.
 
+use super::gather;
 use super::ring::{Tile, turn_bytes};
 use super::row::{Group, Row, ask, norm_scale};
 use super::seal::{Seal, pause};
-use super::task::{Task, first_run, first_task, matrix_field, task_stride};
+use super::task::{Task, block_tasks, first_of, first_run, matrix_field};
 use super::{
     AHEAD, Current, DecodeArgs, PLAIN, Source, WARPS, Warp, await_op, blocks, copy_op, get, kind,
     lane, note, point, sync, thread,
@@ -39,11 +40,31 @@ struct Output {
 
 impl Output {
     const WRITES: u32 = 4;
+    const SLOT: u32 = 8;
+
+    const NONE: Output = Output {
+        to: core::ptr::null_mut(),
+        flags: 0,
+        bias: 0.0,
+        turn: (1.0, 0.0),
+    };
 
     /// Its matrix.
     #[inline(always)]
     fn m(&self) -> u32 {
         self.flags % Self::WRITES
+    }
+
+    /// Writes `v` to `to`, or leaves it for who writes the block's outputs.
+    #[inline(always)]
+    unsafe fn write(&self, op: Current, to: *mut f32, v: f32, seal: Seal) {
+        unsafe {
+            if get!(op, gathered) != 0 {
+                gather::leave(self.flags / Self::SLOT, to, v, seal);
+            } else {
+                seal.write(to, v);
+            }
+        }
     }
 
     #[inline(always)]
@@ -55,9 +76,9 @@ impl Output {
     #[inline(always)]
     unsafe fn of(a: &DecodeArgs, op: Current, index: u32) -> Output {
         unsafe {
-            let (lane, count) = (lane(), get!(op, tasks));
-            let index = index + lane / 4 % BATCH * task_stride();
-            let exists = index < count;
+            let (lane, tasks) = (lane(), block_tasks(op));
+            let index = index + lane / 4 % BATCH * WARPS;
+            let exists = index < tasks.end;
             let task = Task::of(op, if exists { index } else { 0 });
             let (m, r) = if lane < 16 {
                 (task.m0, task.r0)
@@ -66,12 +87,16 @@ impl Output {
             };
             // A matrix's last row may be without a second; of a split row's halves, and of a gate and its up, the first
             // writes.
-            let second =
-                (task.m0, task.r0) != (task.m1, task.r1) && get!(op, kind) != kind::GATE_UP;
+            let gathered = get!(op, gathered);
+            let second = gathered == 2
+                || gathered == 0
+                    && (task.m0, task.r0) != (task.m1, task.r1)
+                    && get!(op, kind) != kind::GATE_UP;
+            let slot = (index - tasks.first) * gathered + if gathered == 2 { lane / 16 } else { 0 };
             let writes = exists && lane % 4 == 0 && (lane < 16 || second);
             let mut output = Output {
                 to: get!(op, out).wrapping_add(r as usize),
-                flags: m | if writes { Self::WRITES } else { 0 },
+                flags: m | if writes { Self::WRITES } else { 0 } | slot * Self::SLOT,
                 bias: 0.0,
                 turn: (1.0, 0.0),
             };
@@ -303,14 +328,17 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
         copy_op(a, w.index + AHEAD);
         let asked = ask(op);
-        let count = get!(op, tasks);
+        let end = block_tasks(op).end;
         let split = get!(op, split) != 0;
         let gate = get!(op, kind) == kind::GATE_UP;
         let groups = matrix_field(op, 0, offset_of!(Matrix, cols)) / GROUP as u32;
         let runs = Runs::of(groups, split);
-        let mut index = first_task(thread() / 32);
-        let mut output = Output::of(a, op, index);
-        let mut types = Types::of(op, gate, warp::shuffle_idx(output.m(), 0));
+        let mut index = first_of(block_tasks(op).first, thread() / 32);
+        let (mut output, mut types) = (Output::NONE, Types(0));
+        if index < end {
+            output = Output::of(a, op, index);
+            types = Types::of(op, gate, warp::shuffle_idx(output.m(), 0));
+        }
         let mut waits = true;
         let mut best = 0;
         let mut scale = 1.0;
@@ -324,7 +352,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         // Rows of two types (a gate and an up of a hand-made mix) take a turn twice, for one row each.
         let mut again = false;
         loop {
-            let any = index < count;
+            let any = index < end;
             let ty = if again { types.second() } else { types.first() };
             let float = is_float(ty);
             let done = again || !types.mixed();
@@ -346,7 +374,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             }
             if waits {
                 waits = false;
-                if block_idx_x() < count {
+                if block_tasks(op).first < end {
                     Row::new(a, w.index, runs.groups() * GROUP as u32).fill(a, op, w.index, asked);
                 }
                 await_op();
@@ -411,16 +439,19 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             }
             (v, at) = ([0.0; 2], 0);
             k += 1;
-            index += task_stride();
-            if k == BATCH || index >= count {
+            index += WARPS;
+            if k == BATCH || index >= end {
                 best = max_u64(best, finish(a, op, &output, sums, scale));
-                if index >= count {
+                if index >= end {
                     break;
                 }
                 k = 0;
                 output = Output::of(a, op, index);
             }
             types = Types::of(op, gate, warp::shuffle_idx(output.m(), 4 * k));
+        }
+        if get!(op, gathered) != 0 {
+            gather::write(op);
         }
         if get!(op, choose) != 0 {
             choose(a, best);
@@ -516,7 +547,7 @@ unsafe fn finish(
                         let before = Seal::of(a, get!(op, add_from));
                         v += before.await_word(output.to, output.turn.0.to_bits());
                     }
-                    seal.write(output.to, v);
+                    output.write(op, output.to, v, seal);
                     if get!(op, choose) != 0 {
                         let bytes = output.to as usize - get!(op, out) as usize;
                         return rank(v, bytes / 4);
@@ -526,7 +557,7 @@ unsafe fn finish(
             kind::GATE_UP => {
                 let up = warp::shuffle_xor(v, 16);
                 if output.writes() {
-                    seal.write(output.to, silu(v) * up);
+                    output.write(op, output.to, silu(v) * up, seal);
                 }
             }
             _ => {
@@ -535,7 +566,7 @@ unsafe fn finish(
                     let (cos, sin) = output.turn;
                     let v = v * cos + if low { -other } else { other } * sin;
                     if output.m() == 0 {
-                        seal.write(output.to, v);
+                        output.write(op, output.to, v, seal);
                     } else {
                         write_cache(a, op, output, v, seal);
                     }
@@ -563,11 +594,12 @@ unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal
         if !fresh.is_null() {
             let at = which * kv_heads * head_dim + r;
             let rounded = half::F16::from_bits(bits).to_f32();
-            seal.write(fresh.add(at as usize), rounded);
+            output.write(op, fresh.add(at as usize), rounded, seal);
         }
         let tokens = BLOCK_TOKENS as u32;
-        let block = ldg_u32(a.table.add((a.position / tokens) as usize));
-        let at = (block * kv_heads + head) * tokens + a.position % tokens;
+        let position = here(a.position);
+        let block = ldg_u32(a.table.add((position / tokens) as usize));
+        let at = (block * kv_heads + head) * tokens + position % tokens;
         let to = base.cast::<u16>().add(at as usize * head_dim as usize);
         to.add((r - head * head_dim) as usize).write(bits);
     }

@@ -5,7 +5,7 @@
 //! a ring has room. Each turn has two barriers in shared
 //! memory ([`mbarrier`]): one says that it has come, the other that it has been read.
 
-use super::task::{Segment, first_task, task_stride};
+use super::task::{BlockTasks, Segment, first_of};
 use super::{BARRIERS_AT, DecodeArgs, FEEDERS, Listed, ROWS_AT, Source, WARPS, get, matrix_at};
 use crate::types::{Matrix, Planes, Quantised, TILE, Weights};
 use crate::unrolled;
@@ -227,7 +227,7 @@ impl Rest {
 }
 
 /// A segment, loaded ahead: no field is looked at before its time.
-type Coming = [[u32; 4]; 4];
+type Coming = [[u32; 4]; 5];
 
 /// How far the feeding of a warp has come.
 struct Feed {
@@ -241,6 +241,8 @@ struct Feed {
     task: u32,
     from: [*const u8; 2],
     place_in_period: u32,
+    /// Where this block's tasks of the segment end.
+    end: u32,
     /// From a task to the next: bytes of each run, and places in the period.
     strides: [usize; 2],
     places: u32,
@@ -259,21 +261,23 @@ impl Feed {
             a.segment_count
         };
         let p = unsafe { a.segments.add(index as usize).cast::<u8>() };
-        unrolled!(4, |i| unsafe { ldg_v4_u32_here(p.add(16 * i)) })
+        unrolled!(5, |i| unsafe { ldg_v4_u32_here(p.add(16 * i)) })
     }
 
     /// Enters the next segment.
     #[inline(always)]
     unsafe fn enter(&mut self, a: &DecodeArgs) {
         let before = self.segment.op;
-        // Sixteen words, as the host wrote them.
+        // Twenty words, as the host wrote them.
         self.segment = unsafe { core::mem::transmute::<Coming, Segment>(self.coming) };
         self.next += 1;
         self.coming = unsafe { Feed::load(a, self.next) };
         let s = &self.segment;
+        let tasks = BlockTasks::of(s.shares);
         if s.op != before {
-            self.task = first_task(self.warp);
+            self.task = first_of(tasks.first, self.warp);
         }
+        self.end = if tasks.end < s.end { tasks.end } else { s.end };
         let bytes = |tasks: u32, step: u32, periods: u32| {
             tasks as usize * step as usize + periods as usize * s.jump as usize
         };
@@ -282,39 +286,52 @@ impl Feed {
             let periods = quotient(t, s.period);
             self.place_in_period = t - periods * s.period;
             self.from = [0, 1].map(|i| s.bases[i].wrapping_add(bytes(t, s.steps[i], periods)));
-            let periods = quotient(task_stride(), s.period);
-            self.places = task_stride() - periods * s.period;
-            self.strides = s.steps.map(|step| bytes(task_stride(), step, periods));
+            let periods = quotient(WARPS, s.period);
+            self.places = WARPS - periods * s.period;
+            self.strides = s.steps.map(|step| bytes(WARPS, step, periods));
         }
     }
 
-    /// Goes to the warp's next task if it is through with one; false if there is none.
+    /// Goes on to the warp's next task if it is through with one. One step at a time: where a warp has no tasks for
+    /// many operations, the others that this feeder feeds do not wait for the whole way.
     #[inline(always)]
-    unsafe fn seek(&mut self, a: &DecodeArgs) -> bool {
-        while self.rest[0].bytes == 0 {
-            if self.task < self.segment.end {
-                let s = &self.segment;
-                let second = if self.task == s.single { 0 } else { 1 };
-                let from = [self.from[0], self.from[second]];
-                self.rest = [0, 1].map(|i| Rest {
-                    from: from[i],
-                    bytes: s.runs[i],
-                });
-                self.task += task_stride();
-                self.from = [0, 1].map(|i| self.from[i].wrapping_add(self.strides[i]));
-                self.place_in_period += self.places;
-                if self.place_in_period >= s.period {
-                    self.place_in_period -= s.period;
-                    self.from = self.from.map(|from| from.wrapping_add(s.jump as usize));
-                }
-            } else if self.next > a.segment_count {
-                return false;
-            } else {
-                unsafe { self.enter(a) }
-            }
+    unsafe fn seek(&mut self, a: &DecodeArgs) -> Found {
+        if self.rest[0].bytes != 0 {
+            return Found::Runs;
         }
-        true
+        if self.task < self.end {
+            let s = &self.segment;
+            let second = if self.task == s.single { 0 } else { 1 };
+            let from = [self.from[0], self.from[second]];
+            self.rest = [0, 1].map(|i| Rest {
+                from: from[i],
+                bytes: s.runs[i],
+            });
+            self.task += WARPS;
+            self.from = [0, 1].map(|i| self.from[i].wrapping_add(self.strides[i]));
+            self.place_in_period += self.places;
+            if self.place_in_period >= s.period {
+                self.place_in_period -= s.period;
+                self.from = self.from.map(|from| from.wrapping_add(s.jump as usize));
+            }
+            return Found::Runs;
+        }
+        if self.next > a.segment_count {
+            return Found::End;
+        }
+        unsafe { self.enter(a) }
+        Found::Segment
     }
+}
+
+/// Where [`Feed::seek`] has come to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// What is to be copied is in `rest`.
+    Runs,
+    /// Another segment, not looked into yet.
+    Segment,
+    End,
 }
 
 /// Starts the copy of so many bytes, by a team.
@@ -348,10 +365,14 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
         let warp = (thread_idx_x() / 32 - WARPS) * FED + place;
         let mut f = Feed {
             warp,
-            segment: Segment::NONE,
+            segment: Segment {
+                op: u32::MAX,
+                ..Segment::NONE
+            },
             coming: Feed::load(a, 0),
             next: if place < FED { 0 } else { a.segment_count + 1 },
-            task: first_task(warp),
+            task: 0,
+            end: 0,
             from: [core::ptr::null(); 2],
             place_in_period: 0,
             strides: [0; 2],
@@ -361,9 +382,9 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
         };
         let mut prefetched = 0;
         loop {
-            let more = f.seek(a);
+            let found = f.seek(a);
             // The place's last turn was of the phase before.
-            let empty = more && mbarrier::test(f.place.read(), f.place.parity ^ 1);
+            let empty = found == Found::Runs && mbarrier::test(f.place.read(), f.place.parity ^ 1);
             let mask = warp::ballot(empty);
             // A team's first lane says it for all, who might have looked at different times.
             if mask >> (place * team) & 1 != 0 {
@@ -383,12 +404,21 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                 f.place = f.place.next(a);
             }
             if mask == 0 {
-                if !warp::any(more) {
+                if warp::all(found == Found::End) {
                     break;
                 }
-                nanosleep(PAUSE);
+                if !warp::any(found == Found::Segment) {
+                    nanosleep(PAUSE);
+                }
             }
-            let reached = warp::shuffle_idx(f.segment.op, 0);
+            let reached = warp::shuffle_idx(
+                if f.segment.op == u32::MAX {
+                    0
+                } else {
+                    f.segment.op
+                },
+                0,
+            );
             while prefetched < reached {
                 prefetched += 1;
                 prefetch(Listed(a.ops.add(prefetched as usize)));

@@ -1,11 +1,12 @@
 //! A product's input row in shared memory.
 
+use super::gather::WRITER;
 use super::seal::{Seal, pause};
-use super::{Current, DecodeArgs, ROWS_AT, WARPS, get, lane, thread};
+use super::{Current, DecodeArgs, ROWS_AT, get, lane, thread};
 use crate::attention::NONE;
 use crate::types::GROUP;
 use crate::unrolled;
-use cuda_std::int::{dp4a, quotient};
+use cuda_std::int::{dp4a, opaque, quotient};
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::{float, warp};
@@ -43,7 +44,7 @@ fn squares_of(index: u32) -> SharedPtr<f32> {
 }
 
 /// Places for [`squares_of`]: whole vectors, the last of which stay zero.
-const SQUARES: u32 = WARPS.next_multiple_of(4);
+const SQUARES: u32 = WRITER.next_multiple_of(4);
 
 /// Clears the places that no warp writes; a barrier must follow.
 #[inline(always)]
@@ -73,7 +74,8 @@ pub unsafe fn norm_scale(op: Current, index: u32) -> f32 {
     }
 }
 
-const THREADS: u32 = 32 * WARPS;
+/// Threads that fill a row: all but those of the warp that writes outputs, whose looks would wait for its stores.
+const THREADS: u32 = 32 * WRITER;
 /// Values that the block takes at once, four a thread.
 const STRIDE: u32 = 4 * THREADS;
 
@@ -93,7 +95,7 @@ pub unsafe fn ask(op: Current) -> Asked {
             words: [0; 4],
             weights: [1.0; 4],
         };
-        if get!(op, input.splits) == 0 && len % 4 == 0 && i < len {
+        if get!(op, input.splits) == 0 && len % 4 == 0 && i < len && thread() < THREADS {
             asked.words = ld_relaxed_v4_u32(get!(op, input.x).add(i as usize));
             asked.weights = load_norm(get!(op, input.norm), i, len);
         }
@@ -148,6 +150,9 @@ impl Row {
     #[inline(always)]
     pub unsafe fn fill(&self, a: &DecodeArgs, op: Current, index: u32, asked: Asked) {
         unsafe {
+            if thread() >= THREADS {
+                return;
+            }
             let seal = Seal::of(a, get!(op, input.from));
             let squares = if get!(op, input.splits) != 0 {
                 self.fill_combined(op, seal)
@@ -182,29 +187,45 @@ impl Row {
             let mut squares = 0.0;
             let mut i = 4 * t;
             let Asked {
-                mut words,
+                words: mut first,
                 mut weights,
             } = asked;
-            let mut next = look(i + STRIDE);
             // Whole warps: the lanes stay together for the shuffles, those past the end carry zeros.
             while i & !127 < cols {
-                let after = look(i + 2 * STRIDE);
-                let weights_after = load_norm(norm, i + STRIDE, len);
-                let mut v = [0.0; 4];
-                if i < len {
-                    while !seal.all_on(words) {
-                        pause();
-                        words = look(i);
+                // Two are awaited at once: a look takes as long for both as for one.
+                let mut words = [first, look(i + STRIDE)];
+                loop {
+                    let mut all = true;
+                    for c in 0..2 {
+                        let i = i + c as u32 * STRIDE;
+                        if i < len && !seal.all_on(words[c]) {
+                            all = false;
+                            words[c] = look(i);
+                        }
                     }
-                    for k in 0..4 {
-                        v[k] = seal.open(words[k]);
-                        squares += v[k] * v[k];
-                        v[k] *= weights[k];
+                    // The lanes stay together: shuffles among lanes that do not are many times slower.
+                    if warp::all(all) {
+                        break;
                     }
+                    pause();
                 }
-                self.store(i, cols, v, keep);
-                (words, next, weights) = (next, after, weights_after);
-                i += STRIDE;
+                first = look(i + 2 * STRIDE);
+                let mut c = 0;
+                while c < 2 && i & !127 < cols {
+                    let mut v = [0.0; 4];
+                    if i < len {
+                        for k in 0..4 {
+                            v[k] = seal.open(words[0][k]);
+                            squares += v[k] * v[k];
+                            v[k] *= weights[k];
+                        }
+                    }
+                    self.store(i, cols, v, keep);
+                    words[0] = words[1];
+                    i += STRIDE;
+                    weights = load_norm(norm, i, len);
+                    c += opaque(1);
+                }
             }
             squares
         }
@@ -237,6 +258,7 @@ impl Row {
                     }
                 }
                 if base + 4 * (t / 32 * 32) < cols {
+                    warp::sync_warp();
                     self.store(i, cols, v, get!(op, input.keep_f32) != 0);
                 }
                 base += 4 * THREADS;
@@ -260,6 +282,7 @@ impl Row {
                     } else {
                         [0.0; 4]
                     };
+                    warp::sync_warp();
                     self.store(i, cols, v, get!(op, input.keep_f32) != 0);
                 }
                 base += 4 * THREADS;

@@ -4,7 +4,7 @@
 //! additions: all pairs of rows of a matrix, a gate with its up, or, of queries and of keys, the pairs that rotate and then
 //! those that do not. Feeders go by segments, which the host prepares; who computes goes by tasks.
 
-use super::{Op, Source, WARPS, blocks, get, kind, matrix_at};
+use super::{Op, Source, WARPS, get, kind, matrix_at};
 use crate::types::{Matrix, TILE};
 use core::mem::offset_of;
 use cuda_std::int::quotient;
@@ -31,9 +31,11 @@ pub struct Segment {
     pub single: u32,
     /// Index of the operation.
     pub op: u32,
+    pub shares: Shares,
+    pub unused: u32,
 }
 
-const _: () = assert!(size_of::<Segment>() == 64, "a feeder loads 4 vectors");
+const _: () = assert!(size_of::<Segment>() == 80, "a feeder loads 5 vectors");
 
 /// Most segments of an operation.
 pub const MAX_SEGMENTS: usize = 5;
@@ -50,6 +52,8 @@ impl Segment {
         tiles: [0; 2],
         single: u32::MAX,
         op: 0,
+        shares: Shares::NONE,
+        unused: 0,
     };
 
     /// Tasks from `first` on: all pairs of rows of `m`.
@@ -146,7 +150,11 @@ impl Op {
             }
             _ => {}
         }
-        segments.map(|s| Segment { op: index, ..s })
+        segments.map(|s| Segment {
+            op: index,
+            shares: self.shares,
+            ..s
+        })
     }
 }
 
@@ -162,16 +170,77 @@ pub struct Task {
     pub rotates: bool,
 }
 
-/// The first task of a warp of this block. Neighbouring tasks go to different blocks, so that a few keep all busy.
-#[inline(always)]
-pub fn first_task(warp: u32) -> u32 {
-    warp * blocks() + block_idx_x()
+/// How an operation's tasks fall to the blocks: neighbours to the same one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shares {
+    /// So many blocks have none: those that an attention before keeps longest.
+    pub skip: u32,
+    /// Tasks of each of the others.
+    pub each: u32,
+    /// How many of them have one more.
+    pub extra: u32,
 }
 
-/// From one of a warp's tasks to the next.
+impl Shares {
+    pub const NONE: Shares = Shares {
+        skip: 0,
+        each: 0,
+        extra: 0,
+    };
+
+    /// Of `tasks` among `blocks`, the first `skip` of which have none.
+    pub const fn of(tasks: u32, blocks: u32, skip: u32) -> Shares {
+        let blocks = blocks - skip;
+        Shares {
+            skip,
+            each: tasks / blocks,
+            extra: tasks % blocks,
+        }
+    }
+}
+
+/// This block's tasks: `first .. end`.
+#[derive(Clone, Copy)]
+pub struct BlockTasks {
+    pub first: u32,
+    pub end: u32,
+}
+
+impl BlockTasks {
+    #[inline(always)]
+    pub fn of(shares: Shares) -> BlockTasks {
+        let Shares { skip, each, extra } = shares;
+        let block = block_idx_x();
+        if block < skip {
+            return BlockTasks { first: 0, end: 0 };
+        }
+        let block = block - skip;
+        let more = if block < extra { block } else { extra };
+        let first = block * each + more;
+        let end = first + each + u32::from(block < extra);
+        BlockTasks { first, end }
+    }
+}
+
+/// The first task of a warp of a block whose tasks begin with `first`: the last warps begin, for the first ones fill
+/// rows.
 #[inline(always)]
-pub fn task_stride() -> u32 {
-    blocks() * WARPS
+pub fn first_of(first: u32, warp: u32) -> u32 {
+    first + WARPS - 1 - warp
+}
+
+/// This block's tasks of an operation. Its warps take them in turn.
+#[inline(always)]
+pub unsafe fn block_tasks(op: impl Source) -> BlockTasks {
+    unsafe {
+        let shares = Shares {
+            skip: get!(op, shares.skip),
+            each: get!(op, shares.each),
+            extra: get!(op, shares.extra),
+        };
+        BlockTasks::of(shares)
+    }
 }
 
 impl Task {

@@ -23,13 +23,14 @@ mod write;
 
 pub use float::{Sixteen, to_f16};
 
-/// An array of 1 to 32 elements (a power of two), each written out with its index: what goes through a closure and a
+/// An array of 1 to 32 elements (a power of two, or 5), each written out with its index: what goes through a closure and a
 /// loop, as with `core::array::from_fn`, may end up in local memory instead of registers.
 #[macro_export]
 macro_rules! unrolled {
     (1, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0) };
     (2, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1) };
     (4, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1 2 3) };
+    (5, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1 2 3 4) };
     (8, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1 2 3 4 5 6 7) };
     (16, |$i:ident| $e:expr) => {
         $crate::unrolled!(@ $i, $e, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)

@@ -115,6 +115,7 @@ impl<D: Driver> Gpu<D> {
             let float = linears.iter().any(|l| !l.weight.quantised);
             let role = Role::Buffer(q.address);
             let new = 2 * h.kv_heads * h.head_dim;
+            let out = self.numbered(role, h.heads * h.head_dim)?;
             let op = Op {
                 kind: kind::QKV,
                 input: self.input(x.ptr(), op.norm.as_ref(), len, float)?,
@@ -124,7 +125,7 @@ impl<D: Driver> Gpu<D> {
                 cache,
                 heads: h.heads as u32,
                 fresh: self.numbered(Role::Fresh(new), new)?,
-                out: self.numbered(role, h.heads * h.head_dim)?,
+                out,
                 ..NO_OP
             };
             self.push("qkv", op, &[role, Role::Fresh(new)]);
@@ -249,6 +250,7 @@ impl<D: Driver> Gpu<D> {
             };
             let role = Role::Parts(values);
             let fresh = Role::Fresh(2 * heads.kv_heads * heads.head_dim);
+            let to = self.numbered(role, values)?;
             let op = Op {
                 kind: kind::ATTEND,
                 input: self.input(q.ptr(), None, heads.heads * heads.head_dim, false)?,
@@ -257,7 +259,7 @@ impl<D: Driver> Gpu<D> {
                 splits: self.decode_splits(),
                 scale: heads.scale,
                 fresh: self.numbered(fresh, 0)?,
-                out: self.numbered(role, values)?,
+                out: to,
                 ..NO_OP
             };
             self.push("attention", op, &[role]);

@@ -12,8 +12,8 @@ use super::{Address, Allocation, Buffer, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
 use kernels::decode::{
-    self, DecodeArgs, Input, MAX_SEGMENTS, MAX_SPLITS, MAX_TURNS, NO_OP, NUMBERS, Op, Segment,
-    kind, point,
+    self, DecodeArgs, Input, MAX_SEGMENTS, MAX_SPLITS, MAX_TURNS, NO_OP, NUMBERS, Op, SLOTS,
+    Segment, Shares, kind, point,
 };
 use kernels::types::{GROUP, TILE};
 use std::collections::HashMap;
@@ -120,7 +120,7 @@ impl Recording {
         self.ops.push(Op {
             number: (number % u64::from(NUMBERS)) as u32,
             sealed: u32::from(!outputs.is_empty()),
-            ..complete(op)
+            ..op
         });
     }
 }
@@ -131,9 +131,25 @@ fn alike(a: u64, b: u64) -> bool {
 }
 
 /// `op` with the fields that follow from others.
-pub(super) fn complete(op: Op) -> Op {
+pub(super) fn complete(op: Op, blocks: u32) -> Op {
+    let tasks = op.count_tasks();
+    // Keys and values that nobody waits for go to the cache alone.
+    let whole = op.kind != kind::QKV || !op.fresh.is_null();
+    let outputs = match op.kind {
+        kind::GATE_UP => 1,
+        kind::PRODUCT if op.split != 0 => 1,
+        _ => 2,
+    };
+    let shares = Shares::of(tasks, blocks, op.shares.skip);
+    let most = shares.each + u32::from(shares.extra > 0);
+    let fits = tasks > 0 && most * outputs <= SLOTS;
     Op {
-        tasks: op.count_tasks(),
+        shares,
+        gathered: if op.sealed != 0 && whole && fits {
+            outputs
+        } else {
+            0
+        },
         input: Input {
             inverse_len: 1.0 / op.input.len as f32,
             ..op.input
@@ -363,6 +379,16 @@ impl<D: Driver> Gpu<D> {
         self.decode.splits
     }
 
+    /// Blocks that a product after attention leaves out, since attention keeps them longest: where these are few.
+    pub(super) fn busy_blocks(&self) -> u32 {
+        let parts = self.heads as u32 * self.decode.splits;
+        if parts <= self.driver.multiprocessors() / 8 {
+            parts
+        } else {
+            0
+        }
+    }
+
     /// Notes that what `out` would hold lies in parts, of heads so long.
     pub(super) fn set_parts(&mut self, out: &Buffer, role: Role, head_dim: usize) {
         if let Some(recording) = &mut self.decode.recording {
@@ -427,7 +453,9 @@ impl<D: Driver> Gpu<D> {
         let recorded = record(self);
         let recording = self.decode.recording.take().unwrap_or_default();
         recorded?;
-        let ops = recording.ops;
+        let blocks = self.driver.multiprocessors();
+        let ops = recording.ops.into_iter();
+        let ops: Vec<Op> = ops.map(|op| complete(op, blocks)).collect();
         let (listing, segments) = listing(&ops);
         let memory = self.driver.alloc(listing.len())?;
         self.driver.write(memory.address, &listing)?;
@@ -550,7 +578,7 @@ impl<D: Driver> Gpu<D> {
 
     /// Runs one product by itself, outside a recorded step.
     pub(super) fn run_single(&mut self, op: Op) -> Result<()> {
-        let ops = [complete(op)];
+        let ops = [complete(op, self.driver.multiprocessors())];
         let address = self.decode.single.address;
         let (listing, segments) = listing(&ops);
         self.driver.write(address, &listing)?;

@@ -14,7 +14,7 @@ use super::products::{Rows, Target, bias_ptr};
 use super::{Address, Buffer, Driver, Gpu, Scratch, Weight};
 use crate::device::{Activation, CachePart, GateUp, Head, Linear, Norm, NormKind, Residual};
 use crate::error::{Error, Result};
-use kernels::decode::{Input, NO_OP, Op, PLAIN, kind};
+use kernels::decode::{Input, NO_OP, Op, PLAIN, Shares, kind};
 use kernels::rows::{ActivateArgs, EmbedArgs, FinishArgs, NormArgs, activations, norms};
 use kernels::types::{GROUP, NO_MATRIX};
 use std::ptr;
@@ -100,9 +100,11 @@ impl<D: Driver> Gpu<D> {
         }
         let parts = self.parts_of(x);
         let role = parts.map_or(Role::Buffer(x as Address), |p| p.role);
+        let from = self.number_of(role)?;
+        let x = self.numbered(role, 0)?;
         Ok(Input {
-            from: self.number_of(role)?,
-            x: self.numbered(role, 0)?,
+            from,
+            x,
             // A single part is the whole, and finished.
             splits: parts.map_or(0, |_| match self.decode_splits() {
                 1 => 0,
@@ -116,6 +118,7 @@ impl<D: Driver> Gpu<D> {
     pub(super) fn op_embed(&mut self, table: &Weight, scale: f32, out: &Buffer) -> Result<()> {
         if self.fused() {
             let role = Role::Buffer(out.address);
+            let to = self.numbered(role, table.cols)?;
             let op = Op {
                 kind: kind::EMBED,
                 input: Input {
@@ -124,7 +127,7 @@ impl<D: Driver> Gpu<D> {
                 },
                 matrices: [table.matrix, NO_MATRIX, NO_MATRIX],
                 scale,
-                out: self.numbered(role, table.cols)?,
+                out: to,
                 ..NO_OP
             };
             self.push("embed", op, &[role]);
@@ -259,7 +262,15 @@ impl<D: Driver> Gpu<D> {
             let role = Role::Buffer(x.address);
             let add_from = self.number_of(role)?;
             let to = self.numbered(role, linear.weight.matrix.rows as usize)?;
+            let skip = match self.parts_of(input.ptr()) {
+                Some(_) => self.busy_blocks(),
+                None => 0,
+            };
             let op = Op {
+                shares: Shares {
+                    skip,
+                    ..Shares::NONE
+                },
                 add: 1,
                 add_from,
                 ..self.product_op(linear, input.ptr(), None, to)?
@@ -307,12 +318,13 @@ impl<D: Driver> Gpu<D> {
         {
             let float = !gate.weight.quantised || !up.weight.quantised;
             let role = Role::Buffer(out.address);
+            let to = self.numbered(role, width)?;
             let op = Op {
                 kind: kind::GATE_UP,
                 input: self.input(x.ptr(), norm.as_ref(), len, float)?,
                 matrices: [gate.weight.matrix, up.weight.matrix, NO_MATRIX],
                 biases: [bias_ptr(*gate), bias_ptr(*up), ptr::null()],
-                out: self.numbered(role, width)?,
+                out: to,
                 ..NO_OP
             };
             self.push("gate, up", op, &[role]);

@@ -90,7 +90,7 @@ fn launch<D: Driver>(
     position: usize,
     table: *const u32,
 ) -> Result<Option<u32>> {
-    let ops: Vec<Op> = ops.iter().map(|op| complete(*op)).collect();
+    let ops: Vec<Op> = ops.iter().map(|op| complete(*op, BLOCKS)).collect();
     let (listing, segments) = listing(&ops);
     let ops_on = b.upload(&listing)?;
     let ranks = b.upload(&[0u64; 2 * BLOCKS as usize])?;
