@@ -69,6 +69,7 @@ pub mod int;
 pub mod mbarrier;
 pub mod memory;
 pub mod mma;
+pub mod settled;
 pub mod shared;
 pub mod thread;
 pub mod warp;

@@ -29,7 +29,7 @@ mod seal;
 mod task;
 
 use crate::rows::{CacheLayer, Rotation};
-use crate::types::{Matrix, NO_MATRIX};
+use crate::types::{Matrix, NO_MATRIX, type_bit};
 use cuda_std::int::here;
 use cuda_std::kernel;
 use cuda_std::memory::{cp_async_16, cp_async_wait_all, ldg_u32, ldg_v2_u32};
@@ -51,6 +51,13 @@ pub const WARPS: u32 = 14;
 const FEEDERS: u32 = 2;
 /// Threads per block, one block per multiprocessor.
 pub const THREADS: u32 = 32 * (WARPS + FEEDERS);
+
+/// The number ([`settled`](cuda_std::settled::settled)) of the set of types that matrices of a module's steps may have, by
+/// [`type_bit`](crate::types::type_bit), and [`MIXED`].
+pub const TYPES: u32 = 0;
+
+/// Whether a gate and its up may be of two types, beside those of [`TYPES`].
+pub const MIXED: u32 = 1 << 31;
 
 /// Most splits of a head's tokens; see [`Op::splits`].
 pub const MAX_SPLITS: u32 = 16;
@@ -133,6 +140,14 @@ pub struct Op {
 }
 
 impl Op {
+    /// What of [`TYPES`] it needs.
+    pub fn types(&self) -> u32 {
+        let [first, second, _] = self.matrices;
+        let mixed = self.kind == kind::GATE_UP && first.ty != second.ty;
+        let all = self.matrices.iter().map(|m| type_bit(m.ty));
+        all.fold(if mixed { MIXED } else { 0 }, |all, ty| all | ty)
+    }
+
     /// Tasks of a product, one per warp at a time.
     pub const fn count_tasks(&self) -> u32 {
         let rows = self.matrices[0].rows;

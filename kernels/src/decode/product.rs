@@ -6,8 +6,8 @@ use super::row::{Group, Row, ask, norm_scale};
 use super::seal::{Seal, pause};
 use super::task::{Task, block_tasks, first_of, first_run, matrix_field};
 use super::{
-    AHEAD, Current, DecodeArgs, PLAIN, Source, WARPS, Warp, await_op, blocks, copy_op, get, kind,
-    lane, note, point, sync, thread,
+    AHEAD, Current, DecodeArgs, MIXED, PLAIN, Source, TYPES, WARPS, Warp, await_op, blocks,
+    copy_op, get, kind, lane, note, point, sync, thread,
 };
 use crate::for_each_type;
 use crate::rows::BLOCK_TOKENS;
@@ -18,6 +18,7 @@ use cuda_std::int::{dp4a_us, here, opaque, quotient};
 use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
 };
+use cuda_std::settled::settled;
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::block_idx_x;
 use cuda_std::{float, half, warp};
@@ -286,6 +287,12 @@ unsafe fn dot_float<T: Sixteen>(row: &Row, turn: &Turn, at: [u32; 2]) -> [f32; 2
     }
 }
 
+/// Whether a matrix may be of one of the types of a set.
+#[inline(always)]
+fn may_be(types: u32) -> bool {
+    settled::<TYPES>() & types != 0
+}
+
 macro_rules! turn_by_type {
     ($($ty:literal => $name:ident, $kind:ident;)*) => {
         /// A turn's groups of quantised type `ty`.
@@ -293,7 +300,7 @@ macro_rules! turn_by_type {
         unsafe fn pair_of(ty: u32, turn: Turn) -> Pair {
             unsafe {
                 match ty {
-                    $($ty => turn_by_type!(@$kind pair $name, turn),)*
+                    $($ty if may_be(const { type_bit($ty) }) => turn_by_type!(@$kind pair $name, turn),)*
                     _ => Pair::uninit(),
                 }
             }
@@ -304,7 +311,7 @@ macro_rules! turn_by_type {
         unsafe fn dot_float_of(ty: u32, row: &Row, turn: &Turn, at: [u32; 2]) -> [f32; 2] {
             unsafe {
                 match ty {
-                    $($ty => turn_by_type!(@$kind dot $name, row, turn, at),)*
+                    $($ty if may_be(const { type_bit($ty) }) => turn_by_type!(@$kind dot $name, row, turn, at),)*
                     _ => [f32::NAN; 2],
                 }
             }
@@ -354,7 +361,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         loop {
             let any = index < end;
             let ty = if again { types.second() } else { types.first() };
-            let float = is_float(ty);
+            let float = may_be(FLOATS) && is_float(ty);
             let done = again || !types.mixed();
             let last = done && (tile + 1 == a.turn_tiles || at + TILE as u32 >= runs.first());
             let mut pair = Pair::uninit();
@@ -484,7 +491,7 @@ impl Types {
 
     #[inline(always)]
     fn mixed(self) -> bool {
-        self.first() != self.second()
+        may_be(MIXED) && self.first() != self.second()
     }
 
     /// Bytes of a whole tile of the first row's matrix, or of an up.

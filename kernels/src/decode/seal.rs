@@ -7,7 +7,7 @@
 //! never taken for what is awaited; zero, as fresh memory has it, is none.
 
 use super::DecodeArgs;
-use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, st_relaxed_u32};
+use cuda_std::memory::{ld_relaxed_u32, st_relaxed_u32};
 use cuda_std::thread::{clock, wait_since};
 
 const BITS: u32 = 4;

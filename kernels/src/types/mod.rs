@@ -422,6 +422,21 @@ macro_rules! layouts {
         pub const LAYOUTS: &[Layout] = &[$($name::LAYOUT),*];
         $(const _: () = assert!($name::LAYOUT.ty == $ty);)*
 
+        /// The set of the types of plain floats.
+        pub const FLOATS: u32 = 0 $(| if $name::LAYOUT.quantised { 0 } else { type_bit($ty) })*;
+
+        /// A bit for each type, in a set of them; none for what is no type.
+        pub const fn type_bit(ty: u32) -> u32 {
+            let mut i = 0;
+            while i < LAYOUTS.len() {
+                if LAYOUTS[i].ty == ty {
+                    return 1 << i;
+                }
+                i += 1;
+            }
+            0
+        }
+
         /// Whether a type is of plain floats.
         #[inline(always)]
         pub(crate) const fn is_float(ty: u32) -> bool {

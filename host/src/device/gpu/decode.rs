@@ -167,6 +167,8 @@ pub(super) struct Decode {
     /// The next launch's first number.
     numbers: u64,
     splits: u32,
+    /// Types of all weights on the device.
+    pub(super) types: u32,
     /// An operation that runs alone.
     single: Allocation,
     ranks: Address,
@@ -194,6 +196,7 @@ impl Decode {
             numbered: HashMap::new(),
             numbers: 0,
             splits: 1,
+            types: 0,
             single,
             ranks: ranks_on.address,
             chosen: driver.alloc_mapped(8)?,
@@ -456,6 +459,7 @@ impl<D: Driver> Gpu<D> {
         let blocks = self.driver.multiprocessors();
         let ops = recording.ops.into_iter();
         let ops: Vec<Op> = ops.map(|op| complete(op, blocks)).collect();
+        self.settle(&ops)?;
         let (listing, segments) = listing(&ops);
         let memory = self.driver.alloc(listing.len())?;
         self.driver.write(memory.address, &listing)?;
@@ -469,6 +473,12 @@ impl<D: Driver> Gpu<D> {
             numbers: recording.numbers,
             names: recording.names,
         })
+    }
+
+    /// Sees to it that the kernel can carry `ops`, and has as little beyond them as the weights allow.
+    fn settle(&mut self, ops: &[Op]) -> Result<()> {
+        let needed = ops.iter().fold(0, |all, op| all | op.types());
+        self.driver.settle(needed | self.decode.types)
     }
 
     fn run_shape(&mut self, shape: Shape, token: u32, position: u32) -> Result<()> {
@@ -579,6 +589,7 @@ impl<D: Driver> Gpu<D> {
     /// Runs one product by itself, outside a recorded step.
     pub(super) fn run_single(&mut self, op: Op) -> Result<()> {
         let ops = [complete(op, self.driver.multiprocessors())];
+        self.settle(&ops)?;
         let address = self.decode.single.address;
         let (listing, segments) = listing(&ops);
         self.driver.write(address, &listing)?;

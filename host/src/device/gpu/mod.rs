@@ -24,6 +24,7 @@ use super::{
 use super::{GateUp, Head, Linear, Qkv, Residual, SampleRow};
 use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
+use kernels::types::type_bit;
 use std::collections::HashMap;
 use std::io::Write;
 use std::ops::Range;
@@ -93,6 +94,12 @@ pub trait Driver: Send + Sized + 'static {
         shared: usize,
         args: &A,
     ) -> Result<()>;
+
+    /// Says that steps of the kernel `decode` need no more than `types` (`kernels::decode::TYPES`), from now on, in
+    /// addition to what was said before. Only their speed depends on it.
+    fn settle(&mut self, _types: u32) -> Result<()> {
+        Ok(())
+    }
 
     /// Whether all that was queued has ended.
     ///
@@ -437,7 +444,9 @@ impl<D: Driver> Device for Gpu<D> {
         rows: Range<usize>,
         file: &Arc<gguf::Gguf>,
     ) -> Result<Weight> {
-        weights::load(&mut self.driver, tensor, rows, file)
+        let weight = weights::load(&mut self.driver, tensor, rows, file)?;
+        self.decode.types |= type_bit(weight.matrix.ty);
+        Ok(weight)
     }
 
     fn finish_loading(&mut self) -> Result<()> {

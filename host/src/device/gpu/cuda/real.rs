@@ -12,6 +12,7 @@ use cust::event::{Event, EventFlags};
 use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
 use cust::sys;
+use kernels::decode::TYPES;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, c_void};
 use std::ops::Range;
@@ -27,6 +28,9 @@ const WRITE_BYTES: usize = 1 << 20;
 
 /// CUDA 12.0, the first whose drivers take PTX 8.0.
 const MIN_DRIVER: i32 = 12_000;
+
+/// The kernel that has a module of its own, settled for what a model needs.
+const DECODE: &str = "decode";
 
 /// What a call of the driver returned other than success.
 struct Failure(sys::cudaError_enum);
@@ -90,6 +94,13 @@ pub struct Cuda {
     shared_limit: usize,
     stream: Stream,
     functions: HashMap<&'static str, Function>,
+    /// The kernel `decode`: its PTX, what its last module is settled for, and its modules, of which the last is in use
+    /// and the others may still run.
+    decode: String,
+    settled: u32,
+    decode_modules: Vec<Module>,
+    /// Of the driver and of the device, as the cache of compiled kernels wants them.
+    versions: (i32, i32),
     allocations: HashSet<Address>,
     mapped: Vec<*mut u8>,
     /// What [`Driver::reserve`] got and no allocation has taken yet.
@@ -185,6 +196,7 @@ impl Cuda {
                 capability % 10
             ))
         })?;
+        let (text, decode) = ptx::part(text, DECODE);
         // Pinning and loading the kernels take their time in different places: side by side.
         let (module, pinned) = std::thread::scope(|scope| {
             let pinning = scope.spawn(|| {
@@ -195,7 +207,7 @@ impl Cuda {
                     .map_err(|_| CudaError::OutOfMemory)?;
                 Ok(pinned as usize)
             });
-            let module = cubin::load(text, version, capability);
+            let module = cubin::load(&text, version, capability);
             let pinned = pinning.join().unwrap_or(Err(CudaError::UnknownError));
             (module, pinned)
         });
@@ -224,6 +236,10 @@ impl Cuda {
             shared_limit,
             stream,
             functions: HashMap::new(),
+            decode,
+            settled: 0,
+            decode_modules: Vec::new(),
+            versions: (version, capability),
             allocations: HashSet::new(),
             mapped: Vec::new(),
             reserved: 0..0,
@@ -262,8 +278,14 @@ impl Cuda {
             });
         }
         if !self.functions.contains_key(name) {
-            let function = self
-                .module
+            if name == DECODE && self.decode_modules.is_empty() {
+                self.settle(u32::MAX)?;
+            }
+            let module = match self.decode_modules.last() {
+                Some(module) if name == DECODE => module,
+                _ => &self.module,
+            };
+            let function = module
                 .get_function(name)
                 .map_err(|e| self.fail(&format!("kernel {name}"), e))?;
             // 48 KiB are allowed from the start.
@@ -561,6 +583,21 @@ impl Driver for Cuda {
             )
         })
         .map_err(|e| self.fail(&format!("launching {kernel}"), e))
+    }
+
+    fn settle(&mut self, types: u32) -> Result<()> {
+        let types = self.settled | types;
+        if types == self.settled {
+            return Ok(());
+        }
+        self.enter()?;
+        let text = ptx::settle(&self.decode, TYPES, types);
+        let module = cubin::load(&text, self.versions.0, self.versions.1)
+            .map_err(|e| self.fail("compiling the kernel decode", e))?;
+        self.decode_modules.push(module);
+        self.functions.remove(DECODE);
+        self.settled = types;
+        Ok(())
     }
 
     fn idle(&mut self) -> Result<bool> {
