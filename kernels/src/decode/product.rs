@@ -97,7 +97,7 @@ impl Output {
             let writes = exists && lane % 4 == 0 && (lane < 16 || second);
             let mut output = Output {
                 to: get!(op, out).wrapping_add(r as usize),
-                flags: m | if writes { Self::WRITES } else { 0 } | slot * Self::SLOT,
+                flags: m | if writes { Self::WRITES } else { 0 } | (slot * Self::SLOT),
                 bias: 0.0,
                 turn: (1.0, 0.0),
             };
