@@ -183,6 +183,66 @@ fn flags_out_of_range() {
     }
 }
 
+/// Before anything is measured, and without a file that looks as if there had been something to draw.
+#[test]
+fn plots_of_what_nothing_times() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("step.svg");
+    let plot = path.to_str().expect("UTF-8");
+    let tiny = tiny();
+    let bench = ["bench", "--model", &tiny, "--plot", plot, "--device"];
+    for more in [
+        ["cpu"].as_slice(),
+        &["cpu", "--json"],
+        &["emulated", "--exact"],
+    ] {
+        fails_saying([&bench, more].concat(), &["--plot", plot, "not on the CPU"]);
+        assert!(!path.exists(), "{more:?} wrote {plot}");
+    }
+}
+
+/// The other way round: on a device that times its steps the file is there, and tells the model.
+#[test]
+fn plots_of_what_the_emulator_times() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("step.svg");
+    let plot = path.to_str().expect("UTF-8");
+    let tiny = golden_dir().join("tiny/llama-256-Q4_K_M.gguf");
+    let tiny = tiny.to_str().expect("UTF-8");
+    let bench = [
+        "bench", "--json", "--device", "emulated", "-p", "0", "-n", "0", "--depth", "3",
+    ];
+    let output = run(
+        &[bench.as_slice(), &["--model", tiny, "--plot", plot]].concat(),
+        b"",
+    );
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert!(report["memory_bytes_per_s"].is_null(), "{report}");
+    let rows = report["profile"].as_array().expect("a profile");
+    let row = |name: &str| {
+        let row = rows.iter().find(|r| r["name"] == name);
+        row.unwrap_or_else(|| panic!("no {name} in {report}"))
+    };
+    assert!(row("qkv")["of_peak"].is_null(), "{report}");
+    for row in rows {
+        for key in ["bytes", "operations"] {
+            assert!(row[key].as_u64().is_some_and(|n| n > 0), "{key}: {row}");
+        }
+    }
+    let svg = std::fs::read_to_string(&path).expect("the plot");
+    let title = svg.split("<title>").nth(1).expect("a title");
+    let model = report["model"].as_str().expect("a name");
+    assert!(
+        title.starts_with(&format!("Decode step of {model}, ")),
+        "{title}"
+    );
+    for label in ["qkv: ", "gate, up: ", "whole step: "] {
+        assert!(svg.contains(label), "no {label} in {svg}");
+    }
+}
+
 #[test]
 fn tensors_that_are_not_there() {
     let tiny = tiny();

@@ -1,13 +1,14 @@
 //! `kigo bench`: seconds to load, tokens per second of prefill and decode.
 
-use super::{Common, load, positive, print_json, profile, stdout_error, synthetic};
+use super::{Common, load, positive, print_json, profile, roofline, stdout_error, synthetic};
 use crate::engine::Direct;
-use crate::error::Result;
-use crate::model;
+use crate::error::{Error, Result};
+use crate::model::{self, Runner};
 use clap::Args;
 use gguf::Gguf;
 use serde_json::json;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -33,9 +34,14 @@ pub(super) struct BenchArgs {
     /// Measure also how long after the start of the process the token after the prompt is there
     #[arg(long)]
     first_token: bool,
-    /// Time each operation of a decode step, by the device's clock (GPUs only)
+    /// Time each operation of a decode step, by the device's clock (GPUs only): how long it waited and worked, the
+    /// bytes that it read, and how near that came to the memory's bandwidth
     #[arg(long)]
     profile: bool,
+    /// Draw what --profile measures as a roofline, an SVG: operations a second over operations a byte, under what
+    /// the memory allows
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
 }
 
 pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Result<()> {
@@ -46,8 +52,17 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
         }
         None => load::open_to_run(common)?,
     };
-    let tokens = args.prompt.max(args.depth + args.generate);
+    let profiled = args.profile || args.plot.is_some();
+    let steps = if profiled { profile::TOKENS } else { 0 };
+    let tokens = args.prompt.max(args.depth + args.generate.max(steps));
     let loaded = load::load(common, &file, tokens)?;
+    if let Some(file) = &args.plot {
+        // Known before minutes of measuring.
+        let device = loaded.runner.device();
+        if device.backend == "cpu" || common.exact {
+            return Err(no_plot(file, &device.name));
+        }
+    }
     let (load_s, open_s) = (loaded.seconds, loaded.open_seconds);
     let (weights_s, gb_per_s) = (loaded.weights_seconds, loaded.gb_per_s());
     let mut direct = Direct::new(loaded.runner);
@@ -101,7 +116,7 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
         }
     }
 
-    let profile = if args.profile {
+    let profile = if profiled {
         profile::measure(&mut direct, args.depth, ids(1)[0])?
     } else {
         Vec::new()
@@ -125,9 +140,11 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
             "depth": args.depth,
             "pp": { "n": args.prompt, "tokens_per_s": prefill },
             "tg": { "n": args.generate, "tokens_per_s": decode },
+            "memory_bytes_per_s": device.memory_bytes_per_s,
             "profile": profile,
         });
-        return print_json(out, &value);
+        print_json(out, &value)?;
+        return plot(args, &profile, direct.runner());
     }
     let mut report = format!(
         "{} on {} ({}, {})\nload     {load_s:.2} s: device {open_s:.2} s, weights {weights_s:.3} s at \
@@ -150,10 +167,43 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
             ));
         }
     }
-    if args.profile {
-        report.push_str(&profile::table(&profile));
+    if profiled {
+        report.push_str(&profile::table(&profile, device.memory_bytes_per_s));
     }
-    write!(out, "{report}").map_err(stdout_error)
+    write!(out, "{report}").map_err(stdout_error)?;
+    plot(args, &profile, direct.runner())
+}
+
+fn no_plot(file: &Path, device: &str) -> Error {
+    Error::Request(format!(
+        "--plot: nothing to draw on {device}, {} is not written: {}",
+        file.display(),
+        profile::NOT_TIMED
+    ))
+}
+
+/// Writes the file of --plot, if it is asked for. Comes last, so that what was measured is told whatever becomes of
+/// the file.
+fn plot(args: &BenchArgs, profile: &[profile::Row], runner: &dyn Runner) -> Result<()> {
+    let Some(file) = &args.plot else {
+        return Ok(());
+    };
+    let device = runner.device();
+    if profile.is_empty() {
+        return Err(no_plot(file, &device.name));
+    }
+    let svg = roofline::Roofline {
+        model: &runner.info().name,
+        device: &device.name,
+        depth: args.depth,
+        memory_bytes_per_s: device.memory_bytes_per_s,
+        operations: profile,
+    }
+    .svg()?;
+    std::fs::write(file, svg).map_err(|source| Error::Io {
+        path: file.clone(),
+        source,
+    })
 }
 
 /// Mean and sample standard deviation.

@@ -14,6 +14,7 @@ pub mod models;
 pub mod profile;
 mod ptx;
 mod quantize;
+mod roofline;
 mod serve;
 mod serve_config;
 mod synthetic;

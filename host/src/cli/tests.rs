@@ -47,6 +47,7 @@ fn every_command_line_of_the_documentation_is_understood() {
         "models fetch smollm2-135m-instruct-q4_1",
         "bench -p 512 -n 128 -r 5 --depth 8192",
         "bench --synthetic llama-8b-q4_k_m --first-token",
+        "bench --depth 4096 --plot step.svg",
         "ptx list",
         "ptx show rms_norm",
         "ptx stats",

@@ -35,6 +35,9 @@ pub struct DeviceInfo {
     pub name: String,
     /// Bytes of memory, all of it.
     pub memory_bytes: u64,
+    /// Bytes that its memory moves in a second at most, where the device tells: what the weights of a decode
+    /// step cannot be read faster than.
+    pub memory_bytes_per_s: Option<u64>,
     /// Instruction set or compute capability in use, such as `avx512-vnni` or `sm_90`.
     pub architecture: String,
 }
@@ -386,16 +389,15 @@ pub struct SampleRow<'a> {
     pub seen: &'a [u32],
 }
 
-/// Carries the operations of a forward pass.
-///
-/// Operations work on the rows of the batch given to [`Device::step`], in order, and may be queued:
-/// an error of one may show at a later one, at [`Device::read`] or [`Device::sample`] at the latest.
 /// What one operation of a decode step took, by the device's own clock.
 #[derive(Clone, Copy, Debug)]
 pub struct OpTiming {
     pub name: &'static str,
-    /// Bytes of weights that it reads.
+    /// Bytes of weights that it reads, or of keys and values for attention: each once, however often it is
+    /// asked for.
     pub bytes: u64,
+    /// Multiplications and additions with them.
+    pub operations: u64,
     /// Nanoseconds from its begin until its input was there.
     pub wait_ns: u64,
     /// From then until its output was written.
@@ -404,6 +406,10 @@ pub struct OpTiming {
     pub total_ns: u64,
 }
 
+/// Carries the operations of a forward pass.
+///
+/// Operations work on the rows of the batch given to [`Device::step`], in order, and may be queued:
+/// an error of one may show at a later one, at [`Device::read`] or [`Device::sample`] at the latest.
 pub trait Device: Send + Sized + 'static {
     /// A weight matrix, in whatever layout the device multiplies fastest, still quantised.
     type Weight: Send;

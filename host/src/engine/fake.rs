@@ -63,6 +63,7 @@ impl FakeRunner {
                 backend: "cpu",
                 name: "fake".to_owned(),
                 memory_bytes: 0,
+                memory_bytes_per_s: None,
                 architecture: "fake".to_owned(),
             },
             cache: vec![u32::MAX; context.div_ceil(BLOCK_TOKENS) * BLOCK_TOKENS],

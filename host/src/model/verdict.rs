@@ -138,6 +138,7 @@ impl<const GPU: bool> Device for Dry<GPU> {
             backend: "none",
             name: String::new(),
             memory_bytes: 0,
+            memory_bytes_per_s: None,
             architecture: String::new(),
         };
         &INFO

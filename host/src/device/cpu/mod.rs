@@ -109,6 +109,7 @@ impl Cpu {
                 backend: "cpu",
                 name,
                 memory_bytes,
+                memory_bytes_per_s: None,
                 architecture: level.name().to_owned(),
             },
             level,

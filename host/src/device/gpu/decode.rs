@@ -15,7 +15,7 @@ use kernels::decode::{
     self, DecodeArgs, Input, MAX_SEGMENTS, MAX_SPLITS, MAX_TURNS, NO_OP, NUMBERS, Op, SLOTS,
     Segment, Shares, kind, point,
 };
-use kernels::types::{GROUP, TILE};
+use kernels::types::{GROUP, Matrix, TILE};
 use std::collections::HashMap;
 
 /// Tokens that are worth a split of their own: sixteen for each warp of the block that takes it.
@@ -65,7 +65,7 @@ struct Program {
     numbers: u64,
     /// Of each operation.
     names: Vec<&'static str>,
-    weight_bytes: Vec<u64>,
+    costs: Vec<Cost>,
 }
 
 /// What the next product takes in parts.
@@ -174,9 +174,9 @@ pub(super) struct Decode {
     ranks: Address,
     chosen: Mapped,
     sequence: u32,
-    /// Where steps write their times, if they do, and the shape of the last that did.
+    /// Where steps write their times, if they do, and the shape of the last that did, with its position.
     trace: Option<Allocation>,
-    traced: Option<Shape>,
+    traced: Option<(Shape, u32)>,
     /// The launch whose choice belongs to the current logits.
     chooser: Option<u32>,
     /// The block table on the device; empty where that is another step's.
@@ -209,16 +209,43 @@ impl Decode {
     }
 }
 
-/// Bytes of weights that `op` reads.
-fn weight_bytes(op: &Op) -> u64 {
-    let all = op.matrices.iter();
-    let bytes = all
-        .map(|m| u64::from(m.rows) * u64::from(m.row_bytes))
-        .sum();
-    // An embedding reads one row of its matrix.
+/// What an operation takes at least, as [`OpTiming`] has it.
+#[derive(Clone, Copy)]
+struct Cost {
+    bytes: u64,
+    operations: u64,
+    /// Whether both are for each token in the cache.
+    each_token: bool,
+}
+
+fn cost(op: &Op) -> Cost {
+    /// Keys and values are f16 wherever steps are recorded.
+    const CACHED: u64 = 2;
+    let len = u64::from(op.input.len);
     match op.kind {
-        kind::EMBED => u64::from(op.matrices[0].row_bytes),
-        _ => bytes,
+        // One row of its matrix, scaled.
+        kind::EMBED => Cost {
+            bytes: u64::from(op.matrices[0].row_bytes),
+            operations: len,
+            each_token: false,
+        },
+        // Keys and values; query heads of a group share them. Scores and their sum are two products.
+        kind::ATTEND => Cost {
+            bytes: 2 * CACHED * u64::from(op.cache.kv_heads) * u64::from(op.cache.head_dim),
+            operations: 4 * u64::from(op.heads) * u64::from(op.cache.head_dim),
+            each_token: true,
+        },
+        _ => {
+            let sum = |of: fn(&Matrix) -> u32| {
+                let rows = |m: &Matrix| u64::from(m.rows) * u64::from(of(m));
+                op.matrices.iter().map(rows).sum()
+            };
+            Cost {
+                bytes: sum(|m| m.row_bytes),
+                operations: sum(|_| 2) * len,
+                each_token: false,
+            }
+        }
     }
 }
 
@@ -468,7 +495,7 @@ impl<D: Driver> Gpu<D> {
             segments,
             count: ops.len() as u32,
             room: room(&self.driver, &ops)?,
-            weight_bytes: ops.iter().map(weight_bytes).collect(),
+            costs: ops.iter().map(cost).collect(),
             writes: recording.writes,
             numbers: recording.numbers,
             names: recording.names,
@@ -503,7 +530,7 @@ impl<D: Driver> Gpu<D> {
         let base = (base % u64::from(NUMBERS)) as u32;
         let (ops, count, room) = (program.ops.address, program.count, program.room);
         let segments = program.segments;
-        decode.traced = decode.trace.as_ref().map(|_| shape);
+        decode.traced = decode.trace.as_ref().map(|_| (shape, position));
         self.run_program(ops, segments, count, room, base, token, position)
     }
 
@@ -559,7 +586,11 @@ impl<D: Driver> Gpu<D> {
             }
             return Ok(Vec::new());
         };
-        let Some(program) = traced.and_then(|shape| self.decode.programs.get(&shape)) else {
+        let Some((shape, position)) = traced else {
+            return Ok(Vec::new());
+        };
+        let tokens = u64::from(position) + 1;
+        let Some(program) = self.decode.programs.get(&shape) else {
             return Ok(Vec::new());
         };
         let mut times = vec![0u64; program.count as usize * point::COUNT];
@@ -575,9 +606,12 @@ impl<D: Driver> Gpu<D> {
                 output
             };
             let input = at(i, point::INPUT).clamp(begin, output.max(begin));
+            let cost = program.costs[i];
+            let seen = if cost.each_token { tokens } else { 1 };
             OpTiming {
                 name,
-                bytes: program.weight_bytes[i],
+                bytes: seen * cost.bytes,
+                operations: seen * cost.operations,
                 wait_ns: input - begin,
                 work_ns: output.saturating_sub(input),
                 total_ns: next.saturating_sub(begin),

@@ -28,6 +28,7 @@ impl Emulated {
                 backend: "emulated",
                 name: "GPU emulator".into(),
                 memory_bytes: crate::device::host_memory::total(),
+                memory_bytes_per_s: None,
                 architecture: "rust".into(),
             },
             allocations: HashMap::new(),

@@ -56,6 +56,14 @@ fn check(result: sys::cudaError_enum) -> Result<(), Failure> {
     }
 }
 
+/// Bytes a second of memory with a clock of so many kHz and a bus of so many bits, which moves data on both edges
+/// of the clock. None where the driver does not tell either: virtual devices say zero.
+fn bandwidth(clock_khz: i32, bus_bits: i32) -> Option<u64> {
+    let clock = u64::try_from(clock_khz).ok()? * 1000;
+    let bus = u64::try_from(bus_bits).ok()?;
+    Some(2 * clock * bus / 8).filter(|&b| b > 0)
+}
+
 /// Pinned memory and what is under way in it.
 ///
 /// A slot goes from [`Readers`], which fill it, over the bus to its twin on the device, in the order of
@@ -175,6 +183,10 @@ impl Cuda {
         let capability = attribute(DeviceAttribute::ComputeCapabilityMajor)? * 10
             + attribute(DeviceAttribute::ComputeCapabilityMinor)?;
         let multiprocessors = attribute(DeviceAttribute::MultiprocessorCount)? as u32;
+        let memory_bytes_per_s = bandwidth(
+            attribute(DeviceAttribute::MemoryClockRate).unwrap_or(0),
+            attribute(DeviceAttribute::GlobalMemoryBusWidth).unwrap_or(0),
+        );
         let mut shared_limit = 0;
         // cust has no name for this attribute.
         let optin =
@@ -230,6 +242,7 @@ impl Cuda {
                 backend: "cuda",
                 name,
                 memory_bytes: memory as u64,
+                memory_bytes_per_s,
                 architecture: arch.to_owned(),
             },
             multiprocessors,
