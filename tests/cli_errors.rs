@@ -213,7 +213,7 @@ fn plots_of_what_the_emulator_times() {
         "bench", "--json", "--device", "emulated", "-p", "0", "-n", "0", "--depth", "3",
     ];
     let output = run(
-        &[bench.as_slice(), &["--model", tiny, "--plot", plot]].concat(),
+        [bench.as_slice(), &["--model", tiny, "--plot", plot]].concat(),
         b"",
     );
     let said = String::from_utf8_lossy(&output.stderr);
