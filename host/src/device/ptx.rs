@@ -86,7 +86,7 @@ mod tests {
         assert!(!others.contains("entry second()"));
         for text in [others, second] {
             assert!(text.starts_with(".version 8.0\n.global .b8 table[4];\n"));
-            assert!(text.ends_with("}\n.func helper()\n{\n}\n"));
+            assert!(text.ends_with("\n.func helper()\n{\n}\n"));
         }
     }
 
