@@ -39,8 +39,7 @@ try:
 
     # By keyboard alone: the field has the focus, Enter sends.
     assert driver.switch_to.active_element == one("#prompt")
-    # What takes longer than a slow machine takes for a screenshot.
-    driver.switch_to.active_element.send_keys("Count from 1 to 1000, each number on a line of its own.", Keys.ENTER)
+    driver.switch_to.active_element.send_keys("Write a long story about a frog and a pond.", Keys.ENTER)
     lengths = []
     def growing():
         text = driver.execute_script("return document.querySelector('.assistant')?.textContent ?? ''")
@@ -63,7 +62,7 @@ try:
     assert one("#send").is_enabled() and not one("#stop").is_enabled()
 
     # The button stops too.
-    one("#prompt").send_keys("Go on up to 1000, please.", Keys.ENTER)
+    one("#prompt").send_keys("Go on with the story, please.", Keys.ENTER)
     wait(lambda: len(driver.find_elements(By.CSS_SELECTOR, ".assistant")) == 2 and driver.find_elements(By.CSS_SELECTOR, ".assistant")[1].text)
     one("#stop").click()
     wait(lambda: "stopped" in one("#status").text, 5)
