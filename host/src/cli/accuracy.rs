@@ -440,7 +440,7 @@ fn measure(common: &Common, column: Column, file: &Arc<Gguf>, golden: &Golden) -
         }
         for (step, &id) in prompt.greedy.iter().enumerate() {
             measured.greedy += 1;
-            if direct.sample_greedy()? == id {
+            if direct.sample_greedy_ahead()? == id {
                 measured.equal += 1;
             } else {
                 let margin = prompt.margins.get(step);

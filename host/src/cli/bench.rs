@@ -106,10 +106,12 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
             }
             let mut id = ids(1)[0];
             let started = Instant::now();
-            for _ in 0..args.generate {
+            for _ in 1..args.generate {
                 direct.feed(&[id])?;
-                id = direct.sample_greedy()?;
+                id = direct.sample_greedy_ahead()?;
             }
+            direct.feed(&[id])?;
+            direct.sample_greedy()?;
             if repetition > 0 {
                 decode.push(args.generate as f64 / started.elapsed().as_secs_f64());
             }

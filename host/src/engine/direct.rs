@@ -152,11 +152,25 @@ impl Direct {
     /// # Errors
     /// The device's failure.
     pub fn sample_greedy(&mut self) -> Result<u32> {
+        self.likeliest(false)
+    }
+
+    /// As [`Direct::sample_greedy`], for a token that will be fed next: the device need not wait for that. The logits
+    /// are not to be read after it.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub fn sample_greedy_ahead(&mut self) -> Result<u32> {
+        self.likeliest(true)
+    }
+
+    fn likeliest(&mut self, ahead: bool) -> Result<u32> {
         let params = SamplingParams::greedy();
         let ids = self.runner.sample(&[SampleRow {
             params: &params,
             u: 0.0,
             seen: &[],
+            ahead,
         }])?;
         ids.first().copied().ok_or_else(|| {
             Error::Request("the device chose no token for one row of logits".to_owned())

@@ -368,6 +368,28 @@ pub unsafe fn ld_relaxed_v4_u32<T>(pointer: *const T) -> [u32; 4] {
     }
 }
 
+/// Stores what other blocks may read meanwhile; each word is whole, the four need not appear together.
+///
+/// # Safety
+/// `pointer` is valid for 16 bytes and 16-byte aligned.
+#[inline(always)]
+pub unsafe fn st_relaxed_v4_u32<T>(pointer: *mut T, value: [u32; 4]) {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        asm!("st.relaxed.gpu.global.v4.u32 [{0}], {{{1}, {2}, {3}, {4}}};",
+            in(reg64) pointer as u64, in(reg32) value[0], in(reg32) value[1], in(reg32) value[2],
+            in(reg32) value[3], options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    unsafe {
+        aligned::<T, 16>(pointer);
+        let words = pointer.cast::<AtomicU32>();
+        for (i, value) in value.into_iter().enumerate() {
+            (*words.add(i)).store(value, Ordering::Relaxed);
+        }
+    }
+}
+
 macro_rules! relaxed {
     ($($load:ident, $store:ident: $type:ty as $cell:ident = $suffix:literal, $reg:ident;)*) => {$(
         /// Loads what other blocks may write meanwhile; see [`ld_relaxed_v4_u32`].

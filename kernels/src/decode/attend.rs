@@ -1,40 +1,172 @@
-//! Attention of the step's row over the cache.
+//! Attention of the step's row over the cache, on tensor cores.
 //!
-//! A block takes one head and split of the tokens at a time, its warps parts of them. A warp's lanes form teams
-//! of just enough lanes to hold a head, eight elements each; each team walks its own tokens with a running
-//! softmax (arXiv:2205.14135); teams, then warps merge at the end, and the product that follows merges splits.
+//! A piece is up to [`HEADS`] query heads that share a key-value head, with [`WIDTH`] elements of the values, over a split
+//! of the tokens; a block takes one at a time, its warps tiles of 16 tokens. With the tokens as rows of `K Qᵀ` and the elements as rows of `Vᵀ Pᵀ` the
+//! heads are the eight columns of both products, so that keys and values are read once for all of them, straight
+//! into fragments: which element is which of a product's summands, and which of its rows, is free, and
+//! chosen so that a lane's are neighbours. A query and a weight are two f16 each, of which the second is what the
+//! first leaves over: products are those of f32 that way, in all but the last bits.
+//!
+//! A warp's running softmax (arXiv:2205.14135) goes from tile to tile; warps merge in shared memory, splits in
+//! [`merge`].
 
 use super::seal::{Seal, pause};
 use super::{
     AHEAD, Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, Warp, await_op, blocks, copy_op, get, lane,
     sync, thread,
 };
-use crate::attention::{LoadEight, NONE};
+use crate::attention::NONE;
 use crate::rows::BLOCK_TOKENS;
 use crate::types::to_f16;
 use crate::unrolled;
-use cuda_std::int::{here, quotient};
+use cuda_std::half::{F16, pack_f16x2};
+use cuda_std::int::{here, prmt, quotient};
 use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_u32};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::block_idx_x;
-use cuda_std::{float, warp};
+use cuda_std::{float, mma, warp};
 
-/// Each warp's part of a head: sums of up to 256 elements, peak and mass.
-const PART: u32 = 256 + 4;
-pub const PARTS_BYTES: u32 = WARPS * PART * 4;
+/// Query heads of a piece: the columns of a product.
+pub const HEADS: u32 = 8;
+/// Elements of the values of a piece. All of a wide head's would take more registers than there are.
+pub const WIDTH: u32 = 64;
+/// Most elements of a head.
+pub const MAX_HEAD_DIM: u32 = 128;
+/// Tokens of a tile: the rows of a product.
+const TOKENS: u32 = 16;
+/// Elements of a lane at a time, 16 bytes of the cache; four lanes take a chunk.
+const EIGHT: u32 = 8;
+const CHUNK: u32 = 4 * EIGHT;
 
-/// Tokens a team loads before it computes, so that their loads overlap.
-const UNROLL: usize = 2;
+/// Two f16.
+const ONES: u32 = 0x3c00_3c00;
 
 const LOG2_E: f32 = core::f32::consts::LOG2_E;
 
-/// Attention over some tokens, not yet normalised: `sum / mass` where these are all of them.
-struct Part {
-    /// Elements `8 * lane ..` of the head, in the lanes that have one.
-    sum: [f32; 8],
-    /// The greatest score, in units of log2; [`NONE`] without tokens.
-    peak: f32,
-    mass: f32,
+/// Shared memory before the warps' parts: queries, as both halves' fragments of up to four chunks; then the
+/// step's own key and value.
+const FRESH_AT: u32 = MAX_HEAD_DIM / CHUNK * 32 * 32;
+const ASKED_BYTES: u32 = FRESH_AT + 2 * 2 * MAX_HEAD_DIM;
+
+/// Bytes of shared memory that attention needs, with so many query heads for each key-value head.
+pub const fn attend_bytes(group: u32) -> u32 {
+    let heads = if group < HEADS { group } else { HEADS };
+    ASKED_BYTES + WARPS * heads * PART * 4
+}
+
+/// Pieces before the tokens are split.
+pub const fn attend_pieces(kv_heads: u32, group: u32, head_dim: u32) -> u32 {
+    kv_heads * group.div_ceil(HEADS) * head_dim.div_ceil(WIDTH)
+}
+
+/// Words of a part: the elements' sums, their peak and mass, two unused.
+pub const PART: u32 = WIDTH + 4;
+
+/// What a block takes at a time.
+#[derive(Clone, Copy)]
+struct Piece {
+    kv_head: u32,
+    /// Its first query head.
+    head: u32,
+    heads: u32,
+    /// Its first element of the values, and how many.
+    element: u32,
+    width: u32,
+    split: u32,
+    /// Its tokens: `from .. to`.
+    from: u32,
+    to: u32,
+}
+
+impl Piece {
+    #[inline(always)]
+    unsafe fn of(a: &DecodeArgs, op: Current, index: u32) -> Piece {
+        unsafe {
+            let (splits, head_dim) = (get!(op, splits), get!(op, cache.head_dim));
+            let group = quotient(get!(op, heads), get!(op, cache.kv_heads));
+            let whole = quotient(index, splits);
+            let split = index - whole * splits;
+            let (parts, pieces) = (head_dim.div_ceil(WIDTH), group.div_ceil(HEADS));
+            let piece = quotient(whole, parts);
+            let element = (whole - piece * parts) * WIDTH;
+            let kv_head = quotient(piece, pieces);
+            let first = (piece - kv_head * pieces) * HEADS;
+            // Whole tiles, which lie in one block of the cache.
+            let tokens = a.position + 1;
+            let chunk = quotient(tokens + splits - 1, splits).next_multiple_of(TOKENS);
+            let from = if split * chunk < tokens {
+                split * chunk
+            } else {
+                tokens
+            };
+            Piece {
+                kv_head,
+                head: kv_head * group + first,
+                heads: if group - first < HEADS {
+                    group - first
+                } else {
+                    HEADS
+                },
+                element,
+                width: if head_dim - element < WIDTH {
+                    head_dim - element
+                } else {
+                    WIDTH
+                },
+                split,
+                from,
+                to: if from + chunk < tokens {
+                    from + chunk
+                } else {
+                    tokens
+                },
+            }
+        }
+    }
+
+    /// Warps that have tokens.
+    #[inline(always)]
+    fn warps(&self) -> u32 {
+        let tiles = (self.to - self.from).div_ceil(TOKENS);
+        if tiles < WARPS { tiles } else { WARPS }
+    }
+}
+
+/// Shared memory of a piece. What is asked for lies where no slower warp still reads the row of the operation before.
+#[derive(Clone, Copy)]
+struct Place {
+    asked: u32,
+    parts: SharedPtr<f32>,
+}
+
+impl Place {
+    #[inline(always)]
+    fn of(a: &DecodeArgs, w: &Warp) -> Place {
+        let last = ROWS_AT + 2 * here(a.row_bytes) - ASKED_BYTES;
+        if here(w.index) % 2 == 0 {
+            Place {
+                asked: ROWS_AT,
+                parts: shared::at(ROWS_AT + ASKED_BYTES),
+            }
+        } else {
+            Place {
+                asked: last,
+                parts: shared::at(ROWS_AT),
+            }
+        }
+    }
+
+    /// This lane's query elements of a chunk, the greater halves or what these leave over.
+    #[inline(always)]
+    fn query(&self, chunk: u32, rest: u32) -> SharedPtr<u32> {
+        shared::at(self.asked + ((2 * chunk + rest) * 32 + lane()) * 16)
+    }
+
+    /// Eight elements of the step's key (`kind` 0) or value (1), as the cache holds them.
+    #[inline(always)]
+    fn fresh(&self, kind: u32, element: u32) -> SharedPtr<u32> {
+        shared::at(self.asked + FRESH_AT + (kind * MAX_HEAD_DIM + element) * 2)
+    }
 }
 
 /// [`kind::ATTEND`](super::kind::ATTEND).
@@ -45,22 +177,18 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
         copy_op(a, w.index + AHEAD);
         let mut index = block_idx_x();
-        while index < get!(op, heads) * get!(op, splits) {
-            let (head, from, to) = share(a, op, index);
-            let part = attend_tokens(a, op, head, from, to);
-            let slot = parts(a, w).add(thread() / 32 * PART);
-            let lane = lane();
-            if lane * 8 < get!(op, cache.head_dim) {
-                let s = part.sum;
-                slot.add(lane * 8).store_v4([s[0], s[1], s[2], s[3]]);
-                slot.add(lane * 8 + 4).store_v4([s[4], s[5], s[6], s[7]]);
-            }
-            if lane == 0 {
-                slot.add(256).store(part.peak);
-                slot.add(257).store(part.mass);
+        let group = quotient(get!(op, heads), get!(op, cache.kv_heads));
+        let head_dim = get!(op, cache.head_dim);
+        let pieces = attend_pieces(get!(op, cache.kv_heads), group, head_dim) * get!(op, splits);
+        while index < pieces {
+            let (place, piece) = (Place::of(a, w), Piece::of(a, op, index));
+            if get!(op, cache.head_dim) <= 2 * CHUNK {
+                walk::<2>(a, op, place, piece);
+            } else {
+                walk::<4>(a, op, place, piece);
             }
             sync();
-            merge(a, op, parts(a, w), here(index));
+            join(a, op, place.parts, piece);
             sync();
             index += blocks();
         }
@@ -69,231 +197,420 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     }
 }
 
-/// Where the warps leave their parts.
+/// This lane's keys of a tile, as they lie in the cache: eight elements of two keys for each of `K` chunks.
+type Keys<const K: usize> = [[[u32; 4]; 2]; K];
+/// Its values: eight elements of four.
+type Values = [[u32; 4]; 4];
+
+/// Row and column of this lane's place in a fragment.
 #[inline(always)]
-fn parts(a: &DecodeArgs, w: &Warp) -> SharedPtr<f32> {
-    shared::at(ROWS_AT + here(w.index) % 2 * a.row_bytes)
+fn place_in_fragment() -> (u32, u32) {
+    (lane() / 4, lane() % 4)
 }
 
-/// Head of the block's piece `index`, and this warp's tokens of it: `from .. to`.
+/// The token of a tile whose value is the lane's `i`th: a product's summands `2 t`, `2 t + 1`, `2 t + 8`, `2 t + 9`.
 #[inline(always)]
-unsafe fn share(a: &DecodeArgs, op: Current, index: u32) -> (u32, u32, u32) {
+fn value_token(i: u32) -> u32 {
+    2 * (lane() % 4) + i % 2 + i / 2 * 8
+}
+
+/// Where the tile at token `base` begins in the cache, in bytes.
+#[inline(always)]
+unsafe fn tile_at(a: &DecodeArgs, op: Current, kv_head: u32, base: u32) -> usize {
     unsafe {
-        let splits = get!(op, splits);
-        let head = quotient(index, splits);
-        let tokens = a.position + 1;
-        let chunk = quotient(tokens + splits - 1, splits);
-        let first = (index - head * splits) * chunk;
-        let last = if first + chunk < tokens {
-            first + chunk
-        } else {
-            tokens
-        };
-        // Whole turns of all teams, so that no warp is left with a remainder of another's.
-        let team_lanes = get!(op, cache.head_dim).div_ceil(8).next_power_of_two();
-        let teams = quotient(32, team_lanes);
-        let share = (chunk.div_ceil(WARPS) + teams - 1) & !(teams - 1);
-        let from = first + thread() / 32 * share;
-        let to = if from + share < last {
-            from + share
-        } else {
-            last
-        };
-        (head, from, to)
+        let tokens = BLOCK_TOKENS as u32;
+        let block = ldg_u32(a.table.add((base / tokens) as usize));
+        let row = (block * get!(op, cache.kv_heads) + kv_head) * tokens + base % tokens;
+        row as usize * get!(op, cache.head_dim) as usize * 2
     }
 }
 
-/// Merges the warps' parts of the block's piece `index`, a thread for each element, and writes what comes of it.
+/// Keys of the tile at `at`, of its tokens before `tokens`; then the step's own, `fresh`.
 #[inline(always)]
-unsafe fn merge(a: &DecodeArgs, op: Current, parts: SharedPtr<f32>, index: u32) {
+unsafe fn load_keys<const K: usize>(op: Current, at: usize, tokens: u32) -> Keys<K> {
     unsafe {
-        let (head_dim, splits) = (get!(op, cache.head_dim), get!(op, splits));
-        let e = thread();
-        let whole = splits == 1;
-        if e >= if whole { head_dim } else { head_dim + 2 } {
+        let head_dim = get!(op, cache.head_dim);
+        let (g, t) = place_in_fragment();
+        let from = get!(op, cache.keys).add(at);
+        let mut keys = [[[0; 4]; 2]; K];
+        // From place to place by constants: addresses of their own would take as many registers as what is loaded.
+        for r in 0..2 {
+            let token = g + 8 * r as u32;
+            let from = from.wrapping_add(((token * head_dim + t * EIGHT) * 2) as usize);
+            for c in 0..K {
+                if c as u32 * CHUNK + t * EIGHT < head_dim && token < tokens {
+                    keys[c][r] = ld_v4_u32(from.wrapping_add(c * 2 * CHUNK as usize));
+                }
+            }
+        }
+        keys
+    }
+}
+
+/// Values likewise, from element `element` on.
+#[inline(always)]
+unsafe fn load_values(op: Current, at: usize, tokens: u32, element: u32) -> Values {
+    unsafe {
+        let head_dim = get!(op, cache.head_dim);
+        let element = element + lane() / 4 * EIGHT;
+        let from = get!(op, cache.values).add(at);
+        let mut values = [[0; 4]; 4];
+        for i in 0..4 {
+            let token = value_token(i as u32);
+            if element < head_dim && token < tokens {
+                values[i] = ld_v4_u32(from.add(((token * head_dim + element) * 2) as usize));
+            }
+        }
+        values
+    }
+}
+
+/// Puts the step's own key, token `token` of the tile, in its place.
+#[inline(always)]
+unsafe fn put_key<const K: usize>(keys: &mut Keys<K>, place: Place, token: u32, head_dim: u32) {
+    let (g, t) = place_in_fragment();
+    for c in 0..K {
+        let e = c as u32 * CHUNK + t * EIGHT;
+        for r in 0..2 {
+            if g + 8 * r as u32 == token && e < head_dim {
+                keys[c][r] = unsafe { place.fresh(0, e).load_v4() };
+            }
+        }
+    }
+}
+
+/// Its value likewise.
+#[inline(always)]
+unsafe fn put_value(values: &mut Values, place: Place, token: u32, element: u32, head_dim: u32) {
+    let element = element + lane() / 4 * EIGHT;
+    for i in 0..4 {
+        if value_token(i as u32) == token && element < head_dim {
+            values[i] = unsafe { place.fresh(1, element).load_v4() };
+        }
+    }
+}
+
+/// Waits for the query, a warp for each chunk, and for the step's own key and value, a warp each, and leaves them
+/// where all warps find them. A barrier must follow.
+#[inline(always)]
+unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: Piece) {
+    unsafe {
+        let head_dim = get!(op, cache.head_dim);
+        let fresh = get!(op, fresh);
+        let (g, t) = place_in_fragment();
+        let warp = thread() / 32;
+        let seal = Seal::of(a, get!(op, input.from));
+        let (from, active);
+        let element;
+        if warp < K as u32 {
+            element = warp * CHUNK + t * EIGHT;
+            active = g < piece.heads && element < head_dim;
+            from = get!(op, input.x).wrapping_add(((piece.head + g) * head_dim + element) as usize);
+        } else if warp < K as u32 + 2 {
+            element = lane() * EIGHT;
+            active = !fresh.is_null() && a.position < piece.to && element < head_dim;
+            let kind = (warp - K as u32) * get!(op, cache.kv_heads);
+            from = fresh
+                .cast_const()
+                .wrapping_add(((kind + piece.kv_head) * head_dim + element) as usize);
+        } else {
             return;
         }
-        let mut peak = NONE;
-        for w in 0..WARPS {
-            peak = peak.max(parts.add(w * PART + 256).load());
-        }
-        let (mut sum, mut mass) = (0.0, 0.0);
-        for w in 0..WARPS {
-            let at = parts.add(w * PART);
-            let weight = float::exp2_approx(at.add(256).load() - peak);
-            mass += weight * at.add(257).load();
-            if e < head_dim {
-                sum += weight * at.add(e).load();
+        let mut words = [[0u32; 4]; 2];
+        loop {
+            let mut all = true;
+            if active {
+                words = unrolled!(2, |i| ld_relaxed_v4_u32(from.add(4 * i)));
+                all = seal.all_on(words[0]) && seal.all_on(words[1]);
             }
+            // The lanes stay together.
+            if warp::all(all) {
+                break;
+            }
+            pause();
+        }
+        let value = |i: usize| seal.open(words[i / 4][i % 4]);
+        if warp >= K as u32 {
+            if active {
+                let f16 = |i: usize| u32::from(to_f16(value(i)));
+                let packed = unrolled!(4, |k| f16(2 * k) | (f16(2 * k + 1) << 16));
+                place.fresh(warp - K as u32, element).store_v4(packed);
+            }
+            return;
+        }
+        let scale = get!(op, scale) * LOG2_E;
+        let mut halves = [[0u32; 4]; 2];
+        if active {
+            let both: [[u32; 2]; 4] =
+                unrolled!(4, |k| split(value(2 * k) * scale, value(2 * k + 1) * scale));
+            halves = unrolled!(2, |rest| unrolled!(4, |k| both[k][rest]));
+        }
+        for rest in 0..2 {
+            place.query(warp, rest as u32).store_v4(halves[rest]);
+        }
+    }
+}
+
+/// Two values as pairs of f16: rounded, and what the rounding leaves over.
+#[inline(always)]
+fn split(low: f32, high: f32) -> [u32; 2] {
+    let word = pack_f16x2(low, high);
+    let back = |bits: u32| F16::from_bits(bits as u16).to_f32();
+    [word, pack_f16x2(low - back(word), high - back(word >> 16))]
+}
+
+/// This warp's share of the block's piece, left in its part.
+#[inline(always)]
+unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: Piece) {
+    unsafe {
+        let warp = thread() / 32;
+        let mut base = piece.from + warp * TOKENS;
+        // What the cache holds: the step's own is still on its way.
+        let fresh = !get!(op, fresh).is_null();
+        let cached = a.position + u32::from(!fresh);
+        let end = if piece.to < cached { piece.to } else { cached };
+        let any = base < piece.to;
+        let (mut keys, mut values) = ([[[0; 4]; 2]; K], [[0; 4]; 4]);
+        // The first are on their way while the query is awaited.
+        if any {
+            let at = tile_at(a, op, piece.kv_head, base);
+            keys = load_keys(op, at, end.saturating_sub(base));
+            values = load_values(op, at, end.saturating_sub(base), piece.element);
+        }
+        ask::<K>(a, op, place, piece);
+        sync();
+        if !any {
+            return;
+        }
+        // Of heads `2 t` and `2 t + 1`; of elements `8 g + 2 j` and the next.
+        let mut peak = [NONE; 2];
+        let mut sums = [[0.0f32; 4]; 4];
+        // The weights' own, by a product with ones: the same in every lane of a head.
+        let mut mass = [0.0f32; 4];
+        loop {
+            if fresh && a.position - base < TOKENS {
+                let (token, head_dim) = (a.position - base, get!(op, cache.head_dim));
+                put_key(&mut keys, place, token, head_dim);
+                put_value(&mut values, place, token, piece.element, head_dim);
+            }
+            // Several sums, so that one product does not wait for the last.
+            let mut scores = [[[0.0f32; 4]; 2]; 2];
+            for c in 0..K {
+                let k = keys[c];
+                for rest in 0..2 {
+                    let q = place.query(c as u32, rest as u32).load_v4();
+                    for h in 0..2 {
+                        let keys = [k[0][2 * h], k[1][2 * h], k[0][2 * h + 1], k[1][2 * h + 1]];
+                        let sum = &mut scores[rest][h];
+                        *sum = mma::m16n8k16_f16(keys, [q[2 * h], q[2 * h + 1]], *sum);
+                    }
+                }
+            }
+            let mut s: [f32; 4] = unrolled!(4, |i| {
+                let [[a, b], [c, d]] = [0, 1].map(|rest: usize| scores[rest].map(|v| v[i]));
+                (a + b) + (c + d)
+            });
+            let (g, _) = place_in_fragment();
+            for i in 0..4 {
+                if base + g + i as u32 / 2 * 8 >= piece.to {
+                    s[i] = NONE;
+                }
+            }
+            let mut top = [s[0].max(s[2]), s[1].max(s[3])];
+            for width in [4, 8, 16] {
+                for i in 0..2 {
+                    top[i] = top[i].max(warp::shuffle_xor(top[i], width));
+                }
+            }
+            for i in 0..2 {
+                top[i] = top[i].max(peak[i]);
+                let shrink = float::exp2_approx(peak[i] - top[i]);
+                mass[i] *= shrink;
+                mass[i + 2] *= shrink;
+                for j in 0..4 {
+                    sums[j][i] *= shrink;
+                    sums[j][i + 2] *= shrink;
+                }
+                peak[i] = top[i];
+            }
+            let weights: [f32; 4] = unrolled!(4, |i| float::exp2_approx(s[i] - top[i % 2]));
+            let (near, far) = (split(weights[0], weights[1]), split(weights[2], weights[3]));
+            for rest in 0..2 {
+                let p = [mma::transpose(near[rest]), mma::transpose(far[rest])];
+                let v = values;
+                mass = mma::m16n8k16_f16([ONES; 4], p, mass);
+                for j in 0..4 {
+                    let values = [
+                        prmt(v[0][j], v[1][j], 0x5410),
+                        prmt(v[0][j], v[1][j], 0x7632),
+                        prmt(v[2][j], v[3][j], 0x5410),
+                        prmt(v[2][j], v[3][j], 0x7632),
+                    ];
+                    sums[j] = mma::m16n8k16_f16(values, p, sums[j]);
+                }
+            }
+            base += TOKENS * WARPS;
+            if base >= piece.to {
+                break;
+            }
+            let at = tile_at(a, op, piece.kv_head, base);
+            keys = load_keys(op, at, end.saturating_sub(base));
+            values = load_values(op, at, end.saturating_sub(base), piece.element);
+        }
+        let (g, t) = place_in_fragment();
+        for i in 0..2 {
+            let head = 2 * t + i as u32;
+            if head < piece.heads {
+                let part = place.parts.add((warp * piece.heads + head) * PART);
+                for j in [0, 2] {
+                    let (s, next) = (sums[j], sums[j + 1]);
+                    let at = part.add(g * EIGHT + 2 * j as u32);
+                    at.store_v4([s[i], s[i + 2], next[i], next[i + 2]]);
+                }
+                if g == 0 {
+                    part.add(WIDTH).store_v2([peak[i], mass[i]]);
+                }
+            }
+        }
+    }
+}
+
+/// Merges the warps' parts of the block's piece and writes what comes of it, a thread for four elements.
+#[inline(always)]
+unsafe fn join(a: &DecodeArgs, op: Current, parts: SharedPtr<f32>, piece: Piece) {
+    unsafe {
+        let i = thread();
+        if i >= piece.heads * (WIDTH / 4) {
+            return;
         }
         let number = if get!(op, sealed) != 0 {
             get!(op, number)
         } else {
             PLAIN
         };
-        // A whole is a row of heads; of splits there are elements, then peak, then mass.
-        let (v, at) = if whole {
-            (sum * float::rcp_approx(mass), index * head_dim + e)
-        } else {
-            let v = if e < head_dim {
-                sum
-            } else if e == head_dim {
-                peak
-            } else {
-                mass
-            };
-            (v, index * (head_dim + 4) + e)
-        };
-        Seal::of(a, number).write(get!(op, out).add(at as usize), v);
-    }
-}
-
-/// This warp's attention of one query head over tokens `from .. to`.
-#[inline(always)]
-unsafe fn attend_tokens(a: &DecodeArgs, op: Current, head: u32, from: u32, to: u32) -> Part {
-    unsafe {
+        let seal = Seal::of(a, number);
+        let (warps, out) = (piece.warps(), get!(op, out));
+        let (head, e) = (i / (WIDTH / 4), i % (WIDTH / 4) * 4);
+        let at = |w: u32| parts.add((w * piece.heads + head) * PART);
+        // Of all warps at once: one after the other they would take as long as everything else.
+        let mut stats = [[NONE, 0.0]; WARPS as usize];
+        for w in 0..WARPS {
+            if w < warps {
+                stats[w as usize] = at(w).add(WIDTH).load_v2();
+            }
+        }
+        let mut peak = stats.iter().fold(NONE, |peak, s| peak.max(s[0]));
+        // As its word will have it: what is rounded off would count as much as the peak is great.
+        peak = seal.open(seal.close(peak));
+        let (mut sums, mut mass) = ([0.0; 4], 0.0);
+        for w in 0..WARPS {
+            if w < warps {
+                let [peak_of, mass_of] = stats[w as usize];
+                let weight = float::exp2_approx(peak_of - peak);
+                mass += weight * mass_of;
+                let part = at(w).add(e).load_v4();
+                for k in 0..4 {
+                    sums[k] += weight * part[k];
+                }
+            }
+        }
+        let (head, splits) = (piece.head + head, get!(op, splits));
         let head_dim = get!(op, cache.head_dim);
-        let kv_heads = get!(op, cache.kv_heads);
-        let kv_head = quotient(head, quotient(get!(op, heads), kv_heads));
-        let scale = get!(op, scale) * LOG2_E;
-        let (keys_at, values_at) = (get!(op, cache.keys), get!(op, cache.values));
-        let fresh = get!(op, fresh);
-        let lane = lane();
-        let team_lanes = head_dim.div_ceil(8).next_power_of_two();
-        let teams = quotient(32, team_lanes);
-        let team = quotient(lane, team_lanes);
-        let member = lane - team * team_lanes;
-        let element = member * 8;
-        let active = element < head_dim;
-        let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 8]);
-        let written = Seal::of(a, get!(op, input.from));
-        let mut scaled = [0.0; 8];
-        let mut base = from;
-        // Every lane takes every turn, for the shuffles; a team past the end has nothing to add.
-        while base < to {
-            let mut keys = [[0u32; 4]; UNROLL];
-            let mut values = [[0u32; 4]; UNROLL];
-            let mut new = false;
-            for u in 0..UNROLL {
-                let token = base + u as u32 * teams + team;
-                if active && token < to {
-                    if token == a.position && !fresh.is_null() {
-                        new = true;
-                    } else {
-                        let tokens = BLOCK_TOKENS as u32;
-                        let block = ldg_u32(a.table.add((token / tokens) as usize));
-                        let at = (block * kv_heads + kv_head) * tokens + token % tokens;
-                        let at = (at as usize * head_dim as usize + element as usize) * 2;
-                        keys[u] = ld_v4_u32(keys_at.add(at));
-                        values[u] = ld_v4_u32(values_at.add(at));
-                    }
-                }
+        if splits == 1 {
+            if e < piece.width {
+                let inverse = float::rcp_approx(mass);
+                let to = out.add((head * head_dim + piece.element + e) as usize);
+                seal.write_four(to, sums.map(|s| s * inverse));
             }
-            // The first keys are on their way while query and new key and value are awaited, all at once.
-            let first = base == from;
-            if first || warp::any(new) {
-                let q = get!(op, input.x).add((head * head_dim + element) as usize);
-                let key = fresh.wrapping_add((kv_head * head_dim + element) as usize);
-                let value = key.wrapping_add((kv_heads * head_dim) as usize);
-                let mut query = [[0u32; 4]; 2];
-                let mut fresh = [[0u32; 4]; 4];
-                loop {
-                    if first && active {
-                        query = unrolled!(2, |i| ld_relaxed_v4_u32(q.add(4 * i)));
-                    }
-                    if new {
-                        let new = [key, key.add(4), value, value.add(4)];
-                        fresh = unrolled!(4, |i| ld_relaxed_v4_u32(new[i]));
-                    }
-                    let mut all = true;
-                    for i in 0..2 {
-                        all &= !(first && active) || written.all_on(query[i]);
-                    }
-                    for i in 0..4 {
-                        all &= !new || written.all_on(fresh[i]);
-                    }
-                    // The lanes stay together, for the shuffles.
-                    if warp::all(all) {
-                        break;
-                    }
-                    pause();
-                }
-                if first {
-                    for k in 0..8 {
-                        scaled[k] = written.open(query[k / 4][k % 4]) * scale;
-                    }
-                }
-                for u in 0..UNROLL {
-                    if new && base + u as u32 * teams + team == a.position {
-                        keys[u] = pack(written, [fresh[0], fresh[1]]);
-                        values[u] = pack(written, [fresh[2], fresh[3]]);
-                    }
-                }
+        } else {
+            let part = head * head_dim.div_ceil(WIDTH) + piece.element / WIDTH;
+            let to = out.add(((part * splits + piece.split) * PART) as usize);
+            seal.write_four(to.add(e as usize), sums);
+            if e == 0 {
+                seal.write_four(to.add(WIDTH as usize), [peak, mass, 0.0, 0.0]);
             }
-            let mut scores = [0.0; UNROLL];
-            for u in 0..UNROLL {
-                let key = u16::unpack_eight(keys[u]);
-                for k in 0..8 {
-                    scores[u] += scaled[k] * key[k];
-                }
-            }
-            let mut width = 1;
-            while width < team_lanes {
-                for u in 0..UNROLL {
-                    scores[u] += warp::shuffle_xor(scores[u], width);
-                }
-                width *= 2;
-            }
-            let mut top = peak;
-            for u in 0..UNROLL {
-                if base + u as u32 * teams + team >= to {
-                    scores[u] = NONE;
-                }
-                top = top.max(scores[u]);
-            }
-            let shrink = float::exp2_approx(peak - top);
-            mass *= shrink;
-            for k in 0..8 {
-                sum[k] *= shrink;
-            }
-            for u in 0..UNROLL {
-                let weight = if scores[u] > NONE {
-                    float::exp2_approx(scores[u] - top)
-                } else {
-                    0.0
-                };
-                mass += weight;
-                let value = u16::unpack_eight(values[u]);
-                for k in 0..8 {
-                    sum[k] += weight * value[k];
-                }
-            }
-            peak = top;
-            base += UNROLL as u32 * teams;
         }
-        let mut width = team_lanes;
-        while width < 32 {
-            let other = warp::shuffle_xor(peak, width);
-            let top = peak.max(other);
-            let shrink = float::exp2_approx(peak - top);
-            mass *= shrink;
-            mass += warp::shuffle_xor(mass, width);
-            for k in 0..8 {
-                sum[k] *= shrink;
-                sum[k] += warp::shuffle_xor(sum[k], width);
-            }
-            peak = top;
-            width *= 2;
-        }
-        Part { sum, peak, mass }
     }
 }
 
-/// Eight values of this step's key or value, as the cache holds them.
+const _: () = assert!(
+    HEADS * WIDTH / 4 <= 32 * WARPS,
+    "a thread for four elements"
+);
+
+/// Most splits of a head's tokens: a lane merges so many times as many as a warp has lanes.
+pub const MAX_SPLITS: u32 = 32 * EACH as u32;
+const EACH: usize = 3;
+
+/// [`kind::MERGE`](super::kind::MERGE): a warp for each four elements, a lane for every 32nd split.
+///
+/// `Σ 2^(pₛ - p) sumₛ / Σ 2^(pₛ - p) massₛ`, with `p` the greatest of the peaks `pₛ` (arXiv:2205.14135, section 3.1).
 #[inline(always)]
-fn pack(seal: Seal, words: [[u32; 4]; 2]) -> [u32; 4] {
-    unrolled!(4, |k| {
-        let f16 = |i: usize| u32::from(to_f16(seal.open(words[i / 4][i % 4])));
-        f16(2 * k) | (f16(2 * k + 1) << 16)
-    })
+pub unsafe fn merge(a: &DecodeArgs, op: Current, w: &mut Warp) {
+    unsafe {
+        copy_op(a, w.index + AHEAD);
+        let (head_dim, splits) = (get!(op, cache.head_dim), get!(op, splits));
+        let seal = Seal::of(a, get!(op, input.from));
+        // Neighbours in different blocks.
+        let mut task = block_idx_x() + thread() / 32 * blocks();
+        while task < get!(op, heads) * (head_dim / 4) {
+            let head = quotient(task, head_dim / 4);
+            let element = 4 * (task - head * (head_dim / 4));
+            let part = head * head_dim.div_ceil(WIDTH) + element / WIDTH;
+            let parts = get!(op, input.x).add((part * splits * PART) as usize);
+            let exists = |i: usize| lane() + 32 * (i as u32) < splits;
+            let mut stats = [[0u32; 4]; EACH];
+            let mut values = [[0u32; 4]; EACH];
+            loop {
+                let mut all = true;
+                for i in 0..EACH {
+                    if exists(i) {
+                        let split = lane() + 32 * i as u32;
+                        let part = parts.add((split * PART) as usize);
+                        stats[i] = ld_relaxed_v4_u32(part.add(WIDTH as usize));
+                        values[i] = ld_relaxed_v4_u32(part.add((element % WIDTH) as usize));
+                        all &= seal.on(stats[i][0]) && seal.on(stats[i][1]);
+                        all &= seal.all_on(values[i]);
+                    }
+                }
+                if warp::all(all) {
+                    break;
+                }
+                pause();
+            }
+            let mut peak = NONE;
+            for i in 0..EACH {
+                if exists(i) {
+                    peak = peak.max(seal.open(stats[i][0]));
+                }
+            }
+            peak = warp::reduce_max_f32(peak);
+            let (mut mass, mut sums) = (0.0, [0.0f32; 4]);
+            for i in 0..EACH {
+                if exists(i) {
+                    let weight = float::exp2_approx(seal.open(stats[i][0]) - peak);
+                    mass += weight * seal.open(stats[i][1]);
+                    for k in 0..4 {
+                        sums[k] += weight * seal.open(values[i][k]);
+                    }
+                }
+            }
+            mass = warp::reduce_sum_f32(mass);
+            let inverse = float::rcp_approx(mass);
+            let mut mine = 0.0;
+            for k in 0..4 {
+                let sum = warp::reduce_sum_f32(sums[k]);
+                if lane() == k as u32 {
+                    mine = sum * inverse;
+                }
+            }
+            if lane() < 4 {
+                let to = get!(op, out).add((head * head_dim + element + lane()) as usize);
+                Seal::of(a, get!(op, number)).write(to, mine);
+            }
+            task += blocks() * WARPS;
+        }
+        await_op();
+        sync();
+    }
 }

@@ -1,8 +1,9 @@
 //! The embedding of the step's token.
 
 use super::seal::Seal;
-use super::{Current, DecodeArgs, Warp, await_op, blocks, copy_op, get, matrix_at, thread};
+use super::{CHOSEN, Current, DecodeArgs, Warp, await_op, blocks, copy_op, get, matrix_at, thread};
 use crate::types::{GROUP, Matrix, unpack_four};
+use cuda_std::memory::ld_relaxed_u32;
 use cuda_std::shared::SharedPtr;
 use cuda_std::thread::block_idx_x;
 
@@ -22,10 +23,15 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current, w: &mut Warp) {
             },
         );
         let (len, scale, out) = (get!(op, input.len), get!(op, scale), get!(op, out));
+        let token = if a.token == CHOSEN {
+            ld_relaxed_u32(a.choice)
+        } else {
+            a.token
+        };
         let mut i = thread() * blocks() + block_idx_x();
         while i < groups * (GROUP as u32 / 4) {
             let (g, word) = (i as usize / (GROUP / 4), i as usize % (GROUP / 4));
-            let v = unpack_four(&*table, a.token as usize, g, word);
+            let v = unpack_four(&*table, token as usize, g, word);
             for k in 0..4 {
                 let at = 4 * i + k;
                 if at < len {

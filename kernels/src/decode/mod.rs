@@ -39,6 +39,7 @@ use cuda_std::thread::{
 };
 use ring::Ring;
 
+pub use attend::{MAX_HEAD_DIM, MAX_SPLITS, PART, WIDTH, attend_bytes, attend_pieces};
 pub use gather::SLOTS;
 pub use ring::MAX_TURNS;
 pub use row::row_bytes;
@@ -59,9 +60,6 @@ pub const TYPES: u32 = 0;
 /// Whether a gate and its up may be of two types, beside those of [`TYPES`].
 pub const MIXED: u32 = 1 << 31;
 
-/// Most splits of a head's tokens; see [`Op::splits`].
-pub const MAX_SPLITS: u32 = 16;
-
 /// What an [`Op`] does.
 pub mod kind {
     /// `out = table[token] * scale`.
@@ -72,17 +70,18 @@ pub mod kind {
     pub const GATE_UP: u32 = 2;
     /// `out = rope(Wq norm(x) + bq)`; keys, rotated, and values go to the f16 cache and to `fresh`.
     pub const QKV: u32 = 3;
-    /// Attention of the row over the cache, `input.x` being the queries; `out` is as [`super::Input::x`]
-    /// with `splits` describes it.
+    /// Attention of the row over the cache, `input.x` being the queries; `out` is a row of heads or, in several
+    /// splits, f32 `[heads][head_dim / WIDTH][splits][PART]`: sums not yet normalised, their peak and mass, two unused.
     pub const ATTEND: u32 = 4;
+    /// A row of heads from what an attention in several splits left at `input.x`.
+    pub const MERGE: u32 = 5;
 }
 
 /// The input row of an operation.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Input {
-    /// f32, `len` long. With `splits`, several parts of attention instead: f32
-    /// `[heads][splits][head_dim + 4]`, unnormalised sums, their peak and mass, two unused.
+    /// f32, `len` long.
     pub x: *const f32,
     /// RMS norm's weight; null for no norm.
     pub norm: *const f32,
@@ -94,8 +93,6 @@ pub struct Input {
     pub inverse_len: f32,
     /// Whether f32 values are kept too, for matrices of float types.
     pub keep_f32: u32,
-    pub splits: u32,
-    pub head_dim: u32,
 }
 
 /// One operation. What its `kind` has no use for may be anything.
@@ -116,8 +113,7 @@ pub struct Op {
     /// Whether `out` are logits, the greatest of which is the step's choice.
     pub choose: u32,
     pub heads: u32,
-    /// Parts that each head's tokens are cut into, at most [`MAX_SPLITS`]; a block takes one at a time. A single part
-    /// is normalised, and `out` a row.
+    /// Parts that the tokens are cut into, at most [`MAX_SPLITS`]: a block takes one at a time.
     pub splits: u32,
     /// Of the attention scores, or of the embedding.
     pub scale: f32,
@@ -179,6 +175,7 @@ pub struct DecodeArgs {
     pub count: u32,
     /// Added to every number of this launch's operations; below [`NUMBERS`].
     pub base: u32,
+    /// The step's token, or [`CHOSEN`].
     pub token: u32,
     pub position: u32,
     /// The number that the host knows this step's choice by.
@@ -199,7 +196,12 @@ pub struct DecodeArgs {
     pub trace: *mut u64,
     /// Where the chosen id is written, `sequence` above it: memory that the host can read.
     pub chosen: *mut u64,
+    /// Where the launch before left the id that it chose, and this one leaves its own.
+    pub choice: *mut u32,
 }
+
+/// Stands for the token that the launch before has chosen.
+pub const CHOSEN: u32 = u32::MAX;
 
 /// What is timed of an operation.
 pub mod point {
@@ -234,14 +236,12 @@ const WINDOW_AT: u32 = GATHER_AT + gather::BYTES;
 const ROWS_AT: u32 = WINDOW_AT + WINDOW * OP_BYTES;
 
 /// Bytes of shared memory of a launch whose operations need at most `row` bytes for a row
-/// ([`row_bytes`]), with `turns` turns in each warp's ring, of `tiles` tiles of each run of `tile` bytes; and what to pass
+/// ([`row_bytes`]) and `attend` for attention ([`attend_bytes`]), with `turns` turns in each warp's ring, of `tiles` tiles of each run of `tile` bytes; and what to pass
 /// as [`DecodeArgs::row_bytes`].
-pub const fn shared_bytes(row: u32, tile: u32, tiles: u32, turns: u32) -> (u32, u32) {
-    let row = if row > attend::PARTS_BYTES {
-        row
-    } else {
-        attend::PARTS_BYTES
-    };
+pub const fn shared_bytes(row: u32, attend: u32, tile: u32, tiles: u32, turns: u32) -> (u32, u32) {
+    // Both rows are attention's while it lasts.
+    let half = attend.div_ceil(2);
+    let row = if row > half { row } else { half };
     let row = row.next_multiple_of(128);
     (ROWS_AT + 2 * row + WARPS * turns * 2 * tiles * tile, row)
 }
@@ -446,6 +446,7 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
             match get!(op, kind) {
                 kind::EMBED => embed::embed(&a, op, &mut w),
                 kind::ATTEND => attend::attend(&a, op, &mut w),
+                kind::MERGE => attend::merge(&a, op, &mut w),
                 _ => product::product(&a, op, &mut w),
             }
             note(&a, w.index, point::OUTPUT);
@@ -474,8 +475,6 @@ pub const NO_OP: Op = Op {
         len: 0,
         inverse_len: 0.0,
         keep_f32: 0,
-        splits: 0,
-        head_dim: 0,
     },
     matrices: [NO_MATRIX; 3],
     biases: [core::ptr::null(); 3],

@@ -13,7 +13,7 @@ use crate::for_each_type;
 use crate::rows::BLOCK_TOKENS;
 use crate::sample::{max_u64, rank, warp_max};
 use crate::types::*;
-use core::mem::{MaybeUninit, offset_of};
+use core::mem::offset_of;
 use cuda_std::int::{dp4a_us, here, opaque, quotient};
 use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
@@ -126,8 +126,17 @@ struct Unpacked {
     affine: Affine,
 }
 
-/// A turn's groups of this lane. Where there are none nothing is written, not even zeros: they are many registers.
-type Pair = MaybeUninit<[Unpacked; 2]>;
+/// A turn's groups of this lane.
+type Pair = [Unpacked; 2];
+
+/// Of a warp without tasks. Registers that some path leaves undefined would be taken throughout the launch.
+const NO_PAIR: Pair = [Unpacked {
+    levels: [0; 8],
+    affine: Affine {
+        d: [0.0; 2],
+        m: [0.0; 2],
+    },
+}; 2];
 
 /// A turn in shared memory: addresses of the two tiles, and their groups; and the lane that reads it.
 #[derive(Clone, Copy)]
@@ -224,7 +233,7 @@ unsafe fn pair_quantised<T: Quantised>(turn: Turn) -> Pair {
     unsafe {
         let first = load::<T>(&turn, 0);
         let second = load::<T>(&turn, 1);
-        Pair::new([unpacked::<T>(first, &turn), unpacked::<T>(second, &turn)])
+        [unpacked::<T>(first, &turn), unpacked::<T>(second, &turn)]
     }
 }
 
@@ -233,18 +242,17 @@ unsafe fn pair_quantised<T: Quantised>(turn: Turn) -> Pair {
 #[inline(always)]
 unsafe fn pair_looked_up<T: Quantised>(turn: Turn) -> Pair {
     let mut turn = turn;
-    let mut pair = [MaybeUninit::uninit(); 2];
+    let mut pair = NO_PAIR;
     let mut i = 0;
     while i < 2 {
         turn.lane = here(turn.lane);
         pair[0] = pair[1];
-        pair[1] = MaybeUninit::new(unpacked::<T>(unsafe { load::<T>(&turn, 0) }, &turn));
+        pair[1] = unpacked::<T>(unsafe { load::<T>(&turn, 0) }, &turn);
         (turn.tiles[0], turn.groups[0]) = (turn.tiles[1], turn.groups[1]);
         // Not unrolled.
         i += opaque(1);
     }
-    // Both were written.
-    unsafe { Pair::new([pair[0].assume_init(), pair[1].assume_init()]) }
+    pair
 }
 
 /// This lane's part of the product of one group.
@@ -293,16 +301,24 @@ fn may_be(types: u32) -> bool {
     settled::<TYPES>() & types != 0
 }
 
+/// Whether `ty`, which is one of `kind`, is `T`: no question where no other may be.
+#[inline(always)]
+fn is_type<const T: u32>(ty: u32, kind: u32) -> bool {
+    let bit = const { type_bit(T) } & kind;
+    may_be(bit) && (ty == T || settled::<TYPES>() & kind & !MIXED == bit)
+}
+
 macro_rules! turn_by_type {
     ($($ty:literal => $name:ident, $kind:ident;)*) => {
         /// A turn's groups of quantised type `ty`.
         #[inline(always)]
         unsafe fn pair_of(ty: u32, turn: Turn) -> Pair {
             unsafe {
-                match ty {
-                    $($ty if may_be(const { type_bit($ty) }) => turn_by_type!(@$kind pair $name, turn),)*
-                    _ => Pair::uninit(),
-                }
+                // One after the other: a jump by number takes longer than the few that a settled kernel has left.
+                $(if is_type::<$ty>(ty, !FLOATS) {
+                    return turn_by_type!(@$kind pair $name, turn);
+                })*
+                NO_PAIR
             }
         }
 
@@ -310,16 +326,16 @@ macro_rules! turn_by_type {
         #[inline(always)]
         unsafe fn dot_float_of(ty: u32, row: &Row, turn: &Turn, at: [u32; 2]) -> [f32; 2] {
             unsafe {
-                match ty {
-                    $($ty if may_be(const { type_bit($ty) }) => turn_by_type!(@$kind dot $name, row, turn, at),)*
-                    _ => [f32::NAN; 2],
-                }
+                $(if is_type::<$ty>(ty, FLOATS) {
+                    return turn_by_type!(@$kind dot $name, row, turn, at);
+                })*
+                [f32::NAN; 2]
             }
         }
     };
     (@quantised pair $name:ident, $($arg:expr),*) => { pair_quantised::<$name>($($arg),*) };
     (@looked_up pair $name:ident, $($arg:expr),*) => { pair_looked_up::<$name>($($arg),*) };
-    (@float pair $name:ident, $($arg:expr),*) => { Pair::uninit() };
+    (@float pair $name:ident, $($arg:expr),*) => { NO_PAIR };
     (@quantised dot $name:ident, $($arg:expr),*) => { [f32::NAN; 2] };
     (@looked_up dot $name:ident, $($arg:expr),*) => { [f32::NAN; 2] };
     (@float dot $name:ident, $($arg:expr),*) => { dot_float::<$name>($($arg),*) };
@@ -361,10 +377,10 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         loop {
             let any = index < end;
             let ty = if again { types.second() } else { types.first() };
-            let float = may_be(FLOATS) && is_float(ty);
+            let float = may_be(FLOATS) && (!may_be(!FLOATS & !MIXED) || is_float(ty));
             let done = again || !types.mixed();
             let last = done && (tile + 1 == a.turn_tiles || at + TILE as u32 >= runs.first());
-            let mut pair = Pair::uninit();
+            let mut pair = NO_PAIR;
             if any {
                 if tile == 0 && !again {
                     w.ring.wait();
@@ -406,7 +422,6 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
                     w.ring.release(a);
                 }
             } else {
-                let pair = pair.assume_init_ref();
                 let first = at + lane();
                 let mut x = row.group(first);
                 let v0 = dot(&pair[0], &x);
@@ -645,6 +660,7 @@ unsafe fn choose(a: &DecodeArgs, best: u64) {
             let best = block_max(best);
             if t == 0 {
                 let id = !(best as u32);
+                a.choice.write(id);
                 threadfence_system();
                 a.chosen.write_volatile(high | u64::from(id));
             }

@@ -3,10 +3,8 @@
 use super::gather::WRITER;
 use super::seal::{Seal, pause};
 use super::{Current, DecodeArgs, ROWS_AT, get, lane, thread};
-use crate::attention::NONE;
 use crate::types::GROUP;
-use crate::unrolled;
-use cuda_std::int::{dp4a, opaque, quotient};
+use cuda_std::int::{dp4a, opaque};
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::{float, warp};
@@ -95,7 +93,7 @@ pub unsafe fn ask(op: Current) -> Asked {
             words: [0; 4],
             weights: [1.0; 4],
         };
-        if get!(op, input.splits) == 0 && len % 4 == 0 && i < len && thread() < THREADS {
+        if len % 4 == 0 && i < len && thread() < THREADS {
             asked.words = ld_relaxed_v4_u32(get!(op, input.x).add(i as usize));
             asked.weights = load_norm(get!(op, input.norm), i, len);
         }
@@ -154,9 +152,7 @@ impl Row {
                 return;
             }
             let seal = Seal::of(a, get!(op, input.from));
-            let squares = if get!(op, input.splits) != 0 {
-                self.fill_combined(op, seal)
-            } else if get!(op, input.len) % 4 != 0 {
+            let squares = if get!(op, input.len) % 4 != 0 {
                 self.fill_words(op, seal)
             } else {
                 self.fill_vectors(op, seal, asked)
@@ -267,30 +263,6 @@ impl Row {
         }
     }
 
-    /// From attention's parts.
-    #[inline(always)]
-    unsafe fn fill_combined(&self, op: Current, seal: Seal) -> f32 {
-        unsafe {
-            let len = get!(op, input.len);
-            let (t, cols) = (thread(), self.cols);
-            let mut base = 0;
-            while base < cols {
-                let i = base + 4 * t;
-                if base + 4 * (t / 32 * 32) < cols {
-                    let v = if i < len {
-                        combine(op, seal, i)
-                    } else {
-                        [0.0; 4]
-                    };
-                    warp::sync_warp();
-                    self.store(i, cols, v, get!(op, input.keep_f32) != 0);
-                }
-                base += 4 * THREADS;
-            }
-            0.0
-        }
-    }
-
     /// Stores values `i .. i + 4`; threads whose `i` is past `cols` only take part in the shuffles.
     #[inline(always)]
     unsafe fn store(&self, i: u32, cols: u32, v: [f32; 4], keep_f32: bool) {
@@ -340,69 +312,5 @@ unsafe fn load_norm(norm: *const f32, i: u32, len: u32) -> [f32; 4] {
         [1.0; 4]
     } else {
         unsafe { ldg_v4_u32(norm.add(i as usize)) }.map(f32::from_bits)
-    }
-}
-
-/// Splits that are awaited together.
-const COMBINE: usize = 2;
-
-/// Values `i .. i + 4` of attention's result from its parts: `Σ 2^(pₛ - p) sumₛ / Σ 2^(pₛ - p) massₛ`, with
-/// `p` the greatest of the peaks `pₛ` (arXiv:2205.14135, section 3.1).
-#[inline(always)]
-unsafe fn combine(op: Current, seal: Seal, i: u32) -> [f32; 4] {
-    unsafe {
-        let (splits, head_dim) = (get!(op, input.splits), get!(op, input.head_dim));
-        let stride = head_dim + 4;
-        let head = quotient(i, head_dim);
-        let parts = get!(op, input.x).add((head * splits * stride) as usize);
-        let element = i - head * head_dim;
-        let (mut peak, mut mass, mut sum) = (NONE, 0.0f32, [0.0f32; 4]);
-        let mut first = 0;
-        while first < splits {
-            // Parts past the last are the last again, with no weight.
-            let at = |s: usize| {
-                let s = first + s as u32;
-                let s = if s < splits { s } else { splits - 1 };
-                parts.add((s * stride) as usize)
-            };
-            let mut stats;
-            let mut values;
-            loop {
-                stats = unrolled!(2, |s| ld_relaxed_v4_u32(at(s).add(head_dim as usize)));
-                values = unrolled!(2, |s| ld_relaxed_v4_u32(at(s).add(element as usize)));
-                let mut all = true;
-                for s in 0..COMBINE {
-                    all &= seal.on(stats[s][0]) && seal.on(stats[s][1]) && seal.all_on(values[s]);
-                }
-                if all {
-                    break;
-                }
-                pause();
-            }
-            let mut top = peak;
-            for s in 0..COMBINE {
-                top = top.max(seal.open(stats[s][0]));
-            }
-            let shrink = float::exp2_approx(peak - top);
-            mass *= shrink;
-            for k in 0..4 {
-                sum[k] *= shrink;
-            }
-            for s in 0..COMBINE {
-                let weight = if first + (s as u32) < splits {
-                    float::exp2_approx(seal.open(stats[s][0]) - top)
-                } else {
-                    0.0
-                };
-                mass += weight * seal.open(stats[s][1]);
-                for k in 0..4 {
-                    sum[k] += weight * seal.open(values[s][k]);
-                }
-            }
-            peak = top;
-            first += COMBINE as u32;
-        }
-        let inverse = float::rcp_approx(mass);
-        sum.map(|s| s * inverse)
     }
 }

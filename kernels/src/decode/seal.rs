@@ -7,7 +7,7 @@
 //! never taken for what is awaited; zero, as fresh memory has it, is none.
 
 use super::DecodeArgs;
-use cuda_std::memory::{ld_relaxed_u32, st_relaxed_u32};
+use cuda_std::memory::{ld_relaxed_u32, st_relaxed_u32, st_relaxed_v4_u32};
 use cuda_std::thread::{clock, wait_since};
 
 const BITS: u32 = 4;
@@ -78,6 +78,11 @@ impl Seal {
     #[inline(always)]
     pub unsafe fn write(self, p: *mut f32, v: f32) {
         unsafe { st_relaxed_u32(p.cast(), self.close(v)) }
+    }
+
+    #[inline(always)]
+    pub unsafe fn write_four(self, p: *mut f32, v: [f32; 4]) {
+        unsafe { st_relaxed_v4_u32(p, v.map(|v| self.close(v))) }
     }
 
     #[inline(always)]

@@ -7,7 +7,7 @@ use super::{Address, Buffer, Cache, Driver, Gpu, Scratch};
 use crate::device::{Attention, CachePlace, CacheType, HeadNorm, Heads, Qkv, RopeLayout};
 use crate::error::Result;
 use kernels::attention::{self, AttendArgs, Variant};
-use kernels::decode::{NO_OP, Op, kind};
+use kernels::decode::{self, Input, NO_OP, Op, kind};
 use kernels::flash::{self, FlashArgs};
 use kernels::rows::{CacheLayer, CastArgs, RopeCacheArgs, Rotation, cache_types};
 use kernels::types::GROUP;
@@ -100,6 +100,8 @@ impl<D: Driver> Gpu<D> {
     ) -> Result<()> {
         let h = op.heads;
         self.heads = h.heads;
+        let group = (h.heads / h.kv_heads) as u32;
+        self.pieces = decode::attend_pieces(h.kv_heads as u32, group, h.head_dim as u32);
         let len = op.q.weight.cols;
         let rotation = rotation(op);
         let cache_type = match cache.shape.ty {
@@ -243,27 +245,45 @@ impl<D: Driver> Gpu<D> {
     ) -> Result<()> {
         let heads = op.heads;
         if self.fused() {
-            // A buffer for each number of splits: what another left there would look like words of this.
-            let values = match self.decode_splits() as usize {
-                1 => heads.heads * heads.head_dim,
-                splits => heads.heads * splits * (heads.head_dim + 4),
+            let splits = self.decode_splits();
+            let row = Role::Buffer(out.address);
+            let row_at = self.numbered(row, heads.heads * heads.head_dim)?;
+            let (role, to) = if splits == 1 {
+                (row, row_at)
+            } else {
+                let parts = heads.heads * heads.head_dim.div_ceil(decode::WIDTH as usize);
+                let values = parts * splits as usize * decode::PART as usize;
+                (
+                    Role::Parts(values),
+                    self.numbered(Role::Parts(values), values)?,
+                )
             };
-            let role = Role::Parts(values);
             let fresh = Role::Fresh(2 * heads.kv_heads * heads.head_dim);
-            let to = self.numbered(role, values)?;
             let op = Op {
                 kind: kind::ATTEND,
                 input: self.input(q.ptr(), None, heads.heads * heads.head_dim, false)?,
                 cache: self.cache_layer(cache, place),
                 heads: heads.heads as u32,
-                splits: self.decode_splits(),
+                splits,
                 scale: heads.scale,
                 fresh: self.numbered(fresh, 0)?,
                 out: to,
                 ..NO_OP
             };
             self.push("attention", op, &[role]);
-            self.set_parts(out, role, heads.head_dim);
+            if splits > 1 {
+                let merge = Op {
+                    kind: kind::MERGE,
+                    input: Input {
+                        x: to,
+                        from: self.number_of(role)?,
+                        ..op.input
+                    },
+                    out: row_at,
+                    ..op
+                };
+                self.push("merge", merge, &[row]);
+            }
             return Ok(());
         }
         let (rows, len) = (self.current.rows, heads.heads * heads.head_dim);

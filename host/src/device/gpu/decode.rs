@@ -8,18 +8,19 @@
 //! (`kernels::decode`). This module gives out the numbers, such that a word left over from an earlier operation
 //! or launch never looks like the one that is awaited.
 
-use super::{Address, Allocation, Buffer, Driver, Gpu, Mapped};
+use super::{Address, Allocation, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
 use kernels::decode::{
-    self, DecodeArgs, Input, MAX_SEGMENTS, MAX_SPLITS, MAX_TURNS, NO_OP, NUMBERS, Op, SLOTS,
-    Segment, Shares, kind, point,
+    self, CHOSEN, DecodeArgs, Input, MAX_SEGMENTS, MAX_SPLITS, MAX_TURNS, NO_OP, NUMBERS, Op,
+    SLOTS, Segment, Shares, kind, point,
 };
 use kernels::types::{GROUP, Matrix, TILE};
 use std::collections::HashMap;
 
-/// Tokens that are worth a split of their own: sixteen for each warp of the block that takes it.
-const SPLIT_TOKENS: usize = 256;
+/// From so many tokens on they are split among all blocks: merging what these find takes as long as a block takes for
+/// some hundred more.
+const SPLIT_FROM: usize = 512;
 
 /// What decides how a step's operations look.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -54,6 +55,19 @@ struct Writes {
     last: u64,
 }
 
+/// Bytes of a choice as the host reads it.
+const CHOICE_BYTES: usize = 8;
+
+/// A step that goes on with the choice of the one before it.
+#[derive(Clone, Copy)]
+struct Ahead {
+    /// Its launch.
+    sequence: u32,
+    position: u32,
+    /// That choice, once the host knows it.
+    token: Option<u32>,
+}
+
 /// Operations in device memory, and behind them their segments.
 struct Program {
     ops: Allocation,
@@ -68,15 +82,6 @@ struct Program {
     costs: Vec<Cost>,
 }
 
-/// What the next product takes in parts.
-#[derive(Clone, Copy)]
-pub(super) struct Parts {
-    /// The buffer that would hold it whole.
-    stands_for: Address,
-    pub(super) role: Role,
-    pub(super) head_dim: u32,
-}
-
 /// Operations on their way into a program.
 #[derive(Default)]
 struct Recording {
@@ -84,7 +89,6 @@ struct Recording {
     names: Vec<&'static str>,
     writes: Vec<Writes>,
     numbers: u64,
-    parts: Option<Parts>,
 }
 
 // The addresses in an `Op` belong to the device, not to this thread.
@@ -123,6 +127,11 @@ impl Recording {
             ..op
         });
     }
+}
+
+/// Where launch `sequence` leaves its choice for the host, in bytes.
+fn choice_offset(sequence: u32) -> usize {
+    sequence as usize % 2 * CHOICE_BYTES
 }
 
 /// Whether two numbers are the same in a word.
@@ -172,13 +181,20 @@ pub(super) struct Decode {
     /// An operation that runs alone.
     single: Allocation,
     ranks: Address,
+    /// Two choices, of launches with even and odd numbers: one may be made before the host has read the last.
     chosen: Mapped,
+    /// The last choice, for a step that goes on with it.
+    choice: Address,
     sequence: u32,
+    /// The position of the last step.
+    position: u32,
     /// Where steps write their times, if they do, and the shape of the last that did, with its position.
     trace: Option<Allocation>,
     traced: Option<(Shape, u32)>,
     /// The launch whose choice belongs to the current logits.
     chooser: Option<u32>,
+    /// A step that was begun before the host knew its token.
+    ahead: Option<Ahead>,
     /// The block table on the device; empty where that is another step's.
     pub(super) table: Vec<u32>,
 }
@@ -199,11 +215,14 @@ impl Decode {
             types: 0,
             single,
             ranks: ranks_on.address,
-            chosen: driver.alloc_mapped(8)?,
+            chosen: driver.alloc_mapped(2 * CHOICE_BYTES)?,
+            choice: driver.alloc(4)?.address,
             sequence: 0,
+            position: 0,
             trace: None,
             traced: None,
             chooser: None,
+            ahead: None,
             table: Vec::new(),
         })
     }
@@ -269,8 +288,11 @@ const LONG_ROW: u32 = 2;
 pub(super) fn room<D: Driver>(driver: &D, ops: &[Op]) -> Result<Room> {
     let products = || {
         ops.iter()
-            .filter(|op| !matches!(op.kind, kind::EMBED | kind::ATTEND))
+            .filter(|op| !matches!(op.kind, kind::EMBED | kind::ATTEND | kind::MERGE))
     };
+    let attention = ops.iter().filter(|op| op.kind == kind::ATTEND);
+    let attend = attention.map(|op| decode::attend_bytes(op.heads / op.cache.kv_heads.max(1)));
+    let attend = attend.max().unwrap_or(0);
     let rows = products().map(|op| {
         let cols = op.input.len.next_multiple_of(GROUP as u32);
         decode::row_bytes(cols, op.input.keep_f32 != 0)
@@ -288,7 +310,8 @@ pub(super) fn room<D: Driver>(driver: &D, ops: &[Op]) -> Result<Room> {
     };
     for turn_tiles in (1..=most).rev() {
         for turns in (1..=MAX_TURNS).rev() {
-            let (shared, row_bytes) = decode::shared_bytes(row, tile_bytes, turn_tiles, turns);
+            let (shared, row_bytes) =
+                decode::shared_bytes(row, attend, tile_bytes, turn_tiles, turns);
             let shared = shared as usize;
             if shared <= limit && (turns > 2 || turn_tiles == 1) {
                 return Ok(Room {
@@ -410,30 +433,20 @@ impl<D: Driver> Gpu<D> {
     }
 
     /// Blocks that a product after attention leaves out, since attention keeps them longest: where these are few.
-    pub(super) fn busy_blocks(&self) -> u32 {
-        let parts = self.heads as u32 * self.decode.splits;
-        if parts <= self.driver.multiprocessors() / 8 {
-            parts
+    fn busy_blocks(&self) -> u32 {
+        if self.decode.splits == 1 && self.pieces <= self.driver.multiprocessors() / 8 {
+            self.pieces
         } else {
             0
         }
     }
 
-    /// Notes that what `out` would hold lies in parts, of heads so long.
-    pub(super) fn set_parts(&mut self, out: &Buffer, role: Role, head_dim: usize) {
-        if let Some(recording) = &mut self.decode.recording {
-            recording.parts = Some(Parts {
-                stands_for: out.address,
-                role,
-                head_dim: head_dim as u32,
-            });
-        }
-    }
-
-    /// The parts that `input` stands for, if it does.
-    pub(super) fn parts_of(&self, input: *const f32) -> Option<Parts> {
-        let parts = self.decode.recording.as_ref()?.parts;
-        parts.filter(|p| p.stands_for == input as Address)
+    /// Where the step's last operation was attention: what a product of its result is named, and the blocks that it
+    /// leaves out.
+    pub(super) fn after_attention(&self) -> Option<(&'static str, u32)> {
+        let last = self.decode.recording.as_ref()?.ops.last()?;
+        let attention = matches!(last.kind, kind::ATTEND | kind::MERGE);
+        attention.then(|| ("attention out", self.busy_blocks()))
     }
 
     /// A step of one row.
@@ -452,29 +465,62 @@ impl<D: Driver> Gpu<D> {
         };
         let tokens = span.past + 1;
         let table = &span.blocks[..tokens.div_ceil(BLOCK_TOKENS)];
+        self.current.rows = 1;
+        self.current.outputs = batch.outputs.len();
+        let ahead = self.decode.ahead.take().filter(|ahead| {
+            let same = ahead.token == Some(token) && ahead.position as usize == span.past;
+            same && self.decode.table == table && batch.outputs.len() == 1
+        });
+        if let Some(ahead) = ahead {
+            self.decode.chooser = Some(ahead.sequence);
+            self.decode.position = ahead.position;
+            return Ok(());
+        }
         if self.decode.table != table {
             self.driver.write(tables, bytemuck::cast_slice(table))?;
             self.decode.table = table.to_vec();
         }
-        self.current.rows = 1;
-        self.current.outputs = batch.outputs.len();
-        let blocks = self.driver.multiprocessors();
-        self.decode.splits = (blocks / self.heads as u32)
-            .min(tokens.div_ceil(SPLIT_TOKENS) as u32)
-            .clamp(1, MAX_SPLITS);
-        let shape = Shape {
-            outputs: batch.outputs.len(),
-            splits: self.decode.splits,
-        };
+        let shape = self.shape_for(tokens, batch.outputs.len());
+        self.decode.splits = shape.splits;
         if !self.decode.programs.contains_key(&shape) {
             let program = self.record(record)?;
             self.decode.programs.insert(shape, program);
         }
         self.decode.chooser = None;
+        self.decode.position = span.past as u32;
         self.run_shape(shape, token, span.past as u32)?;
         if shape.outputs > 0 {
             self.decode.chooser = Some(self.decode.sequence);
         }
+        Ok(())
+    }
+
+    /// How a step looks whose sequence has so many tokens with its own.
+    fn shape_for(&self, tokens: usize, outputs: usize) -> Shape {
+        let splits = if tokens < SPLIT_FROM {
+            1
+        } else {
+            (self.driver.multiprocessors() / self.pieces).clamp(1, MAX_SPLITS)
+        };
+        Shape { outputs, splits }
+    }
+
+    /// Begins the step that goes on with what the current one chooses, if that can be: where the sequence has a place
+    /// in the cache for it. It takes the place of the current logits. Should the next step be another, nothing comes
+    /// of it: what it writes into the cache lies behind the sequence's last token.
+    pub(super) fn step_ahead(&mut self) -> Result<()> {
+        let position = self.decode.position + 1;
+        let shape = self.shape_for(position as usize + 1, 1);
+        let room = self.decode.table.len() * BLOCK_TOKENS;
+        if position as usize >= room || !self.decode.programs.contains_key(&shape) {
+            return Ok(());
+        }
+        self.run_shape(shape, CHOSEN, position)?;
+        self.decode.ahead = Some(Ahead {
+            sequence: self.decode.sequence,
+            position,
+            token: None,
+        });
         Ok(())
     }
 
@@ -563,7 +609,8 @@ impl<D: Driver> Gpu<D> {
             table: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
             ranks: decode.ranks as *mut u64,
             trace: decode.trace.as_ref().map_or(0, |t| t.address) as *mut u64,
-            chosen: decode.chosen.address as *mut u64,
+            chosen: (decode.chosen.address + choice_offset(decode.sequence) as u64) as *mut u64,
+            choice: decode.choice as *mut u32,
         };
         self.driver.launch_cooperative(
             "decode",
@@ -633,34 +680,47 @@ impl<D: Driver> Gpu<D> {
         Ok(())
     }
 
-    /// The id of the greatest of the current logits where the device chose it already.
-    pub(super) fn chosen(&mut self) -> Result<Option<u32>> {
+    /// The launch that chooses the greatest of the current logits, if one does.
+    pub(super) fn chooser(&self) -> Option<u32> {
+        self.decode.chooser
+    }
+
+    /// What launch `sequence` chooses.
+    pub(super) fn chosen(&mut self, sequence: u32) -> Result<u32> {
         /// Looks at the memory between two looks at the stream, which cost more.
         const LOOKS: usize = 2000;
-        let Some(sequence) = self.decode.chooser else {
-            return Ok(None);
-        };
+        let at = self
+            .decode
+            .chosen
+            .host
+            .wrapping_add(choice_offset(sequence));
         let look = || {
             // Mapped memory, eight bytes, aligned; written by the device, hence volatile.
-            let v = unsafe { self.decode.chosen.host.cast::<u64>().read_volatile() };
+            let v = unsafe { at.cast::<u64>().read_volatile() };
             ((v >> 32) as u32 == sequence).then_some(v as u32)
         };
-        loop {
-            for _ in 0..LOOKS {
-                if let Some(id) = look() {
-                    return Ok(Some(id));
-                }
+        let id = loop {
+            if let Some(id) = (0..LOOKS).find_map(|_| {
                 std::hint::spin_loop();
+                look()
+            }) {
+                break id;
             }
             if self.driver.idle()? {
-                return match look() {
-                    Some(id) => Ok(Some(id)),
-                    None => Err(Error::Device {
-                        device: self.driver.info().name.clone(),
-                        what: "a decode step ended without choosing a token".into(),
-                    }),
-                };
+                match look() {
+                    Some(id) => break id,
+                    None => {
+                        return Err(Error::Device {
+                            device: self.driver.info().name.clone(),
+                            what: "a decode step ended without choosing a token".into(),
+                        });
+                    }
+                }
             }
+        };
+        if let Some(ahead) = &mut self.decode.ahead {
+            ahead.token = Some(id);
         }
+        Ok(id)
     }
 }

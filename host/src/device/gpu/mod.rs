@@ -248,6 +248,10 @@ pub struct Gpu<D: Driver> {
     scratch: HashMap<Scratch, Allocation>,
     /// Query heads, set by the first attention; splits depend on it.
     heads: usize,
+    /// Whether heads are no wider than a decode step's attention takes.
+    narrow: bool,
+    /// What attention of a decode step is cut into before its tokens are, set along with `heads`.
+    pieces: u32,
     /// Whether steps of one row may be fused; see [`Device::set_plain`].
     plain: bool,
     decode: decode::Decode,
@@ -293,6 +297,8 @@ impl<D: Driver> Gpu<D> {
             },
             scratch: HashMap::new(),
             heads: 1,
+            narrow: true,
+            pieces: 1,
             plain: true,
         })
     }
@@ -474,6 +480,7 @@ impl<D: Driver> Device for Gpu<D> {
 
     fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache> {
         check_cache(shape)?;
+        self.narrow = shape.head_dim <= kernels::decode::MAX_HEAD_DIM as usize;
         let keys = self.driver.alloc(shape.bytes())?;
         let values = self.driver.alloc(shape.bytes())?;
         self.current.table_stride = shape.blocks;
@@ -492,7 +499,7 @@ impl<D: Driver> Device for Gpu<D> {
     ) -> Result<()> {
         // A step without outputs is one whose hidden states may be read.
         let outputs = !batch.outputs.is_empty();
-        if batch.tokens.len() == 1 && outputs && !self.exact && self.plain {
+        if batch.tokens.len() == 1 && outputs && !self.exact && self.plain && self.narrow {
             return self.decode_step(batch, record);
         }
         self.set_batch(batch)?;

@@ -76,7 +76,7 @@ pub(super) fn activation_number(activation: Activation) -> u32 {
 
 impl<D: Driver> Gpu<D> {
     /// The input of an operation of `decode`: in a recorded step what an operation before has written in the place
-    /// of `x`, attention's parts where they stand for it; `x` itself otherwise.
+    /// of `x`; `x` itself otherwise.
     pub(super) fn input(
         &mut self,
         x: *const f32,
@@ -92,27 +92,14 @@ impl<D: Driver> Gpu<D> {
             len: len as u32,
             inverse_len: 0.0,
             keep_f32: u32::from(float),
-            splits: 0,
-            head_dim: 0,
         };
         if !self.fused() {
             return Ok(plain);
         }
-        let parts = self.parts_of(x);
-        let role = parts.map_or(Role::Buffer(x as Address), |p| p.role);
+        let role = Role::Buffer(x as Address);
         let from = self.number_of(role)?;
         let x = self.numbered(role, 0)?;
-        Ok(Input {
-            from,
-            x,
-            // A single part is the whole, and finished.
-            splits: parts.map_or(0, |_| match self.decode_splits() {
-                1 => 0,
-                splits => splits,
-            }),
-            head_dim: parts.map_or(0, |p| p.head_dim),
-            ..plain
-        })
+        Ok(Input { from, x, ..plain })
     }
 
     pub(super) fn op_embed(&mut self, table: &Weight, scale: f32, out: &Buffer) -> Result<()> {
@@ -262,10 +249,7 @@ impl<D: Driver> Gpu<D> {
             let role = Role::Buffer(x.address);
             let add_from = self.number_of(role)?;
             let to = self.numbered(role, linear.weight.matrix.rows as usize)?;
-            let skip = match self.parts_of(input.ptr()) {
-                Some(_) => self.busy_blocks(),
-                None => 0,
-            };
+            let (name, skip) = self.after_attention().unwrap_or(("down", 0));
             let op = Op {
                 shares: Shares {
                     skip,
@@ -274,11 +258,6 @@ impl<D: Driver> Gpu<D> {
                 add: 1,
                 add_from,
                 ..self.product_op(linear, input.ptr(), None, to)?
-            };
-            let name = if self.parts_of(input.ptr()).is_some() {
-                "attention out"
-            } else {
-                "down"
             };
             self.push(name, op, &[role]);
             return Ok(());

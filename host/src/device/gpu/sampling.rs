@@ -26,8 +26,12 @@ impl<D: Driver> Gpu<D> {
         };
         if let [row] = rows
             && plain(row)
-            && let Some(id) = self.chosen()?
+            && let Some(sequence) = self.chooser()
         {
+            if row.ahead {
+                self.step_ahead()?;
+            }
+            let id = self.chosen(sequence)?;
             return self.within(vocabulary, vec![id]);
         }
         let out = self.scratch(Scratch::Ids, rows.len().max(1) * 4)?;

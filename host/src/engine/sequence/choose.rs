@@ -51,6 +51,7 @@ impl Sequence<'_> {
                 params,
                 u: uniform(seed, index as u64),
                 seen: &self.seen.ids,
+                ahead: index + 1 < request.max_tokens,
             };
             let ids = runner.sample(&[row])?;
             ids.first().copied().ok_or_else(|| {

@@ -63,14 +63,16 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
     ] {
         qkv(b, types, heads, kv_heads, head_dim, dims, halves)?;
     }
-    // One token to several splits, on every team size; the last is a split without tokens.
+    // One token to several splits, the last without tokens; heads of one and of two parts, groups of one and of two
+    // pieces.
     for (heads, kv_heads, head_dim, past, splits) in [
         (2, 1, 8, 0, 1),
         (7, 1, 64, 70, 1),
         (14, 2, 64, 300, 9),
         (4, 4, 40, 130, 3),
         (6, 2, 128, 1100, 16),
-        (1, 1, 256, 33, 2),
+        (12, 1, 96, 33, 2),
+        (2, 1, 64, 2000, 66),
         (3, 1, 64, 1, 4),
     ] {
         attend(b, heads, kv_heads, head_dim, past, splits)?;
@@ -95,6 +97,7 @@ fn launch<D: Driver>(
     let ops_on = b.upload(&listing)?;
     let ranks = b.upload(&[0u64; 2 * BLOCKS as usize])?;
     let chosen = b.upload(&[0u64])?;
+    let choice = b.upload(&[0u32])?;
     let room = room(&b.driver, &ops)?;
     const SEQUENCE: u32 = 77;
     let args = DecodeArgs {
@@ -114,12 +117,14 @@ fn launch<D: Driver>(
         ranks: ranks.ptr(),
         trace: ptr::null_mut(),
         chosen: chosen.ptr(),
+        choice: choice.ptr(),
     };
     b.driver
         .launch_cooperative(b.decode_kernel, BLOCKS, decode::THREADS, room.shared, &args)?;
     b.take::<u8>("decode", ops_on)?;
     b.take::<u64>("decode", ranks)?;
     let chosen = b.take::<u64>("decode", chosen)?;
+    b.take::<u32>("decode", choice)?;
     Ok(chosen
         .first()
         .filter(|v| (**v >> 32) as u32 == SEQUENCE)
@@ -167,8 +172,6 @@ fn input(x: &Guarded, norm: Option<&Guarded>, eps: f32, len: usize, float: bool)
         len: len as u32,
         inverse_len: 0.0,
         keep_f32: u32::from(float),
-        splits: 0,
-        head_dim: 0,
     }
 }
 
@@ -369,39 +372,53 @@ fn attend<D: Driver>(
     let len = heads * head_dim;
     let q: Vec<f32> = b.random.values(len).iter().map(|v| v * 3.0).collect();
     let q_on = b.upload(&q)?;
-    let parts = b.alloc(4 * heads * splits as usize * (head_dim + 4))?;
+    let parts = heads * head_dim.div_ceil(decode::WIDTH as usize);
+    let parts = b.alloc(4 * parts * splits as usize * decode::PART as usize)?;
+    let row = b.alloc(4 * len)?;
     let m = b.matrix(GgmlType::F32, 9, len)?;
     let out = b.alloc(4 * m.rows)?;
     let scale = 1.0 / (head_dim as f32).sqrt();
-    let ops = [
-        Op {
-            kind: kind::ATTEND,
-            input: input(&q_on, None, 0.0, len, false),
-            cache: paging.layer(kv_heads, head_dim),
-            heads: heads as u32,
-            splits,
-            scale,
-            number: 3,
-            sealed: 1,
-            out: parts.ptr(),
-            ..NO_OP
+    let attention = Op {
+        kind: kind::ATTEND,
+        input: input(&q_on, None, 0.0, len, false),
+        cache: paging.layer(kv_heads, head_dim),
+        heads: heads as u32,
+        splits,
+        scale,
+        number: 3,
+        sealed: 1,
+        out: if splits == 1 { row.ptr() } else { parts.ptr() },
+        ..NO_OP
+    };
+    let merge = Op {
+        kind: kind::MERGE,
+        input: Input {
+            from: 3,
+            ..input(&parts, None, 0.0, len, false)
         },
-        Op {
-            kind: kind::PRODUCT,
-            input: Input {
-                // A single part is a row.
-                splits: if splits == 1 { 0 } else { splits },
-                head_dim: head_dim as u32,
-                from: 3,
-                ..input(&parts, None, 0.0, len, true)
-            },
-            matrices: [m.matrix, NO_MATRIX, NO_MATRIX],
-            out: out.ptr(),
-            ..NO_OP
+        number: 4,
+        out: row.ptr(),
+        ..attention
+    };
+    let product = Op {
+        kind: kind::PRODUCT,
+        input: Input {
+            from: if splits == 1 { 3 } else { 4 },
+            ..input(&row, None, 0.0, len, true)
         },
-    ];
+        matrices: [m.matrix, NO_MATRIX, NO_MATRIX],
+        out: out.ptr(),
+        ..NO_OP
+    };
+    let all = [attention, merge, product];
+    let ops = if splits == 1 {
+        vec![attention, product]
+    } else {
+        all.to_vec()
+    };
     launch(b, &ops, 9, 0, past, paging.step.tables)?;
     b.take::<u32>("decode", parts)?;
+    b.take::<u32>("decode", row)?;
     let found = b.take::<f32>("decode", out)?;
     let mut attended = Vec::with_capacity(len);
     for (head, q) in q.chunks(head_dim).enumerate() {
