@@ -1,7 +1,9 @@
-//! Activations in 8 bits: what the integer products take.
+//! Activations in 15 bits: what the integer products take.
 //!
-//! Each 32 elements of a row share a scale: `x ≈ d * q`, `d = max |x| / 127`. Sums of `d * q` go along,
-//! because weights with an offset or a minimum `m` add `m * sum(x)` to the product.
+//! Each 32 elements of a row share a scale: `x ≈ d * q`, `d = max |x| / 16256`. Instructions multiply 8 bits
+//! by 8, so `q = 128 * high + low` lies in two planes, and `sum(w * q)` is `128 * sum(w * high) + sum(w * low)`,
+//! exactly: with 8-bit weights at most `32 * 255 * 16256 < 2^27`. Sums of `d * q` go along, because weights with
+//! an offset or a minimum `m` add `m * sum(x)` to the product.
 
 use super::pool::{Parts, Pool};
 use super::quant::UNIT;
@@ -13,6 +15,12 @@ pub(super) const TILED_FROM: usize = 3;
 /// Elements whose products a vector lane of [`super::dot`] adds up.
 const LANE: usize = 4;
 
+/// Bits of the low plane.
+pub(super) const LOW_BITS: u32 = 7;
+
+/// The greatest quant: its high part is 127, its low part 0.
+const MAX: f32 = (127 << LOW_BITS) as f32;
+
 /// Rows of quantised activations. Buffers are kept from one use to the next.
 #[derive(Default)]
 pub(super) struct Activations {
@@ -20,7 +28,10 @@ pub(super) struct Activations {
     units: usize,
     /// Rows lie `[unit][row]`, else `[row][unit]`.
     tiled: bool,
-    q: Vec<i8>,
+    /// -127 to 127.
+    high: Vec<i8>,
+    /// -64 to 64.
+    low: Vec<i8>,
     d: Vec<f32>,
     /// Sums of 32 elements.
     sums: Vec<f32>,
@@ -35,7 +46,8 @@ pub(super) struct Activations {
 /// One row, for [`super::dot`].
 #[derive(Clone, Copy)]
 pub(super) struct RowView<'a> {
-    pub q: &'a [i8],
+    pub high: &'a [i8],
+    pub low: &'a [i8],
     pub d: &'a [f32],
     pub sums: &'a [f32],
     pub half_sums: &'a [f32],
@@ -43,12 +55,13 @@ pub(super) struct RowView<'a> {
     pub lane_sums: &'a [f32],
 }
 
-/// All rows, for [`super::gemm`]: `[unit][row]` of 32 quants, of one scale, of one and of two sums.
+/// All rows, for [`super::gemm`]: `[unit][row]` of 32 quants' parts, of one scale, of one and of two sums.
 #[derive(Clone, Copy)]
 pub(super) struct TiledView<'a> {
     pub rows: usize,
     pub units: usize,
-    pub q: &'a [i8],
+    pub high: &'a [i8],
+    pub low: &'a [i8],
     pub d: &'a [f32],
     pub sums: &'a [f32],
     pub half_sums: &'a [f32],
@@ -64,7 +77,8 @@ impl Activations {
         self.tiled.then_some(TiledView {
             rows: self.rows,
             units: self.units,
-            q: &self.q,
+            high: &self.high,
+            low: &self.low,
             d: &self.d,
             sums: &self.sums,
             half_sums: &self.half_sums,
@@ -76,7 +90,8 @@ impl Activations {
         debug_assert!(!self.tiled);
         let of = |per: usize| row * self.units * per..(row + 1) * self.units * per;
         RowView {
-            q: &self.q[of(UNIT)],
+            high: &self.high[of(UNIT)],
+            low: &self.low[of(UNIT)],
             d: &self.d[of(1)],
             sums: &self.sums[of(1)],
             half_sums: &self.half_sums[of(2)],
@@ -100,7 +115,8 @@ impl Activations {
         let units = cols / UNIT;
         (self.rows, self.units, self.tiled) = (rows, units, tiled);
         let lanes = if tiled { 0 } else { rows * units * UNIT / LANE };
-        self.q.resize(rows * units * UNIT, 0);
+        self.high.resize(rows * units * UNIT, 0);
+        self.low.resize(rows * units * UNIT, 0);
         self.d.resize(rows * units, 0.0);
         self.sums.resize(rows * units, 0.0);
         self.half_sums.resize(rows * units * 2, 0.0);
@@ -110,7 +126,8 @@ impl Activations {
             rows,
             units,
             tiled,
-            q: Parts::new(&mut self.q),
+            high: Parts::new(&mut self.high),
+            low: Parts::new(&mut self.low),
             d: Parts::new(&mut self.d),
             sums: Parts::new(&mut self.sums),
             half_sums: Parts::new(&mut self.half_sums),
@@ -134,7 +151,8 @@ struct Target<'a> {
     rows: usize,
     units: usize,
     tiled: bool,
-    q: Parts<'a, i8>,
+    high: Parts<'a, i8>,
+    low: Parts<'a, i8>,
     d: Parts<'a, f32>,
     sums: Parts<'a, f32>,
     half_sums: Parts<'a, f32>,
@@ -158,11 +176,15 @@ fn quantize_row_generic<S: Simd>(x: &[f32], row: usize, target: &Target<'_>) {
         };
         // SAFETY: `at` is this row's and unit's alone.
         unsafe {
-            let q = target.q.get(at * UNIT..(at + 1) * UNIT);
-            let d = quantize_unit::<S>(x, q);
+            let high = target.high.get(at * UNIT..(at + 1) * UNIT);
+            let low = target.low.get(at * UNIT..(at + 1) * UNIT);
+            let d = quantize_unit::<S>(x, high, low);
             let parts: [i32; LANES] = std::array::from_fn(|i| {
-                let q = &q[i * LANE..(i + 1) * LANE];
-                i32::from(q[0]) + i32::from(q[1]) + i32::from(q[2]) + i32::from(q[3])
+                let sum = |q: &[i8]| {
+                    let q = &q[i * LANE..(i + 1) * LANE];
+                    i32::from(q[0]) + i32::from(q[1]) + i32::from(q[2]) + i32::from(q[3])
+                };
+                (sum(high) << LOW_BITS) + sum(low)
             });
             let first = parts[0] + parts[1] + parts[2] + parts[3];
             let last = parts[4] + parts[5] + parts[6] + parts[7];
@@ -188,11 +210,12 @@ fn quantize_row_generic<S: Simd>(x: &[f32], row: usize, target: &Target<'_>) {
     }
 }
 
-/// Writes 32 values as 8-bit integers and returns their scale.
+/// Writes the parts of 32 values and returns their scale.
 #[inline(always)]
-fn quantize_unit<S: Simd>(x: &[f32], q: &mut [i8]) -> f32 {
-    assert!(x.len() == UNIT && q.len() == UNIT);
-    // SAFETY: 32 elements on both sides, which the lanes divide; `multiversion!` checked the features.
+fn quantize_unit<S: Simd>(x: &[f32], high: &mut [i8], low: &mut [i8]) -> f32 {
+    const BASE: f32 = (1 << LOW_BITS) as f32;
+    assert!(x.len() == UNIT && high.len() == UNIT && low.len() == UNIT);
+    // SAFETY: 32 elements on all sides, which the lanes divide; `multiversion!` checked the features.
     unsafe {
         let mut max = S::splat(0.0);
         for i in (0..UNIT).step_by(S::LANES) {
@@ -200,12 +223,17 @@ fn quantize_unit<S: Simd>(x: &[f32], q: &mut [i8]) -> f32 {
         }
         let max = S::reduce_max(max);
         // Below, the inverse would overflow; such values are 0 beside any others.
-        let inverse = S::splat(if max > 1e-30 { 127.0 / max } else { 0.0 });
+        let inverse = S::splat(if max > 1e-30 { MAX / max } else { 0.0 });
         for i in (0..UNIT).step_by(S::LANES) {
-            let scaled = S::mul(S::load(x.as_ptr().add(i)), inverse);
-            S::store_i8(q.as_mut_ptr().add(i), S::round(scaled));
+            let q = S::round(S::mul(S::load(x.as_ptr().add(i)), inverse));
+            let high_part = S::round(S::mul(q, S::splat(1.0 / BASE)));
+            S::store_i8(high.as_mut_ptr().add(i), high_part);
+            S::store_i8(
+                low.as_mut_ptr().add(i),
+                S::fma(high_part, S::splat(-BASE), q),
+            );
         }
-        max / 127.0
+        max / MAX
     }
 }
 
@@ -213,6 +241,12 @@ fn quantize_unit<S: Simd>(x: &[f32], q: &mut [i8]) -> f32 {
 mod tests {
     use super::*;
     use crate::device::cpu::testing::Random;
+
+    /// What element `i` of the unit at `at` stands for.
+    fn value(a: &Activations, at: usize, i: usize) -> f64 {
+        let (high, low) = (a.high[at * UNIT + i], a.low[at * UNIT + i]);
+        f64::from(a.d[at]) * (128.0 * f64::from(high) + f64::from(low))
+    }
 
     #[test]
     fn every_level_and_layout_holds_the_values_and_their_sums() {
@@ -237,17 +271,13 @@ mod tests {
                         } else {
                             row * units + unit
                         };
-                        let value = a.d[at] * f32::from(a.q[at * UNIT + i % UNIT]);
-                        assert!(
-                            (value - x).abs() <= a.d[at] * 0.501,
-                            "{level:?} {i} {value} {x}"
-                        );
+                        let (value, x) = (value(&a, at, i % UNIT), f64::from(x));
+                        // Half a step, and three roundings to f32.
+                        let most = f64::from(a.d[at]) * 0.5 + x.abs() * 1.8e-7;
+                        assert!((value - x).abs() <= most, "{level:?} {i} {value} {x}");
                     }
                     for at in 0..rows * cols / UNIT {
-                        let values: Vec<f64> = a.q[at * UNIT..(at + 1) * UNIT]
-                            .iter()
-                            .map(|&q| f64::from(q) * f64::from(a.d[at]))
-                            .collect();
+                        let values: Vec<_> = (0..UNIT).map(|i| value(&a, at, i)).collect();
                         let near = |got: f32, values: &[f64]| {
                             let want: f64 = values.iter().sum();
                             assert!((f64::from(got) - want).abs() < 1e-5, "{got} {want}");

@@ -3,7 +3,7 @@
 //! The weights are read once, as they lie in the file, so these products should run at the speed of
 //! memory: about 9 bytes a cycle per core for both cores of a small machine.
 
-use super::activations::RowView;
+use super::activations::{LOW_BITS, RowView};
 use super::quant::{Quant, UNIT};
 use super::simd::{Level, Set};
 #[cfg(target_arch = "x86_64")]
@@ -18,7 +18,8 @@ pub(super) fn dot<Q: Quant>(level: Level, weights: &[u8], x: &RowView<'_>, out: 
     let blocks = weights.len() / out.len();
     let units = blocks * (Q::LEN / UNIT);
     assert!(blocks * out.len() == weights.len());
-    assert!(x.q.len() == units * UNIT && x.d.len() == units && x.sums.len() == units);
+    assert!(x.high.len() == units * UNIT && x.low.len() == x.high.len());
+    assert!(x.d.len() == units && x.sums.len() == units);
     assert!(x.half_sums.len() == units * 2);
     assert!(x.lane_d.len() == units * 8 && x.lane_sums.len() == units * 8);
     match level.0 {
@@ -50,13 +51,9 @@ fn portable<Q: Quant>(weights: &[Q], x: &RowView<'_>) -> f32 {
         for unit in 0..units {
             let at = i * units + unit;
             let q = block.quants(unit);
-            let x_q = &x.q[at * UNIT..(at + 1) * UNIT];
-            for (part, (q, x_q)) in q
-                .chunks_exact(Q::SUB)
-                .zip(x_q.chunks_exact(Q::SUB))
-                .enumerate()
-            {
-                let sum = dot_portable(q, x_q);
+            for (part, q) in q.chunks_exact(Q::SUB).enumerate() {
+                let of = at * UNIT + part * Q::SUB..at * UNIT + (part + 1) * Q::SUB;
+                let sum = dot_portable(q, &x.high[of.clone()], &x.low[of]);
                 let sub = unit * (UNIT / Q::SUB) + part;
                 let x_sum = if Q::SUB == UNIT {
                     x.sums[at]
@@ -72,11 +69,12 @@ fn portable<Q: Quant>(weights: &[Q], x: &RowView<'_>) -> f32 {
 
 /// The sum of products.
 #[inline(always)]
-pub(super) fn dot_portable(q: &[u8], x: &[i8]) -> i32 {
-    q.iter()
-        .zip(x)
-        .map(|(&q, &x)| i32::from(q) * i32::from(x))
-        .sum()
+pub(super) fn dot_portable(q: &[u8], high: &[i8], low: &[i8]) -> i32 {
+    let dot = |x: &[i8]| -> i32 {
+        let products = q.iter().zip(x);
+        products.map(|(&q, &x)| i32::from(q) * i32::from(x)).sum()
+    };
+    (dot(high) << LOW_BITS) + dot(low)
 }
 
 /// The half as f32, in one instruction.
@@ -90,25 +88,37 @@ pub(super) unsafe fn half_f16c(h: gguf::blocks::F16) -> f32 {
 /// Sums of 4 products in each 32-bit lane; `MAX` is the greatest of `q`.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(super) unsafe fn dot4_avx2(max: u8, q: __m256i, x: __m256i) -> __m256i {
+pub(super) unsafe fn dot4_avx2(max: u8, q: __m256i, high: __m256i, low: __m256i) -> __m256i {
     // SAFETY: AVX2 is the caller's promise.
     unsafe {
-        let pairs = if max < 128 {
+        // What adds up the pairs also shifts them.
+        let shifted = |pairs| _mm256_madd_epi16(pairs, _mm256_set1_epi16(1 << LOW_BITS));
+        let high = if max < 128 {
             // 2 * 127 * 127 fits 16 bits.
-            _mm256_maddubs_epi16(q, x)
+            shifted(_mm256_maddubs_epi16(q, high))
         } else {
             // Pairs of products could overflow: multiply |q - 128| and add the offset's part, whose
             // pairs are 2 * 128 * 127 at most.
             let signed = _mm256_xor_si256(q, _mm256_set1_epi8(-128));
-            let part = _mm256_maddubs_epi16(_mm256_abs_epi8(signed), _mm256_sign_epi8(x, signed));
-            let offset = _mm256_maddubs_epi16(_mm256_set1_epi8(-128), x);
-            let ones = _mm256_set1_epi16(1);
-            return _mm256_add_epi32(
-                _mm256_madd_epi16(part, ones),
-                _mm256_madd_epi16(offset, ones),
-            );
+            let part =
+                _mm256_maddubs_epi16(_mm256_abs_epi8(signed), _mm256_sign_epi8(high, signed));
+            let offset = _mm256_maddubs_epi16(_mm256_set1_epi8(-128), high);
+            _mm256_add_epi32(shifted(part), shifted(offset))
         };
-        _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+        // 2 * 255 * 64 fits too.
+        let low = _mm256_madd_epi16(_mm256_maddubs_epi16(q, low), _mm256_set1_epi16(1));
+        _mm256_add_epi32(high, low)
+    }
+}
+
+/// Sums of 4 products in each 32-bit lane.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn dot4_avx512(q: __m512i, high: __m512i, low: __m512i) -> __m512i {
+    // SAFETY: AVX-512 is the caller's promise.
+    unsafe {
+        let high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q, high);
+        _mm512_dpbusd_epi32(_mm512_slli_epi32::<LOW_BITS>(high), q, low)
     }
 }
 
@@ -127,8 +137,9 @@ unsafe fn avx2<Q: Quant>(weights: &[Q], x: &RowView<'_>) -> f32 {
             for unit in 0..units {
                 let at = i * units + unit;
                 let q = block.quants_avx2(unit);
-                let x_q = _mm256_loadu_si256(x.q.as_ptr().add(at * UNIT).cast());
-                let sums = _mm256_cvtepi32_ps(dot4_avx2(Q::MAX, q, x_q));
+                let high = _mm256_loadu_si256(x.high.as_ptr().add(at * UNIT).cast());
+                let low = _mm256_loadu_si256(x.low.as_ptr().add(at * UNIT).cast());
+                let sums = _mm256_cvtepi32_ps(dot4_avx2(Q::MAX, q, high, low));
                 let (scale, offset) = if Q::SUB == UNIT {
                     (_mm256_set1_ps(s[unit]), _mm256_set1_ps(m[unit]))
                 } else {
@@ -241,15 +252,21 @@ unsafe fn pair<Q: Quant, const ROWS: usize, const N: usize>(
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let (x_q, d, x_sums) = if N == 1 {
+        let (high, low) = (
+            x.high.as_ptr().add(at * UNIT),
+            x.low.as_ptr().add(at * UNIT),
+        );
+        let (high, low, d, x_sums) = if N == 1 {
             (
-                _mm512_zextsi256_si512(_mm256_loadu_si256(x.q.as_ptr().add(at * UNIT).cast())),
+                _mm512_zextsi256_si512(_mm256_loadu_si256(high.cast())),
+                _mm512_zextsi256_si512(_mm256_loadu_si256(low.cast())),
                 _mm512_zextps256_ps512(_mm256_loadu_ps(x.lane_d.as_ptr().add(at * 8))),
                 _mm512_zextps256_ps512(_mm256_loadu_ps(x.lane_sums.as_ptr().add(at * 8))),
             )
         } else {
             (
-                _mm512_loadu_si512(x.q.as_ptr().add(at * UNIT).cast()),
+                _mm512_loadu_si512(high.cast()),
+                _mm512_loadu_si512(low.cast()),
                 _mm512_loadu_ps(x.lane_d.as_ptr().add(at * 8)),
                 _mm512_loadu_ps(x.lane_sums.as_ptr().add(at * 8)),
             )
@@ -257,7 +274,7 @@ unsafe fn pair<Q: Quant, const ROWS: usize, const N: usize>(
         prefetch(weights.add(at * ROWS).cast(), 2 * ROWS * size_of::<Q>());
         for row in 0..ROWS {
             let (q, s, m) = Q::pair_avx512::<N>(weights.add(row * blocks + at));
-            let sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x_q);
+            let sums = dot4_avx512(q, high, low);
             acc[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_mul_ps(s, d), acc[row]);
             let m = if Q::OFFSET == 0.0 { m } else { s };
             offsets[row] = _mm512_fmadd_ps(m, x_sums, offsets[row]);
@@ -330,8 +347,12 @@ unsafe fn avx512_super<Q: Quant, const ROWS: usize>(
                 let x_sums = _mm512_loadu_ps(x.half_sums.as_ptr().add(2 * at));
                 (_mm512_permutexvar_ps(twice, d), x_sums)
             };
-            let x_q: [__m512i; UNITS / 2] = std::array::from_fn(|pair| {
-                _mm512_loadu_si512(x.q.as_ptr().add((at + 2 * pair) * UNIT).cast())
+            let x_q: [(__m512i, __m512i); UNITS / 2] = std::array::from_fn(|pair| {
+                let from = (at + 2 * pair) * UNIT;
+                (
+                    _mm512_loadu_si512(x.high.as_ptr().add(from).cast()),
+                    _mm512_loadu_si512(x.low.as_ptr().add(from).cast()),
+                )
             });
             prefetch(weights.as_ptr().add(i * ROWS).cast(), ROWS * size_of::<Q>());
             for row in 0..ROWS {
@@ -340,9 +361,8 @@ unsafe fn avx512_super<Q: Quant, const ROWS: usize>(
                 let m = if Q::OFFSET == 0.0 { m } else { s };
                 offsets[row] = _mm512_fmadd_ps(m, x_sums, offsets[row]);
                 let scale = _mm512_mul_ps(s, d);
-                for (pair, x_q) in x_q.into_iter().enumerate() {
-                    let q = block.units_avx512(pair);
-                    let sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q, x_q);
+                for (pair, (high, low)) in x_q.into_iter().enumerate() {
+                    let sums = dot4_avx512(block.units_avx512(pair), high, low);
                     let lanes = &SUB_BLOCKS[usize::from(Q::SUB != UNIT)][pair];
                     let lanes = _mm512_load_si512(lanes.0.as_ptr().cast());
                     let scale = _mm512_permutexvar_ps(lanes, scale);

@@ -4,8 +4,10 @@
 //! activations while it is in the cache: a vector lane per row of weights, four elements of each row
 //! in it, which is what the dot-product instructions add up. No sums cross lanes.
 
-use super::activations::TiledView;
+use super::activations::{LOW_BITS, TiledView};
 use super::dot::dot_portable;
+#[cfg(target_arch = "x86_64")]
+use super::dot::dot4_avx2;
 use super::quant::{Quant, UNIT};
 use super::simd::{Level, Set};
 #[cfg(target_arch = "x86_64")]
@@ -287,7 +289,8 @@ unsafe fn transpose_avx512(v: &[__m512i; 16], to: *mut __m512i) {
 /// The columns differ, or `out` is not as long as there are rows.
 pub(super) fn multiply(level: Level, tile: &Tile, x: &TiledView<'_>, out: &mut [[f32; ROWS]]) {
     assert!(tile.units == x.units && out.len() == x.rows);
-    assert!(tile.q.len() == tile.units * UNIT * ROWS && x.q.len() == x.units * x.rows * UNIT);
+    assert!(tile.q.len() == tile.units * UNIT * ROWS);
+    assert!(x.high.len() == x.units * x.rows * UNIT && x.low.len() == x.high.len());
     assert!(tile.s.len() == tile.units * (UNIT / tile.sub) * ROWS && tile.m.len() == tile.s.len());
     assert!(x.d.len() == x.units * x.rows && x.sums.len() == x.d.len());
     assert!(x.half_sums.len() == 2 * x.d.len());
@@ -328,10 +331,11 @@ fn portable(tile: &Tile, x: &TiledView<'_>, first: usize, out: &mut [[f32; ROWS]
                 let mut sums = [0i32; ROWS];
                 for lane in 0..tile.sub / LANE {
                     let group = sub * (tile.sub / LANE) + lane;
-                    let x_q = &x.q[at * UNIT + group * LANE..][..LANE];
+                    let high = &x.high[at * UNIT + group * LANE..][..LANE];
+                    let low = &x.low[at * UNIT + group * LANE..][..LANE];
                     let q = &tile.q[(unit * (UNIT / LANE) + group) * ROWS * LANE..][..ROWS * LANE];
                     for (sum, q) in sums.iter_mut().zip(q.chunks_exact(LANE)) {
-                        *sum += dot_portable(q, x_q);
+                        *sum += dot_portable(q, high, low);
                     }
                 }
                 let x_sum = if subs == 1 {
@@ -380,10 +384,12 @@ unsafe fn avx2<const SUBS: usize>(
                     for sub in 0..SUBS {
                         let mut sums = _mm256_setzero_si256();
                         for g in sub * (GROUPS / SUBS)..(sub + 1) * (GROUPS / SUBS) {
-                            let x_q = x.q.as_ptr().add(at * UNIT + g * LANE).cast::<i32>();
-                            let x_q = _mm256_set1_epi32(x_q.read_unaligned());
-                            sums =
-                                _mm256_add_epi32(sums, super::dot::dot4_avx2(tile.max, q[g], x_q));
+                            let four = |x: &[i8]| {
+                                let x = x.as_ptr().add(at * UNIT + g * LANE).cast::<i32>();
+                                _mm256_set1_epi32(x.read_unaligned())
+                            };
+                            let products = dot4_avx2(tile.max, q[g], four(x.high), four(x.low));
+                            sums = _mm256_add_epi32(sums, products);
                         }
                         let x_sum = if SUBS == 1 {
                             *x.sums.get_unchecked(at)
@@ -434,12 +440,17 @@ unsafe fn avx512<const SUBS: usize>(
                 let mut acc = _mm512_loadu_ps(out.as_ptr());
                 let d = _mm512_set1_ps(*x.d.get_unchecked(at));
                 for sub in 0..SUBS {
-                    let mut sums = _mm512_setzero_si512();
+                    // Apart to the end: one after the other, each sum would wait for sixteen before it.
+                    let (mut high, mut low) = (_mm512_setzero_si512(), _mm512_setzero_si512());
                     for g in sub * (GROUPS / SUBS)..(sub + 1) * (GROUPS / SUBS) {
-                        let x_q = x.q.as_ptr().add(at * UNIT + g * LANE).cast::<i32>();
-                        let x_q = _mm512_set1_epi32(x_q.read_unaligned());
-                        sums = _mm512_dpbusd_epi32(sums, q[g], x_q);
+                        let four = |x: &[i8]| {
+                            let x = x.as_ptr().add(at * UNIT + g * LANE).cast::<i32>();
+                            _mm512_set1_epi32(x.read_unaligned())
+                        };
+                        high = _mm512_dpbusd_epi32(high, q[g], four(x.high));
+                        low = _mm512_dpbusd_epi32(low, q[g], four(x.low));
                     }
+                    let sums = _mm512_add_epi32(_mm512_slli_epi32::<LOW_BITS>(high), low);
                     let x_sum = if SUBS == 1 {
                         *x.sums.get_unchecked(at)
                     } else {

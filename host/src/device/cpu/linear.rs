@@ -88,7 +88,7 @@ pub(super) struct View<'a> {
     weight: &'a Weight,
     data: &'a [u8],
     rows: usize,
-    /// Activations are taken in 8 bits.
+    /// Activations are taken in 15 bits.
     quantised: bool,
 }
 

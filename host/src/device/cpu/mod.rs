@@ -3,7 +3,7 @@
 //! - [`linear`]: weight matrices stay in the mapped file and are multiplied as they lie there: a row at
 //!   a time for a few rows of activations ([`dot`]: decoding, at the speed of memory), or in unpacked
 //!   tiles for many ([`gemm`]: prompts). [`quant`] holds a file per weight type.
-//! - [`activations`]: activations in 8 bits, 32 to a scale. In exact mode, and for F32, F16 and BF16
+//! - [`activations`]: activations in 15 bits, 32 to a scale. In exact mode, and for F32, F16 and BF16
 //!   weights, products are f32 throughout ([`float`]).
 //! - [`cache`]: the KV cache and attention over its blocks; [`attend`]: rows and heads shared out.
 //! - [`experts`]: mixtures of experts.

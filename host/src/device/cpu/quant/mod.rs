@@ -78,6 +78,7 @@ pub(super) trait Quant: Block {
     /// # Safety
     /// As above; the blocks are there, for an `N` above 2 at least 64 bytes.
     #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
     unsafe fn pair_avx512<const N: usize>(blocks: *const Self) -> (__m512i, __m512, __m512) {
         // SAFETY: the caller's.
         unsafe {

@@ -6,18 +6,18 @@ use super::super::*;
 use super::file_of;
 use gguf::GgmlType;
 
-/// Rows that 8 bits hold without loss: in each 32 elements multiples of a power of two, 127 of it
+/// Rows that 15 bits hold without loss: in each 32 elements multiples of a power of two, 16256 of it
 /// among them.
 fn lossless(random: &mut Random, n: usize) -> Vec<f32> {
     let mut x = Vec::with_capacity(n);
     while x.len() < n {
-        let d = [0.25, 0.5, 1.0 / 64.0][random.below(3)];
+        let d = [1.0 / 512.0, 1.0 / 256.0, 1.0 / 8192.0][random.below(3)];
         let at = random.below(32);
         x.extend((0..32).map(|i| {
             let q = if i == at {
-                127.0
+                16_256.0
             } else {
-                random.below(255) as f32 - 127.0
+                random.below(2 * 16_256 + 1) as f32 - 16_256.0
             };
             d * q
         }));
@@ -26,13 +26,19 @@ fn lossless(random: &mut Random, n: usize) -> Vec<f32> {
     x
 }
 
-fn check_products(ty: GgmlType, cols: usize, rows: usize, exact: bool, random: &mut Random) {
-    let data = random.weights(ty, rows * cols);
+/// Holds the products of `data`, a matrix, and of the rows that `inputs` gives to the reference.
+fn check_products(
+    ty: GgmlType,
+    (cols, rows): (usize, usize),
+    data: Vec<u8>,
+    exact: bool,
+    mut inputs: impl FnMut(usize) -> Vec<f32>,
+) {
     let w = values(ty, &data);
     let file = file_of(&[("w", [cols as u64, rows as u64], ty, data)]);
     let weight = Weight::new(file.require("w").unwrap(), 0..rows, &file).unwrap();
     for n in [1, 2, 7, 9, 131] {
-        let x = lossless(random, n * cols);
+        let x = inputs(n * cols);
         for level in Level::available() {
             let mut pool = Pool::new(1).unwrap();
             let views = [weight.view(exact).unwrap()];
@@ -83,7 +89,30 @@ fn quantised_products_equal_the_reference() {
             (if block == 32 { 28 } else { 5 }, 33),
         ] {
             for exact in [false, true] {
-                check_products(ty, blocks * block, rows, exact, &mut random);
+                let cols = blocks * block;
+                let data = random.weights(ty, rows * cols);
+                check_products(ty, (cols, rows), data, exact, |n| lossless(&mut random, n));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_greatest_sums_fit() {
+    let (cols, rows) = (96, 17);
+    for weight in [127i8, -128] {
+        let block: Vec<u8> = [0x00, 0x3c] // 1 as f16
+            .into_iter()
+            .chain([weight as u8; 32])
+            .collect();
+        let data = block.repeat(cols / 32 * rows);
+        // High parts of 127; low parts of 64 and of -64 beside one of those.
+        for x in [16_256.0, 16_192.0, 16_064.0] {
+            for sign in [1.0, -1.0] {
+                check_products(GgmlType::Q8_0, (cols, rows), data.clone(), false, |n| {
+                    let greatest = |i| if i % 32 == 0 { 16_256.0 } else { x };
+                    (0..n).map(|i| sign * greatest(i)).collect()
+                });
             }
         }
     }
@@ -94,7 +123,8 @@ fn plain_products_equal_the_reference() {
     let mut random = Random::new(8);
     for ty in [GgmlType::F32, GgmlType::F16, GgmlType::BF16] {
         for (cols, rows) in [(1, 1), (5, 17), (16, 16), (31, 3), (100, 33), (896, 16)] {
-            check_products(ty, cols, rows, false, &mut random);
+            let data = random.weights(ty, rows * cols);
+            check_products(ty, (cols, rows), data, false, |n| lossless(&mut random, n));
         }
     }
 }
