@@ -17,7 +17,6 @@ use super::{
 };
 use crate::attention::NONE;
 use crate::rows::BLOCK_TOKENS;
-use crate::types::to_f16;
 use crate::unrolled;
 use cuda_std::half::{F16, pack_f16x2};
 use cuda_std::int::{here, prmt, quotient};
@@ -332,8 +331,7 @@ unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: 
         let value = |i: usize| seal.open(words[i / 4][i % 4]);
         if warp >= K as u32 {
             if active {
-                let f16 = |i: usize| u32::from(to_f16(value(i)));
-                let packed = unrolled!(4, |k| f16(2 * k) | (f16(2 * k + 1) << 16));
+                let packed = unrolled!(4, |k| pack_f16x2(value(2 * k), value(2 * k + 1)));
                 place.fresh(warp - K as u32, element).store_v4(packed);
             }
             return;
@@ -475,6 +473,9 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
     }
 }
 
+/// Warps whose parts are merged at once.
+const HALF: u32 = WARPS / 2;
+
 /// Merges the warps' parts of the block's piece and writes what comes of it, a thread for four elements.
 #[inline(always)]
 unsafe fn join(a: &DecodeArgs, op: Current, parts: SharedPtr<f32>, piece: Piece) {
@@ -492,27 +493,34 @@ unsafe fn join(a: &DecodeArgs, op: Current, parts: SharedPtr<f32>, piece: Piece)
         let (warps, out) = (piece.warps(), get!(op, out));
         let (head, e) = (i / (WIDTH / 4), i % (WIDTH / 4) * 4);
         let at = |w: u32| parts.add((w * piece.heads + head) * PART);
-        // Of all warps at once: one after the other they would take as long as everything else.
-        let mut stats = [[NONE, 0.0]; WARPS as usize];
-        for w in 0..WARPS {
-            if w < warps {
-                stats[w as usize] = at(w).add(WIDTH).load_v2();
-            }
-        }
-        let mut peak = stats.iter().fold(NONE, |peak, s| peak.max(s[0]));
-        // As its word will have it: what is rounded off would count as much as the peak is great.
-        peak = seal.open(seal.close(peak));
-        let (mut sums, mut mass) = ([0.0; 4], 0.0);
-        for w in 0..WARPS {
-            if w < warps {
-                let [peak_of, mass_of] = stats[w as usize];
-                let weight = float::exp2_approx(peak_of - peak);
-                mass += weight * mass_of;
-                let part = at(w).add(e).load_v4();
-                for k in 0..4 {
-                    sums[k] += weight * part[k];
+        // Of several warps at once: one after the other they would take as long as everything else. Of half the warps
+        // at a time, since short sequences have no tokens for the others.
+        let (mut peak, mut sums, mut mass) = (NONE, [0.0; 4], 0.0);
+        let mut first = 0;
+        while first < warps {
+            let mut stats = [[NONE, 0.0]; HALF as usize];
+            let mut parts = [[0.0; 4]; HALF as usize];
+            for i in 0..HALF {
+                if first + i < warps {
+                    stats[i as usize] = at(first + i).add(WIDTH).load_v2();
+                    parts[i as usize] = at(first + i).add(e).load_v4();
                 }
             }
+            let mut top = stats.iter().fold(peak, |top, s| top.max(s[0]));
+            // As its word will have it: what is rounded off would count as much as the peak is great.
+            top = seal.open(seal.close(top));
+            let shrink = float::exp2_approx(peak - top);
+            peak = top;
+            mass *= shrink;
+            sums = sums.map(|s| s * shrink);
+            for i in 0..HALF as usize {
+                let weight = float::exp2_approx(stats[i][0] - peak);
+                mass += weight * stats[i][1];
+                for k in 0..4 {
+                    sums[k] += weight * parts[i][k];
+                }
+            }
+            first += HALF;
         }
         let (head, splits) = (piece.head + head, get!(op, splits));
         let head_dim = get!(op, cache.head_dim);

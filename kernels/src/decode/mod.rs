@@ -233,7 +233,8 @@ const AHEAD: u32 = WINDOW - 2;
 const BARRIERS_AT: u32 = 256;
 const GATHER_AT: u32 = BARRIERS_AT + ring::BARRIERS_BYTES;
 const WINDOW_AT: u32 = GATHER_AT + gather::BYTES;
-const ROWS_AT: u32 = WINDOW_AT + WINDOW * OP_BYTES;
+/// Whole lines of the memory: copies of weights that begin within one take longer.
+const ROWS_AT: u32 = (WINDOW_AT + WINDOW * OP_BYTES).next_multiple_of(128);
 
 /// Bytes of shared memory of a launch whose operations need at most `row` bytes for a row
 /// ([`row_bytes`]) and `attend` for attention ([`attend_bytes`]), with `turns` turns in each warp's ring, of `tiles` tiles of each run of `tile` bytes; and what to pass

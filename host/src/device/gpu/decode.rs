@@ -309,6 +309,8 @@ pub(super) fn room<D: Driver>(driver: &D, ops: &[Op]) -> Result<Room> {
         1
     };
     for turn_tiles in (1..=most).rev() {
+        // Each run of a turn begins a line of shared memory: copies that begin within one take longer.
+        let tile_bytes = tile_bytes.next_multiple_of(128 / turn_tiles);
         for turns in (1..=MAX_TURNS).rev() {
             let (shared, row_bytes) =
                 decode::shared_bytes(row, attend, tile_bytes, turn_tiles, turns);
