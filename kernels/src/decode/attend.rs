@@ -20,7 +20,7 @@ use crate::rows::BLOCK_TOKENS;
 use crate::unrolled;
 use cuda_std::half::{F16, pack_f16x2};
 use cuda_std::int::{here, prmt, quotient};
-use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_u32};
+use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_f32, ldg_u32, ldg_v4_u32, st_global_v2};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::block_idx_x;
 use cuda_std::{float, mma, warp};
@@ -161,7 +161,15 @@ impl Place {
         shared::at(self.asked + ((2 * chunk + rest) * 32 + lane()) * 16)
     }
 
-    /// Eight elements of the step's key (`kind` 0) or value (1), as the cache holds them.
+    /// Four elements of a head's query, from `element` on.
+    #[inline(always)]
+    fn query_of(&self, head: u32, element: u32, rest: u32) -> SharedPtr<u32> {
+        let (chunk, t) = (element / CHUNK, element % CHUNK / EIGHT);
+        let at = ((2 * chunk + rest) * 32 + head * 4 + t) * 16;
+        shared::at(self.asked + at + element % EIGHT * 2)
+    }
+
+    /// Elements of the step's key (`kind` 0) or value (1), as the cache holds them.
     #[inline(always)]
     fn fresh(&self, kind: u32, element: u32) -> SharedPtr<u32> {
         shared::at(self.asked + FRESH_AT + (kind * MAX_HEAD_DIM + element) * 2)
@@ -176,10 +184,7 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
         copy_op(a, w.index + AHEAD);
         let mut index = block_idx_x();
-        let group = quotient(get!(op, heads), get!(op, cache.kv_heads));
-        let head_dim = get!(op, cache.head_dim);
-        let pieces = attend_pieces(get!(op, cache.kv_heads), group, head_dim) * get!(op, splits);
-        while index < pieces {
+        while index < pieces(op) {
             let (place, piece) = (Place::of(a, w), Piece::of(a, op, index));
             if get!(op, cache.head_dim) <= 2 * CHUNK {
                 walk::<2>(a, op, place, piece);
@@ -193,6 +198,15 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
         }
         await_op();
         sync();
+    }
+}
+
+/// Pieces of an operation, with its splits.
+#[inline(always)]
+unsafe fn pieces(op: Current) -> u32 {
+    unsafe {
+        let group = quotient(get!(op, heads), get!(op, cache.kv_heads));
+        attend_pieces(get!(op, cache.kv_heads), group, get!(op, cache.head_dim)) * get!(op, splits)
     }
 }
 
@@ -289,38 +303,35 @@ unsafe fn put_value(values: &mut Values, place: Place, token: u32, element: u32,
     }
 }
 
-/// Waits for the query, a warp for each chunk, and for the step's own key and value, a warp each, and leaves them
+/// Waits for the queries, a warp for each head, and for the step's own key and value, a warp each, and leaves them
 /// where all warps find them. A barrier must follow.
 #[inline(always)]
 unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: Piece) {
     unsafe {
-        let head_dim = get!(op, cache.head_dim);
-        let fresh = get!(op, fresh);
-        let (g, t) = place_in_fragment();
-        let warp = thread() / 32;
-        let seal = Seal::of(a, get!(op, input.from));
-        let (from, active);
-        let element;
-        if warp < K as u32 {
-            element = warp * CHUNK + t * EIGHT;
-            active = g < piece.heads && element < head_dim;
-            from = get!(op, input.x).wrapping_add(((piece.head + g) * head_dim + element) as usize);
-        } else if warp < K as u32 + 2 {
-            element = lane() * EIGHT;
-            active = !fresh.is_null() && a.position < piece.to && element < head_dim;
-            let kind = (warp - K as u32) * get!(op, cache.kv_heads);
-            from = fresh
-                .cast_const()
-                .wrapping_add(((kind + piece.kv_head) * head_dim + element) as usize);
-        } else {
+        let (warp, element) = (thread() / 32, 4 * lane());
+        if warp >= HEADS + 2 {
             return;
         }
-        let mut words = [[0u32; 4]; 2];
+        let head_dim = get!(op, cache.head_dim);
+        let fresh = get!(op, fresh);
+        let seal = Seal::of(a, get!(op, input.from));
+        let query = warp < HEADS;
+        let (from, exists);
+        if query {
+            exists = warp < piece.heads;
+            from = get!(op, input.x).wrapping_add(((piece.head + warp) * head_dim) as usize);
+        } else {
+            exists = !fresh.is_null() && a.position < piece.to;
+            let first = (warp - HEADS) * get!(op, cache.kv_heads) + piece.kv_head;
+            from = fresh.cast_const().wrapping_add((first * head_dim) as usize);
+        }
+        let active = exists && element < head_dim;
+        let mut words = [0; 4];
         loop {
             let mut all = true;
             if active {
-                words = unrolled!(2, |i| ld_relaxed_v4_u32(from.add(4 * i)));
-                all = seal.all_on(words[0]) && seal.all_on(words[1]);
+                words = ld_relaxed_v4_u32(from.add(element as usize));
+                all = seal.all_on(words);
             }
             // The lanes stay together.
             if warp::all(all) {
@@ -328,24 +339,83 @@ unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: 
             }
             pause();
         }
-        let value = |i: usize| seal.open(words[i / 4][i % 4]);
-        if warp >= K as u32 {
+        let mut v = words.map(|w| seal.open(w));
+        if get!(op, late) != 0 && warp <= HEADS {
+            v = turn(a, op, v, !query);
+            // Of the pieces with this key, the first keeps it.
+            let group = quotient(get!(op, heads), get!(op, cache.kv_heads));
+            let first = piece.element == 0 && piece.head == piece.kv_head * group;
+            if !query && active && first {
+                let base = a.position - a.position % TOKENS;
+                let at = tile_at(a, op, piece.kv_head, base)
+                    + (a.position % TOKENS * head_dim + element) as usize * 2;
+                let words = [pack_f16x2(v[0], v[1]), pack_f16x2(v[2], v[3])];
+                st_global_v2(get!(op, cache.keys).add(at), words);
+            }
+        }
+        if !query {
             if active {
-                let packed = unrolled!(4, |k| pack_f16x2(value(2 * k), value(2 * k + 1)));
-                place.fresh(warp - K as u32, element).store_v4(packed);
+                let words = [pack_f16x2(v[0], v[1]), pack_f16x2(v[2], v[3])];
+                place.fresh(warp - HEADS, element).store_v2(words);
             }
             return;
         }
         let scale = get!(op, scale) * LOG2_E;
-        let mut halves = [[0u32; 4]; 2];
-        if active {
-            let both: [[u32; 2]; 4] =
-                unrolled!(4, |k| split(value(2 * k) * scale, value(2 * k + 1) * scale));
-            halves = unrolled!(2, |rest| unrolled!(4, |k| both[k][rest]));
+        v = v.map(|v| if active { v * scale } else { 0.0 });
+        if element < K as u32 * CHUNK {
+            let (near, far) = (split(v[0], v[1]), split(v[2], v[3]));
+            for rest in 0..2 {
+                let to = place.query_of(warp, element, rest as u32);
+                to.store_v2([near[rest], far[rest]]);
+            }
         }
-        for rest in 0..2 {
-            place.query(warp, rest as u32).store_v4(halves[rest]);
+    }
+}
+
+/// Norms a head, four elements a lane, and rotates it.
+#[inline(always)]
+unsafe fn turn(a: &DecodeArgs, op: Current, v: [f32; 4], key: bool) -> [f32; 4] {
+    unsafe {
+        let (lane, head_dim) = (lane(), get!(op, cache.head_dim));
+        let element = 4 * lane;
+        let inside = element < head_dim;
+        let weight = if key {
+            get!(op, key_norm)
+        } else {
+            get!(op, input.norm)
+        };
+        let mut w = [0.0; 4];
+        if inside {
+            w = ldg_v4_u32(weight.add(element as usize)).map(f32::from_bits);
         }
+        let squares = (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]);
+        let mean = warp::reduce_sum_f32(squares) * float::rcp_approx(head_dim as f32);
+        let scale = float::rsqrt_approx(mean + get!(op, input.eps));
+        let v: [f32; 4] = unrolled!(4, |k| v[k] * scale * w[k]);
+        let dims = get!(op, rotation.dims);
+        let halves = get!(op, rotation.halves) != 0;
+        // The pairs' other elements: half of the rotated ones away, or beside it.
+        let apart = if halves { dims / 8 } else { 0 };
+        let upper = lane >= apart;
+        let partner = if upper { lane - apart } else { lane + apart };
+        let others = v.map(|v| warp::shuffle_idx(v, partner % 32));
+        if element >= dims {
+            return v;
+        }
+        let table = get!(op, rotation.table).add((a.position * dims) as usize);
+        let mut turned = [0.0; 4];
+        for k in 0..4 {
+            let e = element + k as u32;
+            let (pair, other, second) = if halves {
+                (if upper { e - dims / 2 } else { e }, others[k], upper)
+            } else {
+                (e / 2, v[k ^ 1], k % 2 == 1)
+            };
+            let at = table.add(2 * pair as usize);
+            let (cos, sin) = (ldg_f32(at), ldg_f32(at.add(1)));
+            turned[k] = v[k] * cos + if second { other } else { -other } * sin;
+        }
+        turned
     }
 }
 

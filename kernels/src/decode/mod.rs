@@ -68,9 +68,11 @@ pub mod kind {
     pub const PRODUCT: u32 = 1;
     /// `out = silu(Wg norm(x) + bg) * (Wu norm(x) + bu)`.
     pub const GATE_UP: u32 = 2;
-    /// `out = rope(Wq norm(x) + bq)`; keys, rotated, and values go to the f16 cache and to `fresh`.
+    /// `out = rope(Wq norm(x) + bq)`; keys, rotated, and values go to the f16 cache and to `fresh`. With `late` nothing
+    /// rotates, and keys go to `fresh` alone.
     pub const QKV: u32 = 3;
-    /// Attention of the row over the cache, `input.x` being the queries; `out` is a row of heads or, in several
+    /// Attention of the row over the cache, `input.x` being the queries. With `late`, the heads of these and the keys in
+    /// `fresh` are normed and rotated first, and the keys go to the cache. `out` is a row of heads or, in several
     /// splits, f32 `[heads][head_dim / WIDTH][splits][PART]`: sums not yet normalised, their peak and mass, two unused.
     pub const ATTEND: u32 = 4;
     /// A row of heads from what an attention in several splits left at `input.x`.
@@ -83,7 +85,7 @@ pub mod kind {
 pub struct Input {
     /// f32, `len` long.
     pub x: *const f32,
-    /// RMS norm's weight; null for no norm.
+    /// RMS norm's weight; null for no norm. Of an attention, that of each query head.
     pub norm: *const f32,
     /// [`Op::number`] of the operation that writes `x`; [`PLAIN`] where an earlier launch did.
     pub from: u32,
@@ -123,6 +125,10 @@ pub struct Op {
     /// f32, null for none.
     pub biases: [*const f32; 3],
     pub rotation: Rotation,
+    /// Whether queries and keys are normed head by head: only the attention has whole heads.
+    pub late: u32,
+    /// RMS norm's weight of each key head, where they are.
+    pub key_norm: *const f32,
     pub cache: CacheLayer,
     /// f32 `[2][kv_heads * head_dim]`: this step's keys and values, sealed, as the cache holds them; null for
     /// an attention whose last token is in the cache.
@@ -484,6 +490,8 @@ pub const NO_OP: Op = Op {
         dims: 0,
         halves: 0,
     },
+    late: 0,
+    key_norm: core::ptr::null(),
     cache: CacheLayer {
         keys: core::ptr::null_mut(),
         values: core::ptr::null_mut(),

@@ -613,10 +613,19 @@ unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal
         let head = quotient(r, head_dim);
         let bits = to_f16(v);
         let fresh = get!(op, fresh);
+        let late = which == 0 && get!(op, late) != 0;
         if !fresh.is_null() {
             let at = which * kv_heads * head_dim + r;
             let rounded = half::F16::from_bits(bits).to_f32();
-            output.write(op, fresh.add(at as usize), rounded, seal);
+            output.write(
+                op,
+                fresh.add(at as usize),
+                if late { v } else { rounded },
+                seal,
+            );
+        }
+        if late {
+            return;
         }
         let tokens = BLOCK_TOKENS as u32;
         let position = here(a.position);

@@ -4,7 +4,7 @@ use super::gather::WRITER;
 use super::seal::{Seal, pause};
 use super::{Current, DecodeArgs, ROWS_AT, get, lane, thread};
 use crate::types::GROUP;
-use cuda_std::int::{dp4a, opaque};
+use cuda_std::int::{dp4a, here, opaque};
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::{float, warp};
@@ -107,7 +107,7 @@ impl Row {
     #[inline(always)]
     pub fn new(a: &DecodeArgs, index: u32, cols: u32) -> Row {
         Row {
-            low: shared::at(ROWS_AT + index % 2 * a.row_bytes),
+            low: shared::at(ROWS_AT + index % 2 * here(a.row_bytes)),
             cols,
         }
     }

@@ -5,7 +5,7 @@ use super::ops::{ELEMENTWISE, NormRows, blocks};
 use super::products::{Rows, Target, bias_ptr, part};
 use super::{Address, Buffer, Cache, Driver, Gpu, Scratch};
 use crate::device::{Attention, CachePlace, CacheType, HeadNorm, Heads, Qkv, RopeLayout};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use kernels::attention::{self, AttendArgs, Variant};
 use kernels::decode::{self, Input, NO_OP, Op, kind};
 use kernels::flash::{self, FlashArgs};
@@ -55,6 +55,18 @@ fn variant<D: Driver>(op: &Attention<'_, Gpu<D>>) -> Variant {
     }
 }
 
+/// What happens to queries and keys after their products.
+#[derive(Clone, Copy)]
+pub(super) struct LateTurn {
+    query_norm: *const f32,
+    key_norm: *const f32,
+    eps: f32,
+    rotation: Rotation,
+}
+
+// The addresses belong to the device, not to this thread.
+unsafe impl Send for LateTurn {}
+
 impl<D: Driver> Gpu<D> {
     pub(super) fn cache_layer(&self, cache: &Cache, place: CachePlace) -> CacheLayer {
         let offset = cache.shape.offset(place);
@@ -64,6 +76,30 @@ impl<D: Driver> Gpu<D> {
             kv_heads: cache.shape.kv_heads as u32,
             head_dim: cache.shape.head_dim as u32,
         }
+    }
+
+    /// What a decode step's attention does to queries and keys that are normed head by head.
+    ///
+    /// # Errors
+    /// Norms that are not of single heads.
+    fn late_turn(&self, op: &Qkv<'_, Self>, rotation: Rotation) -> Result<Option<LateTurn>> {
+        let (Some(q), Some(k)) = (&op.q_norm, &op.k_norm) else {
+            return Ok(None);
+        };
+        let dim = op.heads.head_dim;
+        let of_heads = |n: &HeadNorm<'_, Self>| n.len == dim && n.norm.weight.len == dim;
+        if !of_heads(q) || !of_heads(k) || q.norm.eps != k.norm.eps {
+            return Err(Error::Request(format!(
+                "norms of queries and keys with weights of {} and {}: a decode step expects {dim} of each",
+                q.norm.weight.len, k.norm.weight.len
+            )));
+        }
+        Ok(Some(LateTurn {
+            query_norm: q.norm.weight.ptr(),
+            key_norm: k.norm.weight.ptr(),
+            eps: q.norm.eps,
+            rotation,
+        }))
     }
 
     /// Norms the heads of rows, where they lie.
@@ -118,12 +154,20 @@ impl<D: Driver> Gpu<D> {
             let role = Role::Buffer(q.address);
             let new = 2 * h.kv_heads * h.head_dim;
             let out = self.numbered(role, h.heads * h.head_dim)?;
+            let late = self.late_turn(op, rotation)?;
+            self.late = late;
             let op = Op {
                 kind: kind::QKV,
                 input: self.input(x.ptr(), op.norm.as_ref(), len, float)?,
                 matrices: linears.map(|l| l.weight.matrix),
                 biases: linears.map(bias_ptr),
-                rotation,
+                // What is normed is turned after that, by the attention.
+                rotation: if late.is_some() {
+                    NO_OP.rotation
+                } else {
+                    rotation
+                },
+                late: u32::from(late.is_some()),
                 cache,
                 heads: h.heads as u32,
                 fresh: self.numbered(Role::Fresh(new), new)?,
@@ -259,9 +303,18 @@ impl<D: Driver> Gpu<D> {
                 )
             };
             let fresh = Role::Fresh(2 * heads.kv_heads * heads.head_dim);
+            let input = self.input(q.ptr(), None, heads.heads * heads.head_dim, false)?;
+            let late = self.late;
             let op = Op {
                 kind: kind::ATTEND,
-                input: self.input(q.ptr(), None, heads.heads * heads.head_dim, false)?,
+                input: Input {
+                    norm: late.map_or(ptr::null(), |l| l.query_norm),
+                    eps: late.map_or(0.0, |l| l.eps),
+                    ..input
+                },
+                late: u32::from(late.is_some()),
+                key_norm: late.map_or(ptr::null(), |l| l.key_norm),
+                rotation: late.map_or(NO_OP.rotation, |l| l.rotation),
                 cache: self.cache_layer(cache, place),
                 heads: heads.heads as u32,
                 splits,

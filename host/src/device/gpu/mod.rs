@@ -252,6 +252,8 @@ pub struct Gpu<D: Driver> {
     narrow: bool,
     /// What attention of a decode step is cut into before its tokens are, set along with `heads`.
     pieces: u32,
+    /// What the attention that is recorded next does to its queries and keys.
+    late: Option<attention::LateTurn>,
     /// Whether steps of one row may be fused; see [`Device::set_plain`].
     plain: bool,
     decode: decode::Decode,
@@ -299,6 +301,7 @@ impl<D: Driver> Gpu<D> {
             heads: 1,
             narrow: true,
             pieces: 1,
+            late: None,
             plain: true,
         })
     }

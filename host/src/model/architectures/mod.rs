@@ -201,7 +201,7 @@ impl Blueprint {
         self.norm == NormKind::Rms
             && self.norms == Norms::Before
             && !self.parallel
-            && self.head_norms.is_none()
+            && self.head_norms != Some(HeadNorms::Row)
             && self.soft_cap.is_none()
             && !self.sinks
             && matches!(self.gate, Gate::Present(_))

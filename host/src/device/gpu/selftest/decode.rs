@@ -75,7 +75,25 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
         (2, 1, 64, 2000, 66),
         (3, 1, 64, 1, 4),
     ] {
-        attend(b, heads, kv_heads, head_dim, past, splits)?;
+        attend(b, heads, kv_heads, head_dim, past, splits, None)?;
+    }
+    // Heads that are normed and rotated by the attention: all, some and none of their elements.
+    for (heads, kv_heads, head_dim, past, splits, dims, halves) in [
+        (4, 2, 128, 40, 1, 128, true),
+        (9, 1, 64, 300, 3, 64, true),
+        (2, 2, 96, 15, 1, 48, false),
+        (2, 1, 40, 16, 2, 16, true),
+        (3, 3, 32, 0, 1, 0, true),
+    ] {
+        attend(
+            b,
+            heads,
+            kv_heads,
+            head_dim,
+            past,
+            splits,
+            Some((dims, halves)),
+        )?;
     }
     for vocabulary in [1, 33, 3000] {
         choice(b, vocabulary)?;
@@ -362,7 +380,9 @@ fn attend<D: Driver>(
     head_dim: usize,
     past: usize,
     splits: u32,
+    late: Option<(usize, bool)>,
 ) -> Result<()> {
+    const EPS: f32 = 1e-6;
     let tokens = past + 1;
     let paging = Paging::new(b, &[(past, 1)], kv_heads * head_dim * 2, &[0])?;
     // Keys far from zero, as those of a model with large key biases are.
@@ -387,6 +407,36 @@ fn attend<D: Driver>(
     let len = heads * head_dim;
     let q: Vec<f32> = b.random.values(len).iter().map(|v| v * 3.0).collect();
     let q_on = b.upload(&q)?;
+    // The step's own key and value: as the cache is to have them, or the key before its norm.
+    let mut fresh = Vec::new();
+    for kind in &cached {
+        fresh.extend(kind[past].concat());
+    }
+    let (query_norm, key_norm) = (b.random.values(head_dim), b.random.values(head_dim));
+    let dims = late.map_or(0, |(dims, _)| dims);
+    let halves = late.is_some_and(|(_, halves)| halves);
+    let table = rotation_table(tokens, dims.max(2));
+    let turn = |head: &[f32], norm: &[f32]| -> Vec<f64> {
+        let mut y: Vec<f64> = rms_norm(head, norm, f64::from(EPS))
+            .iter()
+            .map(|v| f64::from(*v))
+            .collect();
+        rotate(&mut y, &table, past, dims, halves);
+        y
+    };
+    let mut q_seen: Vec<f64> = q.iter().map(|v| f64::from(*v)).collect();
+    if late.is_some() {
+        q_seen = q
+            .chunks(head_dim)
+            .flat_map(|head| turn(head, &query_norm))
+            .collect();
+        for head in &mut cached[0][past] {
+            let turned = turn(head, &key_norm);
+            *head = turned.iter().map(|v| f16::from_f64(*v).to_f32()).collect();
+        }
+    }
+    let (query_norm_on, key_norm_on) = (b.upload(&query_norm)?, b.upload(&key_norm)?);
+    let (table_on, fresh_on) = (b.upload(&table)?, b.upload(&fresh)?);
     let parts = heads * head_dim.div_ceil(decode::WIDTH as usize);
     let parts = b.alloc(4 * parts * splits as usize * decode::PART as usize)?;
     let row = b.alloc(4 * len)?;
@@ -395,7 +445,30 @@ fn attend<D: Driver>(
     let scale = 1.0 / (head_dim as f32).sqrt();
     let attention = Op {
         kind: kind::ATTEND,
-        input: input(&q_on, None, 0.0, len, false),
+        input: input(
+            &q_on,
+            late.is_some().then_some(&query_norm_on),
+            EPS,
+            len,
+            false,
+        ),
+        late: u32::from(late.is_some()),
+        key_norm: if late.is_some() {
+            key_norm_on.ptr()
+        } else {
+            ptr::null()
+        },
+        rotation: Rotation {
+            table: table_on.ptr(),
+            dims: dims as u32,
+            halves: u32::from(halves),
+        },
+        // Where nothing is normed the cache has it all.
+        fresh: if late.is_some() {
+            fresh_on.ptr()
+        } else {
+            ptr::null_mut()
+        },
         cache: paging.layer(kv_heads, head_dim),
         heads: heads as u32,
         splits,
@@ -436,7 +509,7 @@ fn attend<D: Driver>(
     b.take::<u32>("decode", row)?;
     let found = b.take::<f32>("decode", out)?;
     let mut attended = Vec::with_capacity(len);
-    for (head, q) in q.chunks(head_dim).enumerate() {
+    for (head, q) in q_seen.chunks(head_dim).enumerate() {
         let kv = head / (heads / kv_heads);
         let scores: Vec<f64> = cached[0]
             .iter()
@@ -444,7 +517,7 @@ fn attend<D: Driver>(
                 let dot: f64 = q
                     .iter()
                     .zip(&keys[kv])
-                    .map(|(q, k)| f64::from(*q) * f64::from(*k))
+                    .map(|(q, k)| q * f64::from(*k))
                     .sum();
                 dot * f64::from(scale)
             })
@@ -460,15 +533,35 @@ fn attend<D: Driver>(
             attended.push((sum / mass) as f32);
         }
     }
+    let turned = match late {
+        Some((dims, _)) => format!(", normed, {dims} rotate"),
+        None => String::new(),
+    };
     let case = format!(
-        "attention, {heads}/{kv_heads} heads of {head_dim}, {tokens} tokens, {splits} splits"
+        "attention, {heads}/{kv_heads} heads of {head_dim}, {tokens} tokens, {splits} splits{turned}"
     );
-    b.report(
-        b.decode_kernel,
-        case,
-        nmse(&found, &m.times(&attended)),
-        1e-9,
-    );
+    // A key that is rounded the other way, to f16, for one of the tokens.
+    let limit = if late.is_some() { 1e-6 } else { 1e-9 };
+    let error = nmse(&found, &m.times(&attended));
+    b.report(b.decode_kernel, case, error, limit);
+    if late.is_some() {
+        // The cache has it for the steps to come.
+        let mut kept = Vec::new();
+        for head in 0..kv_heads {
+            kept.extend(paging.read::<f16, D>(b, kv_heads, head_dim, false, head, 0, past)?);
+        }
+        let expected: Vec<f64> = cached[0][past]
+            .concat()
+            .iter()
+            .map(|v| f64::from(*v))
+            .collect();
+        b.report(
+            b.decode_kernel,
+            format!("{heads}/{kv_heads} keys of {head_dim}, normed, {dims} rotate"),
+            nmse(&kept, &expected),
+            1e-6,
+        );
+    }
     Ok(())
 }
 
