@@ -2,7 +2,9 @@
 //!
 //! A *slot* is one pick of one row, `[rows][used]`.
 
+use crate::exact::dot;
 use crate::types::{GROUP, Matrix, unpack};
+use cuda_std::int::{here, opaque};
 use cuda_std::memory::{ldg_f32, ldg_u32};
 use cuda_std::thread::{block_idx_x, block_idx_y, index_1d, thread_idx_x};
 use cuda_std::{float, kernel, thread, warp};
@@ -121,7 +123,7 @@ pub struct ExpertArgs {
 
 /// `out = W x + b` with the matrix of each slot's expert: a warp for each output. Grid:
 /// `(rows / 8, slots)`.
-#[kernel(launch_bounds(256))]
+#[kernel(launch_bounds(256, 2))]
 pub unsafe fn expert_linear(a: ExpertArgs) {
     let r = block_idx_x() as usize * (THREADS as usize / 32) + thread_idx_x() as usize / 32;
     let rows = a.rows as usize;
@@ -138,12 +140,11 @@ pub unsafe fn expert_linear(a: ExpertArgs) {
         let mut g = lane;
         while g < groups {
             let w = unpack(&a.matrix, at, g);
-            for i in 0..GROUP {
-                if g * GROUP + i < len {
-                    sum += w[i] * ldg_f32(x.add(g * GROUP + i));
-                }
-            }
-            g += 32;
+            // The input after the weights: both at once would take twice the registers.
+            let from = here((g * GROUP) as u32) as usize;
+            sum += dot(&w, x.add(from), len - from);
+            // Not unrolled.
+            g += 32 * opaque(1) as usize;
         }
         let mut sum = warp::reduce_sum_f32(sum);
         if lane == 0 {

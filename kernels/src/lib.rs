@@ -6,9 +6,10 @@
 //!
 //! - [`types`]: how each weight type lies in device memory, and how it is read
 //! - [`decode`]: a whole decode step of one row, in one launch
+//! - [`few`]: matrix times one row or a few: steps of one row that [`decode`] does not know
 //! - [`gemm`]: matrix times several rows on tensor cores: small batches, short prompts
 //! - [`dense`]: matrix times many rows, the weights unpacked beforehand, once for all: prefill
-//! - [`exact`]: the plain f32 twin of all three
+//! - [`exact`]: the plain f32 twin of all these
 //! - [`attention`]: one query row at a time; [`flash`]: many on tensor cores
 //! - [`experts`]: mixtures of experts
 //! - [`rows`] (norms, rotation, casts), [`sample`]
@@ -29,6 +30,7 @@ pub mod decode;
 pub mod dense;
 pub mod exact;
 pub mod experts;
+pub mod few;
 pub mod flash;
 pub mod gemm;
 pub mod rows;
@@ -61,6 +63,7 @@ cuda_std::kernels![
     experts::combine,
     experts::expert_linear,
     experts::route,
+    few::linear_few,
     flash::flash_128,
     flash::flash_128_variant,
     flash::flash_64,

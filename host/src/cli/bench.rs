@@ -27,7 +27,8 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "D", default_value_t = 0)]
     depth: usize,
     /// Measure random weights in the shape of a model instead of --model: NAME is one of
-    /// smollm2-135m-q4_1, qwen2.5-0.5b-q4_k_m, qwen2.5-1.5b-q4_k_m, llama-8b-q4_k_m, llama-1b-f16.
+    /// smollm2-135m-q4_1, qwen2.5-0.5b-q4_k_m, qwen2.5-1.5b-q4_k_m, llama-8b-q4_k_m,
+    /// qwen3-0.6b-q8_0, qwen3-8b-q4_k_m, llama-1b-f16.
     /// The file is made in the cache folder (~/.cache/kigo/synthetic) and stays there
     #[arg(long, value_name = "NAME", conflicts_with = "model")]
     synthetic: Option<String>,

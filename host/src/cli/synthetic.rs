@@ -146,6 +146,38 @@ const SHAPES: &[Shape] = &[
         rms_eps: 1e-5,
         types: Q4_K_M,
     },
+    Shape {
+        name: "qwen3-0.6b-q8_0",
+        architecture: "qwen3",
+        pre: "qwen2",
+        layers: 28,
+        embedding: 1024,
+        feed_forward: 3072,
+        heads: 16,
+        kv_heads: 8,
+        head_dim: 128,
+        vocabulary: 151_936,
+        context: 40_960,
+        rope_base: 1_000_000.0,
+        rms_eps: 1e-6,
+        types: all(GgmlType::Q8_0),
+    },
+    Shape {
+        name: "qwen3-8b-q4_k_m",
+        architecture: "qwen3",
+        pre: "qwen2",
+        layers: 36,
+        embedding: 4096,
+        feed_forward: 12_288,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        vocabulary: 151_936,
+        context: 40_960,
+        rope_base: 1_000_000.0,
+        rms_eps: 1e-6,
+        types: Q4_K_M,
+    },
     // Llama 3.2 1B.
     Shape {
         name: "llama-1b-f16",
@@ -324,6 +356,17 @@ impl Shape {
             )
             .metadata("tokenizer.ggml.eos_token_id", count as u32 - 1)
             .metadata("tokenizer.ggml.add_bos_token", false);
+        if self.norms_heads() {
+            // Heads need not be as wide as the embedding's share.
+            for of in ["key_length", "value_length"] {
+                writer.metadata(format!("{a}.attention.{of}"), self.head_dim as u32);
+            }
+        }
+    }
+
+    /// Whether queries and keys are normed head by head.
+    fn norms_heads(&self) -> bool {
+        self.architecture == "qwen3"
     }
 
     fn tensors(&self) -> Vec<Tensor> {
@@ -363,6 +406,11 @@ impl Shape {
                     add(&format!("{part}.bias"), &[rows], GgmlType::F32);
                 }
                 add(&format!("{part}.weight"), &[d, rows], ty);
+            }
+            if self.norms_heads() {
+                for part in ["attn_q_norm.weight", "attn_k_norm.weight"] {
+                    add(part, &[self.head_dim], GgmlType::F32);
+                }
             }
             add("attn_output.weight", &[q_dim, d], t.plain);
         }
@@ -469,6 +517,7 @@ mod tests {
             ("qwen2.5-0.5b-q4_k_m", 485_452_288),
             ("qwen2.5-1.5b-q4_k_m", 1_111_370_240),
             ("llama-8b-q4_k_m", 4_912_898_048),
+            ("qwen3-8b-q4_k_m", 5_021_866_496),
             ("llama-1b-f16", 2_471_763_968),
         ] {
             let shape = SHAPES.iter().find(|s| s.name == name).unwrap();

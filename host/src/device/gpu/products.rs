@@ -7,6 +7,7 @@ use crate::error::Result;
 use kernels::decode::{self, NO_OP, Op, kind};
 use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
 use kernels::exact::{self, LinearArgs};
+use kernels::few;
 use kernels::gemm::{self, GemmArgs};
 use kernels::types::{GROUP, NO_MATRIX};
 use std::ptr;
@@ -190,6 +191,13 @@ impl<D: Driver> Gpu<D> {
                     out,
                     add,
                 };
+                // One row, or a few where tiles of tensor cores would leave most of the card without work.
+                if rows == 1 || rows <= few::ROWS && columns < self.driver.multiprocessors() {
+                    let grid = (blocks(n, few::THREADS / 32), 1);
+                    return self
+                        .driver
+                        .launch("linear_few", grid, few::THREADS, 0, &args);
+                }
                 // The taller tile where it still gives every multiprocessor a block.
                 let fills = columns * blocks(rows, 64) >= self.driver.multiprocessors();
                 let (kernel, mt) = if rows > 32 && fills {

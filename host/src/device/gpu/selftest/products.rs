@@ -9,6 +9,7 @@ use gguf::GgmlType;
 use half::f16;
 use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
 use kernels::exact::{self, LinearArgs};
+use kernels::few;
 use kernels::gemm::{self, GemmArgs};
 use kernels::rows::EmbedArgs;
 use kernels::types::GROUP;
@@ -42,8 +43,13 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
         }
         for (rows, cols) in [(5, block), (130, 2 * block + if quantised { 0 } else { 9 })] {
             let m = b.matrix(ty, rows, cols)?;
-            for (kernel, mt, n) in [("gemm_32", 1, 3), ("gemm_64", 2, 129)] {
-                gemm(b, &m, kernel, mt, n, n == 3)?;
+            for (kernel, n) in [
+                ("linear_few", 1),
+                ("linear_few", 7),
+                ("gemm_32", 3),
+                ("gemm_64", 129),
+            ] {
+                gemm(b, &m, kernel, n, n <= 3)?;
             }
             if rows > 5 {
                 for (kernel, bm, bn, n) in [
@@ -148,7 +154,6 @@ fn gemm<D: Driver>(
     b: &mut Bench<'_, D>,
     m: &TestMatrix,
     kernel: &'static str,
-    mt: usize,
     n: usize,
     add: bool,
 ) -> Result<()> {
@@ -182,9 +187,13 @@ fn gemm<D: Driver>(
         out: out.ptr(),
         add: u32::from(add),
     };
-    let grid = (m.rows.div_ceil(gemm::BN) as u32, n.div_ceil(32 * mt) as u32);
-    b.driver
-        .launch(kernel, grid, gemm::THREADS, gemm::shared_bytes(mt), &args)?;
+    let (columns, rows, threads, shared) = match kernel {
+        "linear_few" => (few::THREADS as usize / 32, few::ROWS, few::THREADS, 0),
+        "gemm_32" => (gemm::BN, 32, gemm::THREADS, gemm::shared_bytes(1)),
+        _ => (gemm::BN, 64, gemm::THREADS, gemm::shared_bytes(2)),
+    };
+    let grid = (m.rows.div_ceil(columns) as u32, n.div_ceil(rows) as u32);
+    b.driver.launch(kernel, grid, threads, shared, &args)?;
     let found = b.take::<f32>(kernel, out)?;
     let expected: Vec<f64> = x
         .chunks(m.cols)
