@@ -447,7 +447,8 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
         }
         ask::<K>(a, op, place, piece);
         sync();
-        if !any {
+        // A question of its own: else each answer would get a copy of what lies between, and of the barrier.
+        if here(base) >= piece.to {
             return;
         }
         // Of heads `2 t` and `2 t + 1`; of elements `8 g + 2 j` and the next.

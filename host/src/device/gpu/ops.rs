@@ -1,9 +1,9 @@
 //! The operations of [`Device`](crate::device::Device) as launches.
 //!
-//! Four ways of one product: an operation of the kernel `decode` for a single row, with norm and epilogue
-//! fused; `gemm` on tensor cores for more; `dense`, the same with weights unpacked beforehand, for
-//! many; `linear_exact` in f32 with `--exact`. All but the first are launches of their own, with norm and
-//! epilogue as kernels beside them.
+//! Five ways of one product: an operation of the kernel `decode` for a single row, with norm and epilogue
+//! fused; `linear_few` for single rows of models that it does not know, and a few more; `gemm` on tensor cores for more;
+//! `dense`, the same with weights unpacked beforehand, for many; `linear_exact` in f32 with `--exact`. All but the
+//! first are launches of their own, with norm and epilogue as kernels beside them.
 //!
 //! In a step of several rows without `--exact`, what goes from [`Gpu::op_attend`] or
 //! [`Gpu::op_norm_gate_up`] to [`Gpu::op_linear_add`] lies in its buffer as f16, rows padded with zeros

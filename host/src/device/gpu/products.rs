@@ -1,4 +1,4 @@
-//! Products, `x Wᵀ + b`, in the four ways that `ops` describes, and what adapters add to them.
+//! Products, `x Wᵀ + b`, in the ways that `ops` describes, and what adapters add to them.
 
 use super::ops::{NormRows, blocks};
 use super::{Address, Driver, Gpu, Scratch};
