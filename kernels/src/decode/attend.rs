@@ -1,10 +1,10 @@
 //! Attention of the step's row over the cache, on tensor cores.
 //!
 //! A piece is up to [`HEADS`] query heads that share a key-value head, with [`WIDTH`] elements of the values, over a split
-//! of the tokens; a block takes one at a time, its warps tiles of 16 tokens. With the tokens as rows of `K Qᵀ` and the elements as rows of `Vᵀ Pᵀ` the
-//! heads are the eight columns of both products, so that keys and values are read once for all of them, straight
-//! into fragments: which element is which of a product's summands, and which of its rows, is free, and
-//! chosen so that a lane's are neighbours. A query and a weight are two f16 each, of which the second is what the
+//! of the tokens; a block takes one at a time, its warps tiles of 16 tokens. With the tokens as rows of `K Qᵀ` and the
+//! elements as rows of `Vᵀ Pᵀ` the heads are the eight columns of both products, so that keys and values are read once
+//! for all of them, straight into fragments: which element is which of a product's summands, and which of its rows, is
+//! free, and chosen so that a lane's are neighbours. A query and a weight are two f16 each, of which the second is what the
 //! first leaves over: products are those of f32 that way, in all but the last bits.
 //!
 //! A warp's running softmax (arXiv:2205.14135) goes from tile to tile; warps merge in shared memory, splits in
@@ -177,8 +177,6 @@ impl Place {
 }
 
 /// [`kind::ATTEND`](super::kind::ATTEND).
-///
-/// Little is kept from one step to the next: what is needed again is looked up again.
 #[inline(always)]
 pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
@@ -238,7 +236,7 @@ unsafe fn tile_at(a: &DecodeArgs, op: Current, kv_head: u32, base: u32) -> usize
     }
 }
 
-/// Keys of the tile at `at`, of its tokens before `tokens`; then the step's own, `fresh`.
+/// Keys of the tile at `at`, of its tokens before `tokens`.
 #[inline(always)]
 unsafe fn load_keys<const K: usize>(op: Current, at: usize, tokens: u32) -> Keys<K> {
     unsafe {
