@@ -98,8 +98,14 @@ fn check(family: &str, device: &str, exact: bool) {
                 wrong.push(line);
             }
         }
-        // Decoding, past the sliding windows.
-        for prompt in &golden.prompts {
+        // Decoding, past the sliding windows. The emulator takes minutes for what the CPU does in seconds: there
+        // the shortest prompt; `kigo accuracy` takes them all.
+        let mut prompts: Vec<&Prompt> = golden.prompts.iter().collect();
+        if device == "emulated" {
+            prompts.sort_by_key(|p| p.ids.len());
+            prompts.truncate(1);
+        }
+        for prompt in prompts {
             for (step, id) in differing(&file, device, exact, prompt) {
                 wrong.push(format!(
                     "{} {device} exact={exact}: id {id} instead of {} at step {step}",
