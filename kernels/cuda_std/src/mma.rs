@@ -8,6 +8,7 @@
 //! | m16n8k16, 16-bit | `a[0]`: (g, 2t..), `a[1]`: (g+8, 2t..), `a[2]`: (g, 2t+8..), `a[3]`: (g+8, 2t+8..) | `b[0]`: (2t.., g), `b[1]`: (2t+8.., g) | `c[0..2]`: (g, 2t..), `c[2..4]`: (g+8, 2t..) |
 //! | m16n8k8, 16-bit | `a[0]`: (g, 2t..), `a[1]`: (g+8, 2t..) | `b[0]`: (2t.., g) | as above |
 //! | m16n8k8, TF32 | `a[0]`: (g, t), `a[1]`: (g+8, t), `a[2]`: (g, t+4), `a[3]`: (g+8, t+4) | `b[0]`: (t, g), `b[1]`: (t+4, g) | as above |
+//! | m16n8k16, 8-bit | `a[0]`: (g, 4t..), `a[1]`: (g+8, 4t..) | `b[0]`: (4t.., g) | as above |
 //! | m16n8k32, 8-bit | `a[0]`: (g, 4t..), `a[1]`: (g+8, 4t..), `a[2]`: (g, 4t+16..), `a[3]`: (g+8, 4t+16..) | `b[0]`: (4t.., g), `b[1]`: (4t+16.., g) | as above |
 //!
 //! A word holds 2 (16-bit) or 4 (8-bit) neighbours along k, the first in the low bits. All lanes
@@ -191,6 +192,53 @@ pub fn m16n8k32_s8(a: [u32; 4], b: [u32; 2], c: [i32; 4]) -> [i32; 4] {
             "m16n8k32_s8",
             (a, b, c),
             |word, row, k| i32::from(bits_a::<4>(word, row, k) as i8),
+            |word, k, column| i32::from(bits_b::<4>(word, k, column) as i8),
+            |a, b, sum: i32| sum.wrapping_add(a * b),
+        )
+    }
+}
+
+/// 16 × 8 × 32, unsigned bytes with signed ones, sums in i32 (exact, wrapping).
+#[inline(always)]
+pub fn m16n8k32_u8_s8(a: [u32; 4], b: [u32; 2], c: [i32; 4]) -> [i32; 4] {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        let (mut d0, mut d1, mut d2, mut d3) = (c[0], c[1], c[2], c[3]);
+        asm!("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};",
+            inout(reg32) d0, inout(reg32) d1, inout(reg32) d2, inout(reg32) d3,
+            in(reg32) a[0], in(reg32) a[1], in(reg32) a[2], in(reg32) a[3], in(reg32) b[0], in(reg32) b[1],
+            options(nomem, nostack, preserves_flags));
+        [d0, d1, d2, d3]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        product::<32, _, _, _, _>(
+            "m16n8k32_u8_s8",
+            (a, b, c),
+            |word, row, k| i32::from(bits_a::<4>(word, row, k) as u8),
+            |word, k, column| i32::from(bits_b::<4>(word, k, column) as i8),
+            |a, b, sum: i32| sum.wrapping_add(a * b),
+        )
+    }
+}
+
+/// 16 × 8 × 16, unsigned bytes with signed ones, sums in i32 (exact, wrapping).
+#[inline(always)]
+pub fn m16n8k16_u8_s8(a: [u32; 2], b: u32, c: [i32; 4]) -> [i32; 4] {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        let (mut d0, mut d1, mut d2, mut d3) = (c[0], c[1], c[2], c[3]);
+        asm!("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {{{0}, {1}, {2}, {3}}}, {{{4}, {5}}}, {{{6}}}, {{{0}, {1}, {2}, {3}}};",
+            inout(reg32) d0, inout(reg32) d1, inout(reg32) d2, inout(reg32) d3,
+            in(reg32) a[0], in(reg32) a[1], in(reg32) b, options(nomem, nostack, preserves_flags));
+        [d0, d1, d2, d3]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        product::<16, _, _, _, _>(
+            "m16n8k16_u8_s8",
+            (a, [b], c),
+            |word, row, k| i32::from(bits_a::<4>(word, row, k) as u8),
             |word, k, column| i32::from(bits_b::<4>(word, k, column) as i8),
             |a, b, sum: i32| sum.wrapping_add(a * b),
         )

@@ -153,6 +153,33 @@ fn products_of_bytes_are_exact() {
 }
 
 #[test]
+fn products_of_unsigned_bytes_are_exact() {
+    let mut random = Random(14);
+    let a: Vec<u8> = (0..512).map(|_| random.word() as u8).collect();
+    let b: Vec<i8> = (0..256).map(|_| random.word() as i8).collect();
+    let (ga, gb) = (GuardedBuffer::from_slice(&a), GuardedBuffer::from_slice(&b));
+    let mut d = GuardedBuffer::<i32>::new(3 * 128);
+    run(
+        &__KERNEL_mma_u8_s8,
+        1,
+        32,
+        0,
+        &params![ga.as_ptr(), gb.as_ptr(), d.as_mut_ptr()],
+    );
+    for (part, range) in [0..32, 0..16, 16..32].into_iter().enumerate() {
+        for (i, found) in d.as_slice()[128 * part..][..128].iter().enumerate() {
+            let (row, column) = (i / 8, i % 8);
+            let sum: i32 = range
+                .clone()
+                .map(|k| i32::from(a[row * 32 + k]) * i32::from(b[column * 32 + k]))
+                .sum();
+            let c = [1, 2, 3, 4][row / 8 * 2 + column % 2];
+            assert_eq!(*found, sum + c, "{range:?}, row {row}, column {column}");
+        }
+    }
+}
+
+#[test]
 fn a_product_through_shared_memory_and_ldmatrix() {
     let mut random = Random(5);
     let bits =

@@ -11,10 +11,7 @@
 //! [`merge`].
 
 use super::seal::{Seal, pause};
-use super::{
-    AHEAD, Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, Warp, await_op, blocks, copy_op, get, lane,
-    sync, thread,
-};
+use super::{Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, blocks, get, lane, sync, thread};
 use crate::attention::NONE;
 use crate::rows::BLOCK_TOKENS;
 use crate::unrolled;
@@ -91,7 +88,7 @@ impl Piece {
             let kv_head = quotient(piece, pieces);
             let first = (piece - kv_head * pieces) * HEADS;
             // Whole tiles, which lie in one block of the cache.
-            let tokens = a.position + 1;
+            let tokens = here(a.position) + 1;
             let chunk = quotient(tokens + splits - 1, splits).next_multiple_of(TOKENS);
             let from = if split * chunk < tokens {
                 split * chunk
@@ -131,7 +128,7 @@ impl Piece {
     }
 }
 
-/// Shared memory of a piece. What is asked for lies where no slower warp still reads the row of the operation before.
+/// Shared memory of a piece.
 #[derive(Clone, Copy)]
 struct Place {
     asked: u32,
@@ -140,18 +137,10 @@ struct Place {
 
 impl Place {
     #[inline(always)]
-    fn of(a: &DecodeArgs, w: &Warp) -> Place {
-        let last = ROWS_AT + 2 * here(a.row_bytes) - ASKED_BYTES;
-        if here(w.index) % 2 == 0 {
-            Place {
-                asked: ROWS_AT,
-                parts: shared::at(ROWS_AT + ASKED_BYTES),
-            }
-        } else {
-            Place {
-                asked: last,
-                parts: shared::at(ROWS_AT),
-            }
+    fn here() -> Place {
+        Place {
+            asked: ROWS_AT,
+            parts: shared::at(ROWS_AT + ASKED_BYTES),
         }
     }
 
@@ -178,12 +167,11 @@ impl Place {
 
 /// [`kind::ATTEND`](super::kind::ATTEND).
 #[inline(always)]
-pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
+pub unsafe fn attend(a: &DecodeArgs, op: Current) {
     unsafe {
-        copy_op(a, w.index + AHEAD);
         let mut index = block_idx_x();
         while index < pieces(op) {
-            let (place, piece) = (Place::of(a, w), Piece::of(a, op, index));
+            let (place, piece) = (Place::here(), Piece::of(a, op, index));
             if get!(op, cache.head_dim) <= 2 * CHUNK {
                 walk::<2>(a, op, place, piece);
             } else {
@@ -194,8 +182,6 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
             sync();
             index += blocks();
         }
-        await_op();
-        sync();
     }
 }
 
@@ -319,7 +305,7 @@ unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: 
             exists = warp < piece.heads;
             from = get!(op, input.x).wrapping_add(((piece.head + warp) * head_dim) as usize);
         } else {
-            exists = !fresh.is_null() && a.position < piece.to;
+            exists = !fresh.is_null() && here(a.position) < piece.to;
             let first = (warp - HEADS) * get!(op, cache.kv_heads) + piece.kv_head;
             from = fresh.cast_const().wrapping_add((first * head_dim) as usize);
         }
@@ -344,9 +330,9 @@ unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: 
             let group = quotient(get!(op, heads), get!(op, cache.kv_heads));
             let first = piece.element == 0 && piece.head == piece.kv_head * group;
             if !query && active && first {
-                let base = a.position - a.position % TOKENS;
+                let base = here(a.position) - here(a.position) % TOKENS;
                 let at = tile_at(a, op, piece.kv_head, base)
-                    + (a.position % TOKENS * head_dim + element) as usize * 2;
+                    + (here(a.position) % TOKENS * head_dim + element) as usize * 2;
                 let words = [pack_f16x2(v[0], v[1]), pack_f16x2(v[2], v[3])];
                 st_global_v2(get!(op, cache.keys).add(at), words);
             }
@@ -400,7 +386,7 @@ unsafe fn turn(a: &DecodeArgs, op: Current, v: [f32; 4], key: bool) -> [f32; 4] 
         if element >= dims {
             return v;
         }
-        let table = get!(op, rotation.table).add((a.position * dims) as usize);
+        let table = get!(op, rotation.table).add((here(a.position) * dims) as usize);
         let mut turned = [0.0; 4];
         for k in 0..4 {
             let e = element + k as u32;
@@ -433,7 +419,7 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
         let mut base = piece.from + warp * TOKENS;
         // What the cache holds: the step's own is still on its way.
         let fresh = !get!(op, fresh).is_null();
-        let cached = a.position + u32::from(!fresh);
+        let cached = here(a.position) + u32::from(!fresh);
         let end = if piece.to < cached { piece.to } else { cached };
         let any = base < piece.to;
         let (mut keys, mut values) = ([[[0; 4]; 2]; K], [[0; 4]; 4]);
@@ -455,8 +441,8 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
         // The weights' own, by a product with ones: the same in every lane of a head.
         let mut mass = [0.0f32; 4];
         loop {
-            if fresh && a.position - base < TOKENS {
-                let (token, head_dim) = (a.position - base, get!(op, cache.head_dim));
+            if fresh && here(a.position) - base < TOKENS {
+                let (token, head_dim) = (here(a.position) - base, get!(op, cache.head_dim));
                 put_key(&mut keys, place, token, head_dim);
                 put_value(&mut values, place, token, piece.element, head_dim);
             }
@@ -623,9 +609,8 @@ const EACH: usize = 3;
 ///
 /// `Σ 2^(pₛ - p) sumₛ / Σ 2^(pₛ - p) massₛ`, with `p` the greatest of the peaks `pₛ` (arXiv:2205.14135, section 3.1).
 #[inline(always)]
-pub unsafe fn merge(a: &DecodeArgs, op: Current, w: &mut Warp) {
+pub unsafe fn merge(a: &DecodeArgs, op: Current) {
     unsafe {
-        copy_op(a, w.index + AHEAD);
         let (head_dim, splits) = (get!(op, cache.head_dim), get!(op, splits));
         let seal = Seal::of(a, get!(op, input.from));
         // Neighbours in different blocks.
@@ -687,7 +672,5 @@ pub unsafe fn merge(a: &DecodeArgs, op: Current, w: &mut Warp) {
             }
             task += blocks() * WARPS;
         }
-        await_op();
-        sync();
     }
 }

@@ -1,17 +1,17 @@
 //! The embedding of the step's token.
 
 use super::seal::Seal;
-use super::{CHOSEN, Current, DecodeArgs, Warp, await_op, blocks, copy_op, get, matrix_at, thread};
+use super::{CHOSEN, Current, DecodeArgs, blocks, get, matrix_at, thread};
 use crate::types::{GROUP, Matrix, unpack_four};
+use cuda_std::int::here;
 use cuda_std::memory::ld_relaxed_u32;
 use cuda_std::shared::SharedPtr;
 use cuda_std::thread::block_idx_x;
 
 /// [`kind::EMBED`](super::kind::EMBED): a thread for each four weights, neighbours in different blocks.
 #[inline(always)]
-pub unsafe fn embed(a: &DecodeArgs, op: Current, w: &mut Warp) {
+pub unsafe fn embed(a: &DecodeArgs, op: Current) {
     unsafe {
-        copy_op(a, w.index + super::AHEAD);
         let table: *const Matrix = SharedPtr::<Matrix>::from_addr(op.0 + matrix_at(0)).as_ptr();
         let groups = (*table).cols / GROUP as u32;
         let seal = Seal::of(
@@ -23,7 +23,7 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current, w: &mut Warp) {
             },
         );
         let (len, scale, out) = (get!(op, input.len), get!(op, scale), get!(op, out));
-        let token = if a.token == CHOSEN {
+        let token = if here(a.token) == CHOSEN {
             ld_relaxed_u32(a.choice)
         } else {
             a.token
@@ -40,7 +40,5 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current, w: &mut Warp) {
             }
             i += 32 * super::WARPS * blocks();
         }
-        await_op();
-        super::sync();
     }
 }

@@ -7,21 +7,21 @@
 //!   between blocks, and there is no barrier: every word carries in its low bits the number of the operation
 //!   that wrote it ([`seal`]), and who needs a word looks until it is there. That costs about half of a
 //!   barrier over the grid and the read behind it.
-//! - Weights come through rings in shared memory ([`ring`]), one for each warp that computes. Two more warps do nothing
-//!   but keep these full: they know the tasks of all operations to come, so that the memory never waits for an
-//!   operation to end.
+//! - Weights come through a ring in shared memory ([`ring`]). One more warp does nothing but keep it full: it knows the
+//!   block's tasks of all operations to come, so that the memory never waits for an operation to end.
 //!
-//! In a product ([`product`]), every block brings the whole input row into shared memory, quantised to 8 bits per
-//! group of 32 ([`row`]); the first warps do that, while the last, which have the first tasks, prepare these. A warp then computes two dot products at a time, a lane taking every 32nd group;
-//! which two is the operation's choice: a rotation's pair, a gate and its up, two neighbours, or two halves of
-//! one row. What a block's warps have computed is gathered and written together ([`gather`]).
+//! In a product ([`product`]), every block brings the whole input row into shared memory, quantised to 15 bits per
+//! group of 32 ([`row`]), and takes sixteen rows of weights at a time, whose columns its warps share out, on tensor cores.
+//! Three warps more, the *finishers*, add up what these have and write it, while the others go on.
+//!
+//! An operation is a *step* of the block, or several: a batch of tasks each. The warps that compute begin it together, once
+//! finishers are through with the step two before.
 //!
 //! A buffer is written again only by an operation that could not have begun before every reader was done:
 //! each block's part of an operation needs the whole output of the one before.
 
 mod attend;
 mod embed;
-mod gather;
 mod product;
 mod ring;
 mod row;
@@ -35,23 +35,24 @@ use cuda_std::kernel;
 use cuda_std::memory::{cp_async_16, cp_async_wait_all, ldg_u32, ldg_v2_u32};
 use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{
-    bar_sync, block_idx_x, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
+    bar_arrive, bar_sync, block_idx_x, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
 };
-use ring::Ring;
+use ring::Place;
+use task::ROWS;
 
 pub use attend::{MAX_HEAD_DIM, MAX_SPLITS, PART, WIDTH, attend_bytes, attend_pieces};
-pub use gather::SLOTS;
-pub use ring::MAX_TURNS;
-pub use row::row_bytes;
+pub use product::BATCH;
+pub use ring::{MAX_TURNS, piece_bytes, pitch};
+pub use row::{parts, row_bytes};
 pub use seal::{NUMBERS, PLAIN};
 pub use task::{MAX_SEGMENTS, Segment, Shares};
 
 /// Warps of a block that compute.
-pub const WARPS: u32 = 14;
-/// Warps of a block that bring weights.
-const FEEDERS: u32 = 2;
-/// Threads per block, one block per multiprocessor.
-pub const THREADS: u32 = 32 * (WARPS + FEEDERS);
+pub const WARPS: u32 = 12;
+/// Warps that bring outputs of products to an end.
+const FINISHERS: u32 = 3;
+/// Threads per block, one block per multiprocessor; the last warp brings weights.
+pub const THREADS: u32 = 32 * (WARPS + FINISHERS + 1);
 
 /// The number ([`settled`](cuda_std::settled::settled)) of the set of types that matrices of a module's steps may have, by
 /// [`type_bit`](crate::types::type_bit), and [`MIXED`].
@@ -110,8 +111,8 @@ pub struct Op {
     pub add: u32,
     /// The number that the words of `out` carry before the addition, or [`PLAIN`].
     pub add_from: u32,
-    /// Whether a task is one row in two halves rather than two rows: for long rows of a short matrix.
-    pub split: u32,
+    /// Warps that share a task out.
+    pub team: u32,
     /// Whether `out` are logits, the greatest of which is the step's choice.
     pub choose: u32,
     pub heads: u32,
@@ -137,8 +138,6 @@ pub struct Op {
     pub out: *mut f32,
     /// How the tasks fall to the blocks.
     pub shares: Shares,
-    /// Outputs of a task that a block gathers and writes together, or 0: see [`gather`].
-    pub gathered: u32,
 }
 
 impl Op {
@@ -148,18 +147,6 @@ impl Op {
         let mixed = self.kind == kind::GATE_UP && first.ty != second.ty;
         let all = self.matrices.iter().map(|m| type_bit(m.ty));
         all.fold(if mixed { MIXED } else { 0 }, |all, ty| all | ty)
-    }
-
-    /// Tasks of a product, one per warp at a time.
-    pub const fn count_tasks(&self) -> u32 {
-        let rows = self.matrices[0].rows;
-        match self.kind {
-            kind::PRODUCT if self.split != 0 => rows,
-            kind::PRODUCT => rows.div_ceil(2),
-            kind::GATE_UP => rows,
-            kind::QKV => (self.heads + 2 * self.cache.kv_heads) * self.cache.head_dim / 2,
-            _ => 0,
-        }
     }
 }
 
@@ -186,13 +173,13 @@ pub struct DecodeArgs {
     pub position: u32,
     /// The number that the host knows this step's choice by.
     pub sequence: u32,
-    /// Turns in a warp's ring, at most [`MAX_TURNS`].
+    /// Turns in the ring, at most [`MAX_TURNS`].
     pub turns: u32,
-    /// Most tiles of each run in a turn.
+    /// Most tiles of a row in a turn.
     pub turn_tiles: u32,
-    /// Bytes of the largest tile of any matrix.
-    pub tile_bytes: u32,
-    /// Bytes of one of the two row buffers; see [`shared_bytes`].
+    /// Bytes from row to row in a turn; see [`pitch`].
+    pub pitch: u32,
+    /// Bytes of the input row, or of what attention needs; see [`shared_bytes`].
     pub row_bytes: u32,
     /// The sequence's cache blocks.
     pub table: *const u32,
@@ -221,12 +208,21 @@ pub mod point {
     pub const COUNT: usize = 3;
 }
 
-/// Notes the time in the first thread of block 0, if it is asked for.
+/// Notes the time in this thread of block 0, if it is asked for.
 #[inline(always)]
 unsafe fn note(a: &DecodeArgs, index: u32, point: usize) {
-    if !a.trace.is_null() && thread() == 0 && block_idx_x() == 0 {
+    // Not known beforehand, for which it would take a register; no memory lies in the first pages.
+    if here(block_idx_x()) == 0 && here((a.trace as u64 >> 16) as u32) != 0 {
         let at = here(index) as usize * point::COUNT + point;
         unsafe { a.trace.add(at).write(globaltimer()) }
+    }
+}
+
+/// The same in the block's first thread.
+#[inline(always)]
+unsafe fn first_note(a: &DecodeArgs, index: u32, point: usize) {
+    if thread() == 0 {
+        unsafe { note(a, index, point) }
     }
 }
 
@@ -235,22 +231,26 @@ const WINDOW: u32 = 4;
 /// How far the window reaches beyond the current operation, whose barrier has shown its last.
 const AHEAD: u32 = WINDOW - 2;
 
-/// Shared memory: scratch, the rings' barriers, gathered outputs, the window, two rows, the rings.
-const BARRIERS_AT: u32 = 256;
-const GATHER_AT: u32 = BARRIERS_AT + ring::BARRIERS_BYTES;
-const WINDOW_AT: u32 = GATHER_AT + gather::BYTES;
+/// Shared memory: sums of squares, scratch, the ring's barriers, parts of outputs, the window, the row, the ring, and as much
+/// as a part of a row may be read past a tile's end.
+const SCRATCH_AT: u32 = 2 * 4 * row::SQUARES;
+const BARRIERS_AT: u32 = (SCRATCH_AT + 8 * FINISHERS).next_multiple_of(16);
+const PARTS_AT: u32 = BARRIERS_AT + ring::BARRIERS_BYTES;
+const WINDOW_AT: u32 = PARTS_AT + product::PARTS_BYTES;
 /// Whole lines of the memory: copies of weights that begin within one take longer.
 const ROWS_AT: u32 = (WINDOW_AT + WINDOW * OP_BYTES).next_multiple_of(128);
 
+/// Three groups of one more tile.
+const PAST_END: u32 = 512;
+
 /// Bytes of shared memory of a launch whose operations need at most `row` bytes for a row
-/// ([`row_bytes`]) and `attend` for attention ([`attend_bytes`]), with `turns` turns in each warp's ring, of `tiles` tiles of each run of `tile` bytes; and what to pass
+/// ([`row_bytes`]) and `attend` for attention ([`attend_bytes`]), with `turns` turns of rows `pitch` apart; and what to pass
 /// as [`DecodeArgs::row_bytes`].
-pub const fn shared_bytes(row: u32, attend: u32, tile: u32, tiles: u32, turns: u32) -> (u32, u32) {
-    // Both rows are attention's while it lasts.
-    let half = attend.div_ceil(2);
-    let row = if row > half { row } else { half };
+pub const fn shared_bytes(row: u32, attend: u32, pitch: u32, turns: u32) -> (u32, u32) {
+    // The row's place is attention's while it lasts.
+    let row = if row > attend { row } else { attend };
     let row = row.next_multiple_of(128);
-    (ROWS_AT + 2 * row + WARPS * turns * 2 * tiles * tile, row)
+    (ROWS_AT + row + turns * ROWS * pitch + PAST_END, row)
 }
 
 /// Where the fields of an operation are read.
@@ -362,7 +362,7 @@ impl<T> Field for *mut T {
     }
 }
 
-/// Starts to copy operation `index` into the window, by a warp that has few tasks. [`await_op`] and a
+/// Starts to copy operation `index` into the window, by a warp that has no part of short rows. [`await_op`] and a
 /// barrier must follow.
 #[inline(always)]
 unsafe fn copy_op(a: &DecodeArgs, index: u32) {
@@ -386,7 +386,65 @@ fn await_op() {
 struct Warp {
     /// Index of the current operation.
     index: u32,
-    ring: Ring,
+    /// Where the next turn of the ring comes.
+    place: Place,
+    /// Number of the current step.
+    step: u32,
+}
+
+impl Warp {
+    /// Barriers of the steps of even numbers, and of odd ones: that they begin, that they end.
+    const BEGINS: u32 = 3;
+    const ENDS: u32 = 5;
+    const THREADS: u32 = 32 * (WARPS + FINISHERS);
+
+    /// Whether the step's number is odd: barriers are named by numbers in the code, which any other takes longer for.
+    #[inline(always)]
+    fn odd(&self) -> bool {
+        self.step % 2 != 0
+    }
+
+    /// Begins a step, in a warp that computes.
+    #[inline(always)]
+    fn begin_step(&self) {
+        if self.odd() {
+            bar_sync(Self::BEGINS + 1, Self::THREADS);
+        } else {
+            bar_sync(Self::BEGINS, Self::THREADS);
+        }
+    }
+
+    /// Ends it: what the warp has left for finishers is theirs.
+    #[inline(always)]
+    fn end_step(&mut self) {
+        if self.odd() {
+            bar_arrive(Self::ENDS + 1, Self::THREADS);
+        } else {
+            bar_arrive(Self::ENDS, Self::THREADS);
+        }
+        self.step += 1;
+    }
+
+    /// Waits in a finisher for the warps that compute.
+    #[inline(always)]
+    fn await_step(&self) {
+        if self.odd() {
+            bar_sync(Self::ENDS + 1, Self::THREADS);
+        } else {
+            bar_sync(Self::ENDS, Self::THREADS);
+        }
+    }
+
+    /// Ends a step in a finisher, and lets the one after the next begin.
+    #[inline(always)]
+    fn finish_step(&mut self) {
+        if self.odd() {
+            bar_arrive(Self::BEGINS + 1, Self::THREADS);
+        } else {
+            bar_arrive(Self::BEGINS, Self::THREADS);
+        }
+        self.step += 1;
+    }
 }
 
 /// Lane and thread of the block, as numbers from which nothing is computed beforehand: what follows from them would
@@ -407,10 +465,16 @@ fn blocks() -> u32 {
     here(grid_dim_x())
 }
 
-/// A barrier of the warps that compute: the feeders do not come to it.
+/// A barrier of the warps that compute.
 #[inline(always)]
 fn sync() {
     bar_sync(1, 32 * WARPS);
+}
+
+/// A barrier of the finishers.
+#[inline(always)]
+fn sync_finishers() {
+    bar_sync(2, 32 * FINISHERS);
 }
 
 /// Carries `ops` in order over one row. The launch is cooperative, with [`shared_bytes`]. From compute capability 9.0 on
@@ -430,8 +494,7 @@ pub unsafe fn decode_bulk(a: DecodeArgs) {
 #[inline(always)]
 unsafe fn run<const BULK: bool>(a: DecodeArgs) {
     unsafe {
-        ring::init::<BULK>();
-        row::init();
+        ring::init::<BULK>(thread_idx_x());
         let mut i = 0;
         while i < AHEAD {
             copy_op(&a, i);
@@ -439,27 +502,54 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
         }
         await_op();
         sync_threads();
-        if thread_idx_x() >= 32 * WARPS {
-            ring::feed::<BULK>(&a);
-            return;
-        }
         let mut w = Warp {
             index: 0,
-            ring: Ring::new(&a),
+            place: Place::first(),
+            step: 0,
         };
-        while w.index < a.count {
-            let op = Current::at(w.index);
-            note(&a, w.index, point::BEGIN);
-            match get!(op, kind) {
-                kind::EMBED => embed::embed(&a, op, &mut w),
-                kind::ATTEND => attend::attend(&a, op, &mut w),
-                kind::MERGE => attend::merge(&a, op, &mut w),
-                _ => product::product(&a, op, &mut w),
+        if thread_idx_x() >= 32 * (WARPS + FINISHERS) {
+            ring::feed::<BULK>(&a);
+        } else if thread_idx_x() >= 32 * WARPS {
+            // Nothing is in the way of the first two steps.
+            w.finish_step();
+            w.finish_step();
+            w.step = 0;
+            while w.index < a.count {
+                let op = Current::at(w.index);
+                if is_product(get!(op, kind)) {
+                    product::finish(&a, op, &mut w);
+                } else {
+                    w.await_step();
+                    w.finish_step();
+                }
+                w.index += 1;
             }
-            note(&a, w.index, point::OUTPUT);
-            w.index += 1;
+        } else {
+            while w.index < a.count {
+                let op = Current::at(w.index);
+                w.begin_step();
+                first_note(&a, w.index, point::BEGIN);
+                copy_op(&a, w.index + AHEAD);
+                match get!(op, kind) {
+                    kind::EMBED => embed::embed(&a, op),
+                    kind::ATTEND => attend::attend(&a, op),
+                    kind::MERGE => attend::merge(&a, op),
+                    _ => product::product(&a, op, &mut w),
+                }
+                if !is_product(get!(op, kind)) {
+                    first_note(&a, w.index, point::OUTPUT);
+                }
+                await_op();
+                w.end_step();
+                w.index += 1;
+            }
         }
     }
+}
+
+#[inline(always)]
+fn is_product(kind: u32) -> bool {
+    matches!(kind, kind::PRODUCT | kind::GATE_UP | kind::QKV)
 }
 
 /// An operation of no kind, for the fields that a kind has no use for.
@@ -469,7 +559,7 @@ pub const NO_OP: Op = Op {
     sealed: 0,
     add: 0,
     add_from: PLAIN,
-    split: 0,
+    team: WARPS,
     choose: 0,
     heads: 0,
     splits: 0,
@@ -501,5 +591,4 @@ pub const NO_OP: Op = Op {
     fresh: core::ptr::null_mut(),
     out: core::ptr::null_mut(),
     shares: Shares::NONE,
-    gathered: 0,
 };

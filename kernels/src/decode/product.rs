@@ -1,38 +1,67 @@
 //! Products with the input row: plain ones, gate and up, queries, keys and values.
+//!
+//! A block takes tasks of sixteen rows of weights. A team of its warps, all of them or some, takes one at a time, and they share
+//! the row's parts out ([`super::row`]). Weights are A's fragments of a product of bytes on tensor cores, a group at a time; of B all
+//! but the group's two columns are zero, so that several groups' sums, which have scales of their own, come to lie beside
+//! each other. Warps leave what they computed of each row in shared memory and go on; after a *batch* of tasks other
+//! warps add it up and write what the tasks are for ([`finish`]).
 
-use super::gather;
-use super::ring::{Tile, turn_bytes};
-use super::row::{Group, Row, ask, norm_scale};
+use super::ring::{Head, Tile, TwoWords};
+use super::row::{GROUPS, Kept, Part, ask, fill, norm_scale, parts, sum_of};
 use super::seal::{Seal, pause};
-use super::task::{Task, block_tasks, first_of, first_run, matrix_field};
+use super::task::{BlockTasks, EIGHT, ROWS, TaskRow, block_tasks, matrix_field};
 use super::{
-    AHEAD, Current, DecodeArgs, MIXED, PLAIN, Source, TYPES, WARPS, Warp, await_op, blocks,
-    copy_op, get, kind, lane, note, point, sync, thread,
+    Current, DecodeArgs, FINISHERS, MIXED, PARTS_AT, PLAIN, SCRATCH_AT, Source, TYPES, WARPS, Warp,
+    blocks, first_note, get, kind, lane, note, point, sync, sync_finishers, thread,
 };
-use crate::for_each_type;
 use crate::rows::BLOCK_TOKENS;
 use crate::sample::{max_u64, rank, warp_max};
 use crate::types::*;
+use crate::{for_each_type, unrolled};
 use core::mem::offset_of;
-use cuda_std::int::{dp4a_us, here, opaque, quotient};
+use cuda_std::int::{here, opaque, quotient};
 use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
 };
 use cuda_std::settled::settled;
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::block_idx_x;
-use cuda_std::{float, half, warp};
+use cuda_std::{float, half, mma, warp};
 
-/// Tasks that a warp brings to an end together.
-const BATCH: u32 = 4;
+/// Tasks that a block brings to an end together, two for each warp that does.
+pub const BATCH: u32 = 2 * FINISHERS;
 
-/// An output that a lane brings to an end: of task `lane / 4 % BATCH` of a batch, the first row's in the lower
-/// half of the warp, the second's in the upper. Of four neighbours with the same output the first writes it.
+/// Bytes of what the warps of a team computed of a task: for each row a word of each. Rows that lanes read side by side are in
+/// different banks.
+const TASK_BYTES: u32 = ROWS * WARPS * 4;
+const _: () = assert!(WARPS / 4 % 2 == 1);
+/// Bytes of a batch's.
+const BATCH_BYTES: u32 = BATCH * TASK_BYTES;
+/// Bytes of all: a batch's are read while the next one's are written.
+pub(super) const PARTS_BYTES: u32 = 2 * BATCH_BYTES;
+
+/// Where the warps of a team leave their parts of row `row` of task `task` of step `step`.
+#[inline(always)]
+fn parts_of(step: u32, task: u32, row: u32) -> SharedPtr<f32> {
+    shared::at(PARTS_AT + step % 2 * BATCH_BYTES + task * TASK_BYTES + row * (4 * WARPS))
+}
+
+/// Tasks of a batch that begins with task `index`.
+#[inline(always)]
+fn batch_of(index: u32, end: u32) -> u32 {
+    if end - index < BATCH {
+        end - index
+    } else {
+        BATCH
+    }
+}
+
+/// An output that a lane brings to an end.
 #[derive(Clone, Copy)]
 struct Output {
     /// Where it goes.
     to: *mut f32,
-    /// Its matrix, and above it whether this lane writes it.
+    /// Its matrix, and what of [`Output::WRITES`] and so on is so.
     flags: u32,
     bias: f32,
     /// Cosine and sine of a rotation's angle; or the bits of the word that is added to.
@@ -40,8 +69,13 @@ struct Output {
 }
 
 impl Output {
+    /// This lane writes it.
     const WRITES: u32 = 4;
-    const SLOT: u32 = 8;
+    /// It is of a pair that rotates, and the second.
+    const ROTATES: u32 = 8;
+    const SECOND: u32 = 16;
+    /// It is added to what is there.
+    const ADDS: u32 = 32;
 
     const NONE: Output = Output {
         to: core::ptr::null_mut(),
@@ -56,61 +90,44 @@ impl Output {
         self.flags % Self::WRITES
     }
 
-    /// Writes `v` to `to`, or leaves it for who writes the block's outputs.
     #[inline(always)]
-    unsafe fn write(&self, op: Current, to: *mut f32, v: f32, seal: Seal) {
-        unsafe {
-            if get!(op, gathered) != 0 {
-                gather::leave(self.flags / Self::SLOT, to, v, seal);
-            } else {
-                seal.write(to, v);
-            }
-        }
+    fn is(&self, flag: u32) -> bool {
+        self.flags & flag != 0
     }
 
-    #[inline(always)]
-    fn writes(&self) -> bool {
-        self.flags & Self::WRITES != 0
-    }
-
-    /// Of the batch that begins with task `index`. What it asks for comes while the input is awaited.
+    /// Of this lane's row of task `index`. What it asks for comes while the input is awaited.
     #[inline(always)]
     unsafe fn of(a: &DecodeArgs, op: Current, index: u32) -> Output {
         unsafe {
-            let (lane, tasks) = (lane(), block_tasks(op));
-            let index = index + lane / 4 % BATCH * WARPS;
-            let exists = index < tasks.end;
-            let task = Task::of(op, if exists { index } else { 0 });
-            let (m, r) = if lane < 16 {
-                (task.m0, task.r0)
+            let row = TaskRow::of(op, index, lane());
+            // Of a gate and its up the first writes.
+            let most = if get!(op, kind) == kind::GATE_UP {
+                EIGHT
             } else {
-                (task.m1, task.r1)
+                ROWS
             };
-            // A matrix's last row may be without a second; of a split row's halves, and of a gate and its up, the first
-            // writes.
-            let gathered = get!(op, gathered);
-            let second = gathered == 2
-                || gathered == 0
-                    && (task.m0, task.r0) != (task.m1, task.r1)
-                    && get!(op, kind) != kind::GATE_UP;
-            let slot = (index - tasks.first) * gathered + if gathered == 2 { lane / 16 } else { 0 };
-            let writes = exists && lane % 4 == 0 && (lane < 16 || second);
+            let flag = |is: bool, flag: u32| if is { flag } else { 0 };
             let mut output = Output {
-                to: get!(op, out).wrapping_add(r as usize),
-                flags: m | if writes { Self::WRITES } else { 0 } | (slot * Self::SLOT),
+                to: get!(op, out).wrapping_add(row.r as usize),
+                flags: row.m
+                    | flag(row.exists && lane() % ROWS < most, Self::WRITES)
+                    | flag(row.rotates, Self::ROTATES)
+                    | flag(row.second, Self::SECOND),
                 bias: 0.0,
                 turn: (1.0, 0.0),
             };
-            if exists {
-                let bias = op.bias(m);
+            if row.exists {
+                let bias = op.bias(row.m);
                 if !bias.is_null() {
-                    output.bias = ldg_f32(bias.add(r as usize));
+                    output.bias = ldg_f32(bias.add(row.r as usize));
                 }
-                if task.rotates {
+                if row.rotates {
                     let table = get!(op, rotation.table);
-                    let at = (a.position * (get!(op, rotation.dims) / 2) + task.pair) as usize * 2;
+                    let at =
+                        (here(a.position) * (get!(op, rotation.dims) / 2) + row.pair) as usize * 2;
                     output.turn = (ldg_f32(table.add(at)), ldg_f32(table.add(at + 1)));
                 } else if get!(op, add) != 0 {
+                    output.flags |= Output::ADDS;
                     output.turn.0 = f32::from_bits(ld_relaxed_u32(output.to.cast()));
                 }
             }
@@ -119,179 +136,229 @@ impl Output {
     }
 }
 
-/// A group of weights, whatever its type: levels, and `d * level + m` for its halves.
+/// Groups of eight rows, a row for four lanes: of each group two words of levels, and scales of that which is this
+/// lane's.
 #[derive(Clone, Copy)]
-struct Unpacked {
-    levels: [u32; 8],
+struct Eight {
+    levels: [[u32; 2]; GROUPS as usize],
     affine: Affine,
 }
 
-/// A turn's groups of this lane.
-type Pair = [Unpacked; 2];
-
-/// Of a warp without tasks. Registers that some path leaves undefined would be taken throughout the launch.
-const NO_PAIR: Pair = [Unpacked {
-    levels: [0; 8],
+/// Nothing: registers that some path leaves undefined would be taken throughout the launch.
+const NO_EIGHT: Eight = Eight {
+    levels: [[0; 2]; GROUPS as usize],
     affine: Affine {
         d: [0.0; 2],
         m: [0.0; 2],
     },
-}; 2];
+};
 
-/// A turn in shared memory: addresses of the two tiles, and their groups; and the lane that reads it.
+/// A task's tiles in a turn.
 #[derive(Clone, Copy)]
 struct Turn {
-    lane: u32,
-    tiles: [u32; 2],
-    groups: [u32; 2],
+    /// Where this lane's row of the first eight begins.
+    start: u32,
+    head: Head,
+    /// The first tile.
+    tile: u32,
+    /// Groups of the row.
+    groups: u32,
 }
 
-/// The two runs of a task, in groups: the whole of a row each, or its two halves.
+/// A part of it.
 #[derive(Clone, Copy)]
-struct Runs(u32);
-
-impl Runs {
-    #[inline(always)]
-    fn of(groups: u32, split: bool) -> Runs {
-        let second = if split { first_run(groups) } else { 0 };
-        Runs(groups | (second << 16))
-    }
-
-    /// Groups of a row.
-    #[inline(always)]
-    fn groups(self) -> u32 {
-        self.0 & 0xffff
-    }
-
-    /// Where the second run begins; it ends with the row.
-    #[inline(always)]
-    fn second(self) -> u32 {
-        self.0 >> 16
-    }
-
-    /// Where the first run ends.
-    #[inline(always)]
-    fn first(self) -> u32 {
-        if self.second() == 0 {
-            self.groups()
-        } else {
-            self.second()
-        }
-    }
+struct Place {
+    /// Where the tile of this lane's row of either eight begins.
+    starts: [u32; 2],
+    /// Groups of the tile, and the part's first.
+    groups: u32,
+    first: u32,
 }
 
 impl Turn {
-    /// Tile `tile` of each run in the turn at address `turn`, with `bytes` from tile to tile; it begins at group `at` of
-    /// the runs.
     #[inline(always)]
-    fn new(a: &DecodeArgs, turn: u32, tile: u32, bytes: u32, runs: Runs, at: u32) -> Turn {
-        let first = turn + tile * bytes;
-        Turn {
-            lane: lane(),
-            tiles: [first, first + turn_bytes(a) / 2],
-            groups: [
-                left(runs.first(), at),
-                left(runs.groups() - runs.second(), at),
+    fn part(&self, a: &DecodeArgs, part: u32) -> Place {
+        let mine = part * GROUPS / TILE as u32;
+        let left = self.groups - mine * TILE as u32;
+        let [first, second] = self.head.tiles.map(|bytes| (mine - self.tile) * bytes);
+        Place {
+            starts: [
+                self.start + first,
+                self.start + EIGHT * here(a.pitch) + second,
             ],
+            groups: if left < TILE as u32 {
+                left
+            } else {
+                TILE as u32
+            },
+            first: part * GROUPS % TILE as u32,
         }
     }
 }
 
-/// Groups of a run's tile that begins at group `at`.
+/// Eight rows of a quantised type. Past the end of a row levels and scales are whatever is there.
 #[inline(always)]
-fn left(groups: u32, at: u32) -> u32 {
-    let left = groups.saturating_sub(at);
-    if left < TILE as u32 {
-        left
-    } else {
-        TILE as u32
-    }
-}
-
-/// Lanes past the end of a tile take whatever is there, and are not counted.
-#[inline(always)]
-unsafe fn load<T: Quantised>(turn: &Turn, i: usize) -> T::Raw {
+unsafe fn eight<T: Quantised>(place: &Place, start: u32) -> Eight {
     unsafe {
-        T::load(
-            &Tile::<T>::new(turn.tiles[i], turn.groups[i]),
-            turn.lane as usize,
-        )
+        let tile = Tile::<T>::new(start, place.groups);
+        let words = TwoWords {
+            tile,
+            word: lane() % 4,
+        };
+        let first = place.first as usize;
+        Eight {
+            levels: unrolled!(4, |g| {
+                let levels = T::levels(T::load(&words, first + g));
+                [levels[0], levels[4]]
+            }),
+            affine: affine::<T>(place, &words.tile),
+        }
     }
 }
 
+/// The scales of this lane's group.
 #[inline(always)]
-fn unpacked<T: Quantised>(raw: T::Raw, turn: &Turn) -> Unpacked {
-    Unpacked {
-        levels: T::levels(raw),
-        affine: T::affine(raw, turn.lane as usize),
-    }
+unsafe fn affine<T: Quantised>(place: &Place, tile: &Tile<T>) -> Affine {
+    let g = (place.first + lane() % 4) as usize;
+    T::affine(unsafe { T::load(tile, g) }, g)
 }
 
-/// Both groups of one quantised type.
+/// The same of a type whose levels come of whole groups.
 #[inline(always)]
-unsafe fn pair_quantised<T: Quantised>(turn: Turn) -> Pair {
+unsafe fn eight_looked_up<T: Quantised>(place: &Place, start: u32) -> Eight {
     unsafe {
-        let first = load::<T>(&turn, 0);
-        let second = load::<T>(&turn, 1);
-        [unpacked::<T>(first, &turn), unpacked::<T>(second, &turn)]
+        let tile = Tile::<T>::new(start, place.groups);
+        let word = lane() % 4;
+        let mut all = [[0; 2]; GROUPS as usize];
+        let mut g = 0;
+        while g < GROUPS {
+            let levels = T::levels(T::load(&tile, (place.first + g) as usize));
+            // Not indexed, for which they would go to local memory.
+            let pick = |from: usize| {
+                let near = [levels[from], levels[from + 1]];
+                let far = [levels[from + 2], levels[from + 3]];
+                let two = if word & 2 != 0 { far } else { near };
+                if word & 1 != 0 { two[1] } else { two[0] }
+            };
+            let mine = [pick(0), pick(4)];
+            for i in 0..GROUPS {
+                if i == g {
+                    all[i as usize] = mine;
+                }
+            }
+            // Not unrolled.
+            g += opaque(1);
+        }
+        Eight {
+            levels: all,
+            affine: affine::<T>(place, &tile),
+        }
     }
 }
 
-/// The same, one after the other through the same code: for types that take more registers than
-/// loads in flight are worth.
+/// This warp's parts of a turn's products with the row: of rows `lane / 4` of either eight.
 #[inline(always)]
-unsafe fn pair_looked_up<T: Quantised>(turn: Turn) -> Pair {
-    let mut turn = turn;
-    let mut pair = NO_PAIR;
+unsafe fn dot_quantised<T: Quantised>(
+    a: &DecodeArgs,
+    op: Current,
+    turn: &Turn,
+    parts: Parts,
+) -> [f32; 2] {
+    let mut sums = [0.0; 2];
+    let mut part = parts.first;
+    while part < parts.end {
+        unsafe {
+            let place = turn.part(a, part);
+            let x = Kept::new(op, part).load();
+            let [first, second] = place.starts;
+            let w = [eight::<T>(&place, first), eight::<T>(&place, second)];
+            let products = dot(&w, &x, T::UNIFORM);
+            sums[0] += products[0];
+            sums[1] += products[1];
+        }
+        part += parts.step;
+    }
+    sums
+}
+
+/// The same of a type whose levels come of whole groups, one eight after the other through the same code: both would take
+/// more registers than there are.
+#[inline(always)]
+unsafe fn dot_looked_up<T: Quantised>(
+    a: &DecodeArgs,
+    op: Current,
+    turn: &Turn,
+    parts: Parts,
+) -> [f32; 2] {
+    let mut sums = [0.0; 2];
     let mut i = 0;
     while i < 2 {
-        turn.lane = here(turn.lane);
-        pair[0] = pair[1];
-        pair[1] = unpacked::<T>(unsafe { load::<T>(&turn, 0) }, &turn);
-        (turn.tiles[0], turn.groups[0]) = (turn.tiles[1], turn.groups[1]);
+        let mut sum = 0.0;
+        let mut part = parts.first;
+        while part < parts.end {
+            unsafe {
+                let place = turn.part(a, part);
+                let x = Kept::new(op, part).load();
+                let [first, second] = place.starts;
+                let start = if i == 0 { first } else { second };
+                let w = [eight_looked_up::<T>(&place, start), NO_EIGHT];
+                sum += dot(&w, &x, T::UNIFORM)[0];
+            }
+            part += parts.step;
+        }
+        sums = [sums[1], sum];
         // Not unrolled.
         i += opaque(1);
     }
-    pair
+    sums
 }
 
-/// This lane's part of the product of one group.
-#[inline(always)]
-fn dot(w: &Unpacked, x: &Group) -> f32 {
-    let (mut first, mut last) = (0, 0);
-    for i in 0..4 {
-        first = dp4a_us(w.levels[i], x.low[i], first);
-        last = dp4a_us(w.levels[i + 4], x.high[i], last);
-    }
-    let a = &w.affine;
-    let product = a.d[0] * first as f32 + a.d[1] * last as f32;
-    x.d * product + (a.m[0] * x.sums[0] + a.m[1] * x.sums[1])
+/// Parts `first`, `first + step` and so on before `end`.
+#[derive(Clone, Copy)]
+struct Parts {
+    first: u32,
+    end: u32,
+    step: u32,
 }
 
-/// This lane's parts of a turn's products of float weights with the f32 row, whose groups `at` the tiles begin with.
+/// The same of float weights with the f32 row.
 #[inline(always)]
-unsafe fn dot_float<T: Sixteen>(row: &Row, turn: &Turn, at: [u32; 2]) -> [f32; 2] {
+unsafe fn dot_float<T: Sixteen>(
+    a: &DecodeArgs,
+    op: Current,
+    turn: &Turn,
+    parts: Parts,
+) -> [f32; 2] {
     unsafe {
-        [0, 1].map(|i| {
-            let mut sum = 0.0;
-            // 16 bytes a lane at a time.
-            let mut unit = turn.lane;
-            while unit * (T::WEIGHTS as u32) < turn.groups[i] * GROUP as u32 {
-                let w = SharedPtr::<u32>::from_addr(turn.tiles[i] + 16 * unit).load_v4();
-                let w = T::unpack_sixteen(w);
-                let e = at[i] * GROUP as u32 + unit * T::WEIGHTS as u32;
-                let mut k = 0;
-                while k < T::WEIGHTS {
-                    let x = row.values().add(e + k as u32).load_v4();
-                    for j in 0..4 {
-                        sum += w[k + j] * x[j];
+        const { assert!(GROUP % T::WEIGHTS == 0) };
+        let units = (GROUP / T::WEIGHTS) as u32;
+        let mut sums = [0.0f32; 2];
+        let mut part = parts.first;
+        while part < parts.end {
+            let place = turn.part(a, part);
+            let values = Kept::new(op, part).values();
+            let groups = place.groups - place.first;
+            let groups = if groups < GROUPS { groups } else { GROUPS };
+            let mut unit = lane() % 4;
+            while unit < groups * units {
+                let x = values.add(unit * T::WEIGHTS as u32);
+                for i in 0..2 {
+                    let at = place.starts[i] + 16 * (place.first * units + unit);
+                    let w = T::unpack_sixteen(SharedPtr::<u32>::from_addr(at).load_v4());
+                    let mut k = 0;
+                    while k < T::WEIGHTS {
+                        let x = x.add(k as u32).load_v4();
+                        for j in 0..4 {
+                            sums[i] += w[k + j] * x[j];
+                        }
+                        k += 4;
                     }
-                    k += 4;
                 }
-                unit += 32;
+                unit += 4;
             }
-            sum
-        })
+            part += parts.step;
+        }
+        sums
     }
 }
 
@@ -301,275 +368,416 @@ fn may_be(types: u32) -> bool {
     settled::<TYPES>() & types != 0
 }
 
-/// Whether `ty`, which is one of `kind`, is `T`: no question where no other may be.
+/// Whether `ty` is `T`: no question where no other may be.
 #[inline(always)]
-fn is_type<const T: u32>(ty: u32, kind: u32) -> bool {
-    let bit = const { type_bit(T) } & kind;
-    may_be(bit) && (ty == T || settled::<TYPES>() & kind & !MIXED == bit)
+fn is_type<const T: u32>(ty: u32) -> bool {
+    let bit = const { type_bit(T) };
+    may_be(bit) && (ty == T || settled::<TYPES>() & !MIXED == bit)
 }
 
 macro_rules! turn_by_type {
     ($($ty:literal => $name:ident, $kind:ident;)*) => {
-        /// A turn's groups of quantised type `ty`.
+        /// A warp's first part: both eights, if its type is such that these are quickly unpacked.
         #[inline(always)]
-        unsafe fn pair_of(ty: u32, turn: Turn) -> Pair {
+        unsafe fn first_of(ty: u32, place: &Place) -> First {
             unsafe {
-                // One after the other: a jump by number takes longer than the few that a settled kernel has left.
-                $(if is_type::<$ty>(ty, !FLOATS) {
-                    return turn_by_type!(@$kind pair $name, turn);
+                $(if is_type::<$ty>(ty) {
+                    return turn_by_type!(@$kind first $name, place);
                 })*
-                NO_PAIR
+                First::NONE
             }
         }
 
-        /// [`dot_float`] of type `ty`.
+        /// This warp's parts of a turn's products with eights of type `ty`.
         #[inline(always)]
-        unsafe fn dot_float_of(ty: u32, row: &Row, turn: &Turn, at: [u32; 2]) -> [f32; 2] {
+        unsafe fn dot_of(ty: u32, a: &DecodeArgs, op: Current, turn: &Turn, parts: Parts) -> [f32; 2] {
             unsafe {
-                $(if is_type::<$ty>(ty, FLOATS) {
-                    return turn_by_type!(@$kind dot $name, row, turn, at);
+                // One after the other: a jump by number takes longer than the few that a settled kernel has left.
+                $(if is_type::<$ty>(ty) {
+                    return turn_by_type!(@$kind $name, a, op, turn, parts);
                 })*
                 [f32::NAN; 2]
             }
         }
     };
-    (@quantised pair $name:ident, $($arg:expr),*) => { pair_quantised::<$name>($($arg),*) };
-    (@looked_up pair $name:ident, $($arg:expr),*) => { pair_looked_up::<$name>($($arg),*) };
-    (@float pair $name:ident, $($arg:expr),*) => { NO_PAIR };
-    (@quantised dot $name:ident, $($arg:expr),*) => { [f32::NAN; 2] };
-    (@looked_up dot $name:ident, $($arg:expr),*) => { [f32::NAN; 2] };
-    (@float dot $name:ident, $($arg:expr),*) => { dot_float::<$name>($($arg),*) };
+    (@quantised first $name:ident, $place:ident) => {
+        First {
+            ready: true,
+            read: false,
+            uniform: $name::UNIFORM,
+            eights: [
+                eight::<$name>($place, $place.starts[0]),
+                eight::<$name>($place, $place.starts[1]),
+            ],
+        }
+    };
+    (@looked_up first $name:ident, $place:ident) => { First::NONE };
+    (@float first $name:ident, $place:ident) => { First::NONE };
+    (@quantised $name:ident, $a:ident, $op:ident, $turn:ident, $parts:ident) => {
+        dot_quantised::<$name>($a, $op, $turn, $parts)
+    };
+    (@looked_up $name:ident, $a:ident, $op:ident, $turn:ident, $parts:ident) => {
+        dot_looked_up::<$name>($a, $op, $turn, $parts)
+    };
+    (@float $name:ident, $a:ident, $op:ident, $turn:ident, $parts:ident) => {
+        dot_float::<$name>($a, $op, $turn, $parts)
+    };
 }
 for_each_type!(turn_by_type);
 
+/// This lane's parts of the products of rows `lane / 4` of either eight: those of group `lane % 4`.
+#[inline(always)]
+fn dot(w: &[Eight; 2], x: &Part, uniform: bool) -> [f32; 2] {
+    // Of B all but the group's columns are zero.
+    let column = lane() / 8;
+    let of = |g: u32, i: usize| if column == g { x.bytes[i] } else { 0 };
+    // Several sums, so that one product does not wait for the last: of even and of odd groups, and of either half.
+    let mut sums = [[[0i32; 4]; 2]; 2];
+    for g in 0..GROUPS as usize {
+        let [a, b] = [w[0].levels[g], w[1].levels[g]];
+        let x = [of(g as u32, 0), of(g as u32, 1)];
+        let [first, second] = &mut sums[g % 2];
+        if uniform {
+            *first = mma::m16n8k32_u8_s8([a[0], b[0], a[1], b[1]], x, *first);
+        } else {
+            *first = mma::m16n8k16_u8_s8([a[0], b[0]], x[0], *first);
+            *second = mma::m16n8k16_u8_s8([a[1], b[1]], x[1], *second);
+        }
+    }
+    unrolled!(2, |i| {
+        let whole = |half: usize| {
+            let [even, odd] = [sums[0][half], sums[1][half]];
+            let (high, low) = (even[2 * i] + odd[2 * i], even[2 * i + 1] + odd[2 * i + 1]);
+            (128 * high + low) as f32
+        };
+        let w = &w[i].affine;
+        let [first, second] = x.sums;
+        let product = if uniform {
+            x.d * (w.d[0] * whole(0)) + w.m[0] * (first + second)
+        } else {
+            x.d * (w.d[0] * whole(0) + w.d[1] * whole(1)) + (w.m[0] * first + w.m[1] * second)
+        };
+        // Past the row's end scales are whatever is there.
+        if x.d == 0.0 { 0.0 } else { product }
+    })
+}
+
 /// [`kind::PRODUCT`], [`kind::GATE_UP`] and [`kind::QKV`].
 ///
-/// What does not need the input comes before the wait for it: the first turn's weights are unpacked by then, and
-/// what the outputs need is on its way.
+/// What does not need the input comes before the wait for it: the weights of a warp's first part are unpacked by then.
 #[inline(always)]
 pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
-        copy_op(a, w.index + AHEAD);
-        let asked = ask(op);
-        let end = block_tasks(op).end;
-        let split = get!(op, split) != 0;
-        let gate = get!(op, kind) == kind::GATE_UP;
-        let groups = matrix_field(op, 0, offset_of!(Matrix, cols)) / GROUP as u32;
-        let runs = Runs::of(groups, split);
-        let mut index = first_of(block_tasks(op).first, thread() / 32);
-        let (mut output, mut types) = (Output::NONE, Types(0));
-        if index < end {
-            output = Output::of(a, op, index);
-            types = Types::of(op, gate, warp::shuffle_idx(output.m(), 0));
+        let BlockTasks {
+            first: mut index,
+            end,
+        } = block_tasks(op);
+        if index >= end {
+            return;
         }
-        let mut waits = true;
-        let mut best = 0;
-        let mut scale = 1.0;
-        // A lane's sum of each task of the batch, of its half's row; of the current task, of both rows.
-        let mut sums = [0.0f32; BATCH as usize];
-        let mut k = 0;
-        let mut v = [0.0f32; 2];
-        let mut at = 0;
-        // The tile of the turn.
-        let mut tile = 0;
-        // Rows of two types (a gate and an up of a hand-made mix) take a turn twice, for one row each.
-        let mut again = false;
+        let asked = ask(op, thread() / 32);
+        let team = Team::of(a, op);
+        let mut count = batch_of(index, end);
+        // What is not this team's passes by.
+        let mut task = team.pass(a, w, 0, team.number, count);
+        let mut first = First::NONE;
+        if task < count {
+            first = team.first(a, w);
+        }
+        let seal = Seal::of(a, get!(op, input.from));
+        fill(op, seal, w.index, team.groups, asked);
+        sync();
+        first_note(a, w.index, point::INPUT);
         loop {
-            let any = index < end;
-            let ty = if again { types.second() } else { types.first() };
-            let float = may_be(FLOATS) && (!may_be(!FLOATS & !MIXED) || is_float(ty));
-            let done = again || !types.mixed();
-            let last = done && (tile + 1 == a.turn_tiles || at + TILE as u32 >= runs.first());
-            let mut pair = NO_PAIR;
-            if any {
-                if tile == 0 && !again {
-                    w.ring.wait();
+            while task < count {
+                let sums = team.dot(a, op, w, &first);
+                first.ready = false;
+                // Of four lanes the first two have either eight's row in the end.
+                let odd = lane() & 1 != 0;
+                let bits = sums.map(f32::to_bits);
+                let [keep, pass] = if odd { [bits[1], bits[0]] } else { bits };
+                // As one number each: else either half of the lanes would get an exchange of its own.
+                let other = warp::shuffle_xor(opaque(pass), 1);
+                let mut sum = f32::from_bits(keep) + f32::from_bits(other);
+                sum += warp::shuffle_xor(sum, 2);
+                if lane() & 2 == 0 {
+                    let row = lane() / 4 + if odd { EIGHT } else { 0 };
+                    parts_of(w.step, task, row).add(team.warp).store(sum);
                 }
-                let bytes = types.tile_bytes(op, again);
-                let mut turn = Turn::new(a, w.ring.turn(), tile, bytes, runs, at);
-                // Else the addresses for every type would be computed beforehand, and kept.
-                turn.lane = here(turn.lane);
-                pair = pair_of(ty, turn);
-                // What is unpacked needs its place no more.
-                if last && !float {
-                    w.ring.release(a);
-                }
+                task = team.pass(a, w, task + 1, team.teams - 1, count);
             }
-            if waits {
-                waits = false;
-                if block_tasks(op).first < end {
-                    Row::new(a, w.index, runs.groups() * GROUP as u32).fill(a, op, w.index, asked);
-                }
-                await_op();
-                sync();
-                note(a, w.index, point::INPUT);
-                scale = norm_scale(op, w.index);
-                // Said here, so that they take no registers before.
-                (sums, k) = ([0.0; BATCH as usize], 0);
-                (v, at) = ([0.0; 2], 0);
-                best = 0;
-            }
-            if !any {
+            index += count;
+            if index >= end {
                 break;
             }
-            let row = Row::new(a, here(w.index), runs.groups() * GROUP as u32);
-            let mut turn_v = [0.0; 2];
-            if float {
-                let bytes = types.tile_bytes(op, again);
-                let turn = Turn::new(a, w.ring.turn(), tile, bytes, runs, at);
-                turn_v = dot_float_of(ty, &row, &turn, [at, runs.second() + at]);
-                if last {
-                    w.ring.release(a);
-                }
-            } else {
-                let first = at + lane();
-                let mut x = row.group(first);
-                let v0 = dot(&pair[0], &x);
-                if runs.second() != 0 {
-                    x = row.group(runs.second() + first);
-                }
-                let v1 = dot(&pair[1], &x);
-                if first < runs.first() {
-                    turn_v[0] = v0;
-                }
-                if runs.second() + first < runs.groups() {
-                    turn_v[1] = v1;
-                }
-            }
-            if types.mixed() {
-                turn_v[usize::from(!again)] = 0.0;
-                again = !again;
-            }
-            v[0] += turn_v[0];
-            v[1] += turn_v[1];
-            if !done {
-                continue;
-            }
-            tile = if last { 0 } else { tile + 1 };
-            at += TILE as u32;
-            if at < runs.first() {
-                continue;
-            }
-            // The task's end.
-            let low = lane() < 16;
-            let (mine, other) = if low { (v[0], v[1]) } else { (v[1], v[0]) };
-            let sum = mine + warp::shuffle_xor(other, 16);
-            for i in 0..BATCH as usize {
-                if i as u32 == k {
-                    sums[i] = sum;
-                }
-            }
-            (v, at) = ([0.0; 2], 0);
-            k += 1;
-            index += WARPS;
-            if k == BATCH || index >= end {
-                best = max_u64(best, finish(a, op, &output, sums, scale));
-                if index >= end {
-                    break;
-                }
-                k = 0;
-                output = Output::of(a, op, index);
-            }
-            types = Types::of(op, gate, warp::shuffle_idx(output.m(), 4 * k));
-        }
-        if get!(op, gathered) != 0 {
-            gather::write(op);
-        }
-        if get!(op, choose) != 0 {
-            choose(a, best);
+            w.end_step();
+            w.begin_step();
+            count = batch_of(index, end);
+            task = team.pass(a, w, 0, team.number, count);
         }
     }
 }
 
-/// The types of a task's two rows, of the first and the second, and the number of the first's matrix.
+/// The warps that take a task.
 #[derive(Clone, Copy)]
-struct Types(u32);
+struct Team {
+    /// Its number, of so many.
+    number: u32,
+    teams: u32,
+    /// This warp's number in it, of so many.
+    warp: u32,
+    warps: u32,
+    /// Groups of a row.
+    groups: u32,
+    /// Turns of a task.
+    turns: u32,
+}
 
-impl Types {
-    /// Of rows of matrix `m`, or of a gate and its up.
+/// The weights of a warp's first part.
+#[derive(Clone, Copy)]
+struct First {
+    ready: bool,
+    /// Whether the first turn has been given back, its other parts being other warps'.
+    read: bool,
+    uniform: bool,
+    eights: [Eight; 2],
+}
+
+impl First {
+    const NONE: First = First {
+        ready: false,
+        read: false,
+        uniform: true,
+        eights: [NO_EIGHT; 2],
+    };
+}
+
+impl Team {
     #[inline(always)]
-    unsafe fn of(op: Current, gate: bool, m: u32) -> Types {
-        let ty = |m: u32| unsafe { matrix_field(op, m, offset_of!(Matrix, ty)) };
-        let first = ty(m);
-        Types(first | ((if gate { ty(1) } else { first }) << 8) | (m << 16))
+    unsafe fn of(a: &DecodeArgs, op: Current) -> Team {
+        unsafe {
+            let warps = get!(op, team);
+            let number = quotient(thread() / 32, warps);
+            let groups = matrix_field(op, 0, offset_of!(Matrix, cols)) / GROUP as u32;
+            Team {
+                number,
+                teams: quotient(WARPS, warps),
+                warp: thread() / 32 - number * warps,
+                warps,
+                groups,
+                turns: quotient(
+                    groups.div_ceil(TILE as u32) + a.turn_tiles - 1,
+                    a.turn_tiles,
+                ),
+            }
+        }
     }
 
+    /// Lets the turns of `tasks` tasks from `task` on pass by, those before `end`; the task behind them.
     #[inline(always)]
-    fn first(self) -> u32 {
-        self.0 & 0xff
+    unsafe fn pass(&self, a: &DecodeArgs, w: &mut Warp, task: u32, tasks: u32, end: u32) -> u32 {
+        let behind = task + tasks;
+        let behind = if behind < end { behind } else { end };
+        let mut turns = behind.saturating_sub(task) * self.turns;
+        while turns > 0 {
+            unsafe { w.place.pass(a) }
+            turns -= 1;
+        }
+        behind
     }
 
+    /// The next turn, which begins with tile `tile`.
     #[inline(always)]
-    fn second(self) -> u32 {
-        self.0 >> 8 & 0xff
+    unsafe fn turn(&self, a: &DecodeArgs, w: &Warp, tile: u32) -> Turn {
+        let (start, head) = unsafe { w.place.wait(a) };
+        Turn {
+            start: start + here(lane()) / 4 * here(a.pitch),
+            head,
+            tile,
+            groups: self.groups,
+        }
     }
 
+    /// Unpacks this warp's first part of the next task, where that is of one quantised type and in its first turn.
     #[inline(always)]
-    fn mixed(self) -> bool {
-        may_be(MIXED) && self.first() != self.second()
+    unsafe fn first(&self, a: &DecodeArgs, w: &mut Warp) -> First {
+        unsafe {
+            let turn = self.turn(a, w, 0);
+            let ty = turn.head.first();
+            if self.warp >= self.end(a, 0) || may_be(MIXED) && ty != turn.head.second() {
+                return First::NONE;
+            }
+            let mut first = first_of(ty, &turn.part(a, self.warp));
+            if first.ready && self.warp + self.warps >= self.end(a, 0) {
+                first.read = true;
+                w.place.release(a);
+            }
+            first
+        }
     }
 
-    /// Bytes of a whole tile of the first row's matrix, or of an up.
+    /// The part behind those of the turn that begins with tile `tile`.
     #[inline(always)]
-    unsafe fn tile_bytes(self, op: Current, second: bool) -> u32 {
-        let m = if second { 1 } else { self.0 >> 16 };
-        unsafe { matrix_field(op, m, offset_of!(Matrix, tile_bytes)) }
+    fn end(&self, a: &DecodeArgs, tile: u32) -> u32 {
+        let end = (tile + a.turn_tiles) * (TILE as u32 / GROUPS);
+        let all = parts(self.groups);
+        if end < all { end } else { all }
+    }
+
+    /// This warp's part of the next task's products.
+    #[inline(always)]
+    unsafe fn dot(&self, a: &DecodeArgs, op: Current, w: &mut Warp, first: &First) -> [f32; 2] {
+        unsafe {
+            let mut sums = [0.0f32; 2];
+            let mut part = self.warp;
+            if first.ready {
+                sums = dot(&first.eights, &Kept::new(op, part).load(), first.uniform);
+                part += self.warps;
+            }
+            let mut tile = 0;
+            let mut turns = self.turns;
+            if first.ready && first.read {
+                tile += a.turn_tiles;
+                turns -= 1;
+            }
+            while turns > 0 {
+                let end = self.end(a, tile);
+                if part < end {
+                    let turn = self.turn(a, w, tile);
+                    let parts = Parts {
+                        first: part,
+                        end,
+                        step: self.warps,
+                    };
+                    let (ty, second) = (turn.head.first(), turn.head.second());
+                    let products = dot_of(ty, a, op, &turn, parts);
+                    sums[0] += products[0];
+                    sums[1] += if may_be(MIXED) && ty != second {
+                        dot_of(second, a, op, &turn, parts)[1]
+                    } else {
+                        products[1]
+                    };
+                    while part < end {
+                        part += self.warps;
+                    }
+                    w.place.release(a);
+                } else {
+                    w.place.pass(a);
+                }
+                tile += a.turn_tiles;
+                turns -= 1;
+            }
+            sums
+        }
     }
 }
 
-/// `x / (1 + exp(-x))` in two instructions of the hardware: far finer than the 8 bits that it is rounded to.
+/// `x / (1 + exp(-x))` in two instructions of the hardware: far finer than the bits that it is rounded to.
 #[inline(always)]
 fn silu(x: f32) -> f32 {
     x * float::rcp_approx(1.0 + float::exp2_approx(-x * core::f32::consts::LOG2_E))
 }
 
-/// Adds up the lanes' parts of a batch and writes what its tasks are for; returns the rank of logits.
+/// What a finisher does of an operation: those that are no products pass by.
 #[inline(always)]
-unsafe fn finish(
+pub unsafe fn finish(a: &DecodeArgs, op: Current, w: &mut Warp) {
+    unsafe {
+        let mut best = 0;
+        // Two tasks a warp, a row a lane.
+        let mine = (thread() / 32 - WARPS) * 2 + lane() / ROWS;
+        let mut index = block_tasks(op).first;
+        loop {
+            let end = block_tasks(op).end;
+            let count = if index < end { batch_of(index, end) } else { 0 };
+            let mut output = Output::NONE;
+            if mine < count {
+                output = Output::of(a, op, index + mine);
+            }
+            let ends = Ends::of(a, op);
+            w.await_step();
+            if mine & !1 < count {
+                best = max_u64(best, finish_two(a, op, w, &output, &ends, mine));
+                note_output(a, w.index);
+            }
+            w.finish_step();
+            index += count;
+            if index >= end {
+                break;
+            }
+        }
+        if get!(op, choose) != 0 {
+            choose(a, best);
+            note_output(a, w.index);
+        }
+    }
+}
+
+/// What finishers know of an operation before they wait.
+#[derive(Clone, Copy)]
+struct Ends {
+    seal: Seal,
+    before: Seal,
+    kind: u32,
+    team: u32,
+    /// Whether there is a norm, and what it takes.
+    norm: bool,
+    inverse_len: f32,
+    eps: f32,
+}
+
+impl Ends {
+    #[inline(always)]
+    unsafe fn of(a: &DecodeArgs, op: Current) -> Ends {
+        unsafe {
+            let number = if get!(op, sealed) != 0 {
+                get!(op, number)
+            } else {
+                PLAIN
+            };
+            Ends {
+                seal: Seal::of(a, number).here(),
+                before: Seal::of(a, get!(op, add_from)).here(),
+                kind: get!(op, kind),
+                team: get!(op, team),
+                norm: !get!(op, input.norm).is_null(),
+                inverse_len: get!(op, input.inverse_len),
+                eps: get!(op, input.eps),
+            }
+        }
+    }
+}
+
+/// Notes the time in the first finisher of block 0.
+#[inline(always)]
+unsafe fn note_output(a: &DecodeArgs, index: u32) {
+    if thread() == 32 * WARPS {
+        unsafe { note(a, index, point::OUTPUT) }
+    }
+}
+
+/// Adds up the warps' parts of a row of task `task` of the batch and writes what it is for; returns the rank of logits.
+#[inline(always)]
+unsafe fn finish_two(
     a: &DecodeArgs,
     op: Current,
+    w: &Warp,
     output: &Output,
-    sums: [f32; BATCH as usize],
-    scale: f32,
+    ends: &Ends,
+    task: u32,
 ) -> u64 {
     unsafe {
-        // At each of the first two steps a lane passes on what is not of its task, and has half as many.
-        let lane = lane();
-        let up = lane & 8 != 0;
-        let keep = |i: usize| if up { sums[i + 2] } else { sums[i] };
-        let pass = |i: usize| if up { sums[i] } else { sums[i + 2] };
-        let two = [
-            keep(0) + warp::shuffle_xor(pass(0), 8),
-            keep(1) + warp::shuffle_xor(pass(1), 8),
-        ];
-        let (keep, pass) = if lane & 4 != 0 {
-            (two[1], two[0])
-        } else {
-            (two[0], two[1])
-        };
-        let mut v = keep + warp::shuffle_xor(pass, 4);
-        v += warp::shuffle_xor(v, 2);
-        v += warp::shuffle_xor(v, 1);
-        let low = lane < 16;
-        let number = if get!(op, sealed) != 0 {
-            get!(op, number)
-        } else {
-            PLAIN
-        };
-        let seal = Seal::of(a, number);
-        v = v * scale + output.bias;
-        match get!(op, kind) {
+        let scale = norm_scale(w.index, ends.inverse_len, ends.eps);
+        let mut v = sum_of(parts_of(w.step, task, lane() % ROWS), ends.team);
+        let seal = ends.seal;
+        // Without a branch: one goes beside the other.
+        v = v * if ends.norm { scale } else { 1.0 } + output.bias;
+        match ends.kind {
             kind::PRODUCT => {
-                if get!(op, split) != 0 {
-                    // Both halves have the bias.
-                    v += warp::shuffle_xor(v, 16) - output.bias;
-                }
-                if output.writes() {
-                    if get!(op, add) != 0 {
-                        let before = Seal::of(a, get!(op, add_from));
-                        v += before.await_word(output.to, output.turn.0.to_bits());
+                if output.is(Output::WRITES) {
+                    if output.is(Output::ADDS) {
+                        v += ends.before.await_word(output.to, output.turn.0.to_bits());
                     }
-                    output.write(op, output.to, v, seal);
+                    seal.write(output.to, v);
                     if get!(op, choose) != 0 {
                         let bytes = output.to as usize - get!(op, out) as usize;
                         return rank(v, bytes / 4);
@@ -577,18 +785,22 @@ unsafe fn finish(
                 }
             }
             kind::GATE_UP => {
-                let up = warp::shuffle_xor(v, 16);
-                if output.writes() {
-                    output.write(op, output.to, silu(v) * up, seal);
+                let up = warp::shuffle_xor(v, EIGHT);
+                if output.is(Output::WRITES) {
+                    seal.write(output.to, silu(v) * up);
                 }
             }
             _ => {
-                let other = warp::shuffle_xor(v, 16);
-                if output.writes() {
-                    let (cos, sin) = output.turn;
-                    let v = v * cos + if low { -other } else { other } * sin;
+                let apart = get!(op, rotation.halves) != 0;
+                let other = warp::shuffle_idx(v, lane() ^ if apart { EIGHT } else { 1 });
+                if output.is(Output::WRITES) {
+                    if output.is(Output::ROTATES) {
+                        let (cos, sin) = output.turn;
+                        let sin = if output.is(Output::SECOND) { sin } else { -sin };
+                        v = v * cos + other * sin;
+                    }
                     if output.m() == 0 {
-                        output.write(op, output.to, v, seal);
+                        seal.write(output.to, v);
                     } else {
                         write_cache(a, op, output, v, seal);
                     }
@@ -617,12 +829,7 @@ unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal
         if !fresh.is_null() {
             let at = which * kv_heads * head_dim + r;
             let rounded = half::F16::from_bits(bits).to_f32();
-            output.write(
-                op,
-                fresh.add(at as usize),
-                if late { v } else { rounded },
-                seal,
-            );
+            seal.write(fresh.add(at as usize), if late { v } else { rounded });
         }
         if late {
             return;
@@ -640,10 +847,8 @@ unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal
 #[inline(always)]
 unsafe fn choose(a: &DecodeArgs, best: u64) {
     unsafe {
-        // Other warps still read the scratch that this uses.
-        sync();
         let best = block_max(best);
-        let t = thread();
+        let t = thread() - 32 * WARPS;
         let high = u64::from(a.sequence) << 32;
         if t < 2 {
             let half = if t == 0 { best >> 32 } else { best } as u32;
@@ -664,7 +869,7 @@ unsafe fn choose(a: &DecodeArgs, best: u64) {
                     u64::from(v as u32)
                 };
                 best = max_u64(best, (read(0) << 32) | read(1));
-                block += 32 * WARPS;
+                block += 32 * FINISHERS;
             }
             let best = block_max(best);
             if t == 0 {
@@ -677,20 +882,20 @@ unsafe fn choose(a: &DecodeArgs, best: u64) {
     }
 }
 
-/// The greatest of the warps that compute.
+/// The greatest of the finishers.
 #[inline(always)]
 unsafe fn block_max(best: u64) -> u64 {
     unsafe {
-        let scratch = shared::at::<u64>(0);
+        let scratch = shared::at::<u64>(SCRATCH_AT);
         let mut best = warp_max(best);
         if lane() == 0 {
-            scratch.add(thread() / 32).store(best);
+            scratch.add(thread() / 32 - WARPS).store(best);
         }
-        sync();
-        for i in 0..WARPS {
+        sync_finishers();
+        for i in 0..FINISHERS {
             best = max_u64(best, scratch.add(i).load());
         }
-        sync();
+        sync_finishers();
         best
     }
 }

@@ -1,39 +1,41 @@
 //! A product's input row in shared memory.
+//!
+//! The warps of a block share the row out in *parts* of four groups, of which a lane brings four values, eight lanes a
+//! group. They are quantised to 15 bits, `x ≈ d * (128 high + low)`, and lie as B's fragments of a product of bytes: of the eight
+//! columns, `2 g` has the high bytes of group `g`, `2 g + 1` the low ones, so that a fragment's sums of a group end in the
+//! lanes `t = g`.
 
-use super::gather::WRITER;
 use super::seal::{Seal, pause};
-use super::{Current, DecodeArgs, ROWS_AT, get, lane, thread};
+use super::{Current, ROWS_AT, WARPS, get, lane, thread};
 use crate::types::GROUP;
-use cuda_std::int::{dp4a, here, opaque};
+use cuda_std::int::{opaque, prmt};
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::{float, warp};
+use cuda_std::{float, mma, warp};
 
-/// Shared memory for an input row of `cols` values (a multiple of 32); `float` where any matrix is of
-/// a float type.
+/// Groups of a part: all in one tile.
+pub const GROUPS: u32 = 4;
+/// Shared memory of a part of the row: fragments; then for each group `d` and the sums of what its halves stand for; then,
+/// if kept, the values as f32.
+const META_AT: u32 = 32 * 8;
+const VALUES_AT: u32 = META_AT + GROUPS * 16;
+const PART_BYTES: u32 = VALUES_AT;
+const FLOAT_PART_BYTES: u32 = VALUES_AT + 32 * 16;
+
+/// Shared memory for an input row of `cols` values (a multiple of 32); `float` where any matrix is of a float type.
 pub const fn row_bytes(cols: u32, float: bool) -> u32 {
-    cols + cols / 2 + if float { 4 * cols } else { 0 }
+    let part = if float { FLOAT_PART_BYTES } else { PART_BYTES };
+    parts(cols / GROUP as u32) * part
 }
 
-/// An input row in shared memory. Quantised values: the first 16 of every group, then the last 16, so
-/// that 16-byte loads of neighbouring lanes fall into different banks; then for each group `d` (`x ≈ d * q`), the sum of its `d * q` and those of its halves;
-/// then, if kept, the values as f32.
-#[derive(Clone, Copy)]
-pub struct Row {
-    low: SharedPtr<u32>,
-    /// Values, a multiple of 32.
-    cols: u32,
+/// Parts of a row of so many groups.
+#[inline(always)]
+pub const fn parts(groups: u32) -> u32 {
+    groups.div_ceil(GROUPS)
 }
 
-/// A group of the row.
-#[derive(Clone, Copy)]
-pub struct Group {
-    pub low: [u32; 4],
-    pub high: [u32; 4],
-    pub d: f32,
-    /// The sums of what `low` and `high` stand for.
-    pub sums: [f32; 2],
-}
+/// Places for each warp's sum of squares of its parts of an operation's row: whole vectors.
+pub const SQUARES: u32 = WARPS.next_multiple_of(4);
 
 /// Each warp's sum of squares of its part of an operation's row.
 #[inline(always)]
@@ -41,162 +43,92 @@ fn squares_of(index: u32) -> SharedPtr<f32> {
     shared::at(index % 2 * (4 * SQUARES))
 }
 
-/// Places for [`squares_of`]: whole vectors, the last of which stay zero.
-const SQUARES: u32 = WRITER.next_multiple_of(4);
-
-/// Clears the places that no warp writes; a barrier must follow.
-#[inline(always)]
-pub unsafe fn init() {
-    if thread() < 2 * SQUARES {
-        unsafe { shared::at::<f32>(4 * thread()).store(0.0) }
-    }
-}
-
 /// What multiplies every product of operation `index`: the norm's `1 / sqrt(mean(x²) + eps)`, known only after the
-/// values are stored.
+/// values are.
 #[inline(always)]
-pub unsafe fn norm_scale(op: Current, index: u32) -> f32 {
-    unsafe {
-        let mut sum = 0.0;
-        for i in 0..SQUARES / 4 {
-            let v = squares_of(index).add(4 * i).load_v4();
-            sum += (v[0] + v[1]) + (v[2] + v[3]);
-        }
-        let scale = float::rsqrt_approx(sum * get!(op, input.inverse_len) + get!(op, input.eps));
-        // Without a branch: this goes beside the first products.
-        if get!(op, input.norm).is_null() {
-            1.0
-        } else {
-            scale
-        }
-    }
+pub unsafe fn norm_scale(index: u32, inverse_len: f32, eps: f32) -> f32 {
+    let sum = unsafe { sum_of(squares_of(index), WARPS) };
+    float::rsqrt_approx(sum * inverse_len + eps)
 }
 
-/// Threads that fill a row: all but those of the warp that writes outputs, whose looks would wait for its stores.
-const THREADS: u32 = 32 * WRITER;
-/// Values that the block takes at once, four a thread.
-const STRIDE: u32 = 4 * THREADS;
+/// The sum of the first `count` of [`WARPS`] words.
+#[inline(always)]
+pub unsafe fn sum_of(words: SharedPtr<f32>, count: u32) -> f32 {
+    let mut sums = [0.0f32; (SQUARES / 4) as usize];
+    for i in 0..SQUARES / 4 {
+        let mut v = unsafe { words.add(4 * i).load_v4() };
+        for k in 0..4 {
+            if 4 * i + k >= count {
+                v[k as usize] = 0.0;
+            }
+        }
+        sums[i as usize] = (v[0] + v[1]) + (v[2] + v[3]);
+    }
+    sums.iter().fold(0.0, |sum, v| sum + v)
+}
 
-/// This thread's first values of a row, and their norm weights, on their way.
+/// Parts of a long row that a warp awaits and quantises at once: both take about as long for several as for one.
+const SEVERAL: usize = 2;
+
+/// This lane's values of some parts, and their norm weights, on their way.
 #[derive(Clone, Copy)]
 pub struct Asked {
-    words: [u32; 4],
-    weights: [f32; 4],
+    words: [[u32; 4]; SEVERAL],
+    weights: [[f32; 4]; SEVERAL],
 }
 
-/// Asks for the input of `op` before anything else is done: a block that comes late finds it there at the first look.
+/// The number of this lane's first value of part `part`, and of every [`WARPS`]th after it.
 #[inline(always)]
-pub unsafe fn ask(op: Current) -> Asked {
+fn value_of(part: u32, c: usize) -> u32 {
+    (part + c as u32 * WARPS) * (GROUPS * GROUP as u32) + 4 * lane()
+}
+
+/// Asks for this lane's values of part `part` and of the next that are this warp's: before anything else is done, so that
+/// a block that comes late finds them there at the first look.
+#[inline(always)]
+pub unsafe fn ask(op: Current, part: u32) -> Asked {
     unsafe {
-        let (len, i) = (get!(op, input.len), 4 * thread());
+        let len = get!(op, input.len);
+        let (x, norm) = (get!(op, input.x), get!(op, input.norm));
         let mut asked = Asked {
-            words: [0; 4],
-            weights: [1.0; 4],
+            words: [[0; 4]; SEVERAL],
+            weights: [[1.0; 4]; SEVERAL],
         };
-        if len % 4 == 0 && i < len && thread() < THREADS {
-            asked.words = ld_relaxed_v4_u32(get!(op, input.x).add(i as usize));
-            asked.weights = load_norm(get!(op, input.norm), i, len);
+        for c in 0..SEVERAL {
+            let i = value_of(part, c);
+            if i < len && len % 4 == 0 {
+                asked.words[c] = ld_relaxed_v4_u32(x.add(i as usize));
+                if !norm.is_null() {
+                    asked.weights[c] = ldg_v4_u32(norm.add(i as usize)).map(f32::from_bits);
+                }
+            }
         }
         asked
     }
 }
 
-impl Row {
-    /// The row of so many values of operation `index`. Rows of neighbouring operations lie apart, so that a block may
-    /// fill one while its slower warps still read the other.
+impl Asked {
+    /// Waits for the values of `C` parts; them, and the sum of their squares. What lies past the row's end is zero.
     #[inline(always)]
-    pub fn new(a: &DecodeArgs, index: u32, cols: u32) -> Row {
-        Row {
-            low: shared::at(ROWS_AT + index % 2 * here(a.row_bytes)),
-            cols,
-        }
-    }
-
-    #[inline(always)]
-    fn high(&self) -> SharedPtr<u32> {
-        self.low.byte_add(self.cols / 2)
-    }
-
-    #[inline(always)]
-    fn meta(&self) -> SharedPtr<f32> {
-        self.low.byte_add(self.cols).cast()
-    }
-
-    /// The values themselves.
-    #[inline(always)]
-    pub fn values(&self) -> SharedPtr<f32> {
-        self.low.byte_add(self.cols + self.cols / 2).cast()
-    }
-
-    #[inline(always)]
-    pub unsafe fn group(&self, g: u32) -> Group {
+    unsafe fn come<const C: usize>(
+        &mut self,
+        op: Current,
+        seal: Seal,
+        part: u32,
+    ) -> ([[f32; 4]; C], f32) {
         unsafe {
-            let [d, _, first, last] = self.meta().add(g * 4).load_v4();
-            Group {
-                low: self.low.add(g * 4).load_v4(),
-                high: self.high().add(g * 4).load_v4(),
-                d,
-                sums: [first, last],
-            }
-        }
-    }
-
-    /// Waits for the input of `op`, multiplies it by the norm weight, quantises and stores it. A barrier of
-    /// the block must follow.
-    ///
-    /// Each thread takes four values at a time, eight threads a group.
-    #[inline(always)]
-    pub unsafe fn fill(&self, a: &DecodeArgs, op: Current, index: u32, asked: Asked) {
-        unsafe {
-            if thread() >= THREADS {
-                return;
-            }
-            let seal = Seal::of(a, get!(op, input.from));
-            let squares = if get!(op, input.len) % 4 != 0 {
-                self.fill_words(op, seal)
+            let (x, len) = (get!(op, input.x), get!(op, input.len));
+            let mut v = [[0.0; 4]; C];
+            if len % 4 != 0 {
+                self.come_singly(op, seal, part, &mut v);
             } else {
-                self.fill_vectors(op, seal, asked)
-            };
-            if !get!(op, input.norm).is_null() {
-                let squares = warp::reduce_sum_f32(squares);
-                if lane() == 0 {
-                    squares_of(index).add(thread() / 32).store(squares);
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn fill_vectors(&self, op: Current, seal: Seal, asked: Asked) -> f32 {
-        unsafe {
-            let (x, norm) = (get!(op, input.x), get!(op, input.norm));
-            let len = get!(op, input.len);
-            let keep = get!(op, input.keep_f32) != 0;
-            let (t, cols) = (thread(), self.cols);
-            let look = |i: u32| {
-                if i < len {
-                    ld_relaxed_v4_u32(x.add(i as usize))
-                } else {
-                    [0; 4]
-                }
-            };
-            let mut squares = 0.0;
-            let mut i = 4 * t;
-            let Asked {
-                words: mut first,
-                mut weights,
-            } = asked;
-            // Whole warps: the lanes stay together for the shuffles, those past the end carry zeros.
-            while i & !127 < cols {
-                // Two are awaited at once: a look takes as long for both as for one.
-                let mut words = [first, look(i + STRIDE)];
                 loop {
                     let mut all = true;
-                    for c in 0..2 {
-                        let i = i + c as u32 * STRIDE;
-                        if i < len && !seal.all_on(words[c]) {
+                    for c in 0..C {
+                        let i = value_of(part, c);
+                        if i < len && !seal.all_on(self.words[c]) {
                             all = false;
-                            words[c] = look(i);
+                            self.words[c] = ld_relaxed_v4_u32(x.add(i as usize));
                         }
                     }
                     // The lanes stay together: shuffles among lanes that do not are many times slower.
@@ -205,112 +137,218 @@ impl Row {
                     }
                     pause();
                 }
-                first = look(i + 2 * STRIDE);
-                let mut c = 0;
-                while c < 2 && i & !127 < cols {
-                    let mut v = [0.0; 4];
-                    if i < len {
-                        for k in 0..4 {
-                            v[k] = seal.open(words[0][k]);
-                            squares += v[k] * v[k];
-                            v[k] *= weights[k];
-                        }
+                for c in 0..C {
+                    for k in 0..4 {
+                        v[c][k] = seal.open(self.words[c][k]);
                     }
-                    self.store(i, cols, v, keep);
-                    words[0] = words[1];
-                    i += STRIDE;
-                    weights = load_norm(norm, i, len);
-                    c += opaque(1);
                 }
             }
-            squares
+            let mut squares = 0.0;
+            for c in 0..C {
+                for k in 0..4 {
+                    squares += v[c][k] * v[c][k];
+                    v[c][k] *= self.weights[c][k];
+                }
+            }
+            (v, squares)
         }
     }
 
     /// Rows of a length that vectors do not fit.
     #[inline(always)]
-    unsafe fn fill_words(&self, op: Current, seal: Seal) -> f32 {
+    unsafe fn come_singly<const C: usize>(
+        &mut self,
+        op: Current,
+        seal: Seal,
+        part: u32,
+        v: &mut [[f32; 4]; C],
+    ) {
         unsafe {
             let (x, norm) = (get!(op, input.x), get!(op, input.norm));
-            let len = get!(op, input.len);
-            let (t, cols) = (thread(), self.cols);
-            let mut squares = 0.0;
-            let mut base = 0;
-            while base < cols {
-                let i = base + 4 * t;
-                let mut v = [0.0; 4];
-                for k in 0..4 {
-                    let i = i as usize + k;
-                    if i < len as usize {
-                        let p = x.add(i);
-                        let value = seal.await_word(p, ld_relaxed_u32(p.cast()));
-                        squares += value * value;
-                        let weight = if norm.is_null() {
-                            1.0
-                        } else {
-                            ldg_f32(norm.add(i))
-                        };
-                        v[k] = value * weight;
+            for c in 0..C {
+                let i = value_of(part, c);
+                let mut k = 0;
+                while k < 4 {
+                    let mut word = [0.0, 1.0];
+                    if i + k < get!(op, input.len) {
+                        let p = x.add((i + k) as usize);
+                        word[0] = seal.await_word(p, ld_relaxed_u32(p.cast()));
+                        if !norm.is_null() {
+                            word[1] = ldg_f32(norm.add((i + k) as usize));
+                        }
                     }
+                    // One after the other, through the same code.
+                    v[c] = [v[c][1], v[c][2], v[c][3], word[0]];
+                    let w = self.weights[c];
+                    self.weights[c] = [w[1], w[2], w[3], word[1]];
+                    k += opaque(1);
                 }
-                if base + 4 * (t / 32 * 32) < cols {
-                    warp::sync_warp();
-                    self.store(i, cols, v, get!(op, input.keep_f32) != 0);
-                }
-                base += 4 * THREADS;
             }
-            squares
+            warp::sync_warp();
         }
     }
+}
 
-    /// Stores values `i .. i + 4`; threads whose `i` is past `cols` only take part in the shuffles.
-    #[inline(always)]
-    unsafe fn store(&self, i: u32, cols: u32, v: [f32; 4], keep_f32: bool) {
-        unsafe {
-            let mut peak = v[0].abs().max(v[1].abs()).max(v[2].abs().max(v[3].abs()));
-            peak = peak.max(warp::shuffle_xor(peak, 1));
-            peak = peak.max(warp::shuffle_xor(peak, 2));
-            peak = peak.max(warp::shuffle_xor(peak, 4));
-            let d = peak * (1.0 / 127.0);
-            // A peak so small that its inverse is infinite stands for nothing.
-            let inverse = if peak > 1e-30 {
-                127.0 * float::rcp_approx(peak)
-            } else {
-                0.0
-            };
-            let round = |x: f32| float::round_to_i32(x * inverse);
-            let q = [round(v[0]), round(v[1]), round(v[2]), round(v[3])];
-            let word = (q[0] as u32 & 0xff)
-                | ((q[1] as u32 & 0xff) << 8)
-                | ((q[2] as u32 & 0xff) << 16)
-                | ((q[3] as u32) << 24);
-            let mut sum = dp4a(word, 0x0101_0101, 0);
-            sum += warp::shuffle_xor(sum, 1);
-            sum += warp::shuffle_xor(sum, 2);
-            let other = warp::shuffle_xor(sum, 4);
-            if i < cols {
-                let (group, w) = (i / GROUP as u32, i % GROUP as u32 / 4);
-                let part = if w < 4 { self.low } else { self.high() };
-                part.add(group * 4 + w % 4).store(word);
-                if w == 0 {
-                    let (first, last) = (d * sum as f32, d * other as f32);
-                    let meta = self.meta().add(group * 4);
-                    meta.store_v4([d, d * (sum + other) as f32, first, last]);
-                }
-                if keep_f32 {
-                    self.values().add(i).store_v4(v);
-                }
+/// Waits for the input of `op`, multiplies it by the norm weight, quantises it and leaves it in shared memory. A barrier of
+/// the warps that compute must follow.
+#[inline(always)]
+pub unsafe fn fill(op: Current, seal: Seal, index: u32, groups: u32, asked: Asked) {
+    unsafe {
+        let squares = if parts(groups) <= WARPS {
+            fill_parts::<1>(op, seal, groups, asked)
+        } else {
+            fill_parts::<SEVERAL>(op, seal, groups, asked)
+        };
+        if !get!(op, input.norm).is_null() {
+            let squares = warp::reduce_sum_f32(squares);
+            if lane() == 0 {
+                squares_of(index).add(thread() / 32).store(squares);
             }
         }
     }
 }
 
-/// Norm weights `i .. i + 4`, ones without a norm.
+/// The same, `C` parts at a time; the sum of this lane's squares.
 #[inline(always)]
-unsafe fn load_norm(norm: *const f32, i: u32, len: u32) -> [f32; 4] {
-    if norm.is_null() || i >= len {
-        [1.0; 4]
-    } else {
-        unsafe { ldg_v4_u32(norm.add(i as usize)) }.map(f32::from_bits)
+unsafe fn fill_parts<const C: usize>(op: Current, seal: Seal, groups: u32, asked: Asked) -> f32 {
+    unsafe {
+        let mut asked = asked;
+        let mut squares = 0.0;
+        let mut part = thread() / 32;
+        while part < parts(groups) {
+            let (v, squared) = asked.come::<C>(op, seal, part);
+            squares += squared;
+            let this = part;
+            part += C as u32 * WARPS;
+            // What has come is out of its registers by now: else these would be copied, which waits for what is to come.
+            if C > 1 {
+                asked = ask(op, part);
+            }
+            let (bytes, metas) = quantise(v);
+            for c in 0..C {
+                let part = this + c as u32 * WARPS;
+                if part < parts(groups) {
+                    let kept = Kept::new(op, part);
+                    if kept.float {
+                        kept.values().add(4 * lane()).store_v4(v[c]);
+                    }
+                    kept.bytes().store_v2(bytes[c]);
+                    if lane() < 4 {
+                        kept.meta().store_v4(metas[c]);
+                    }
+                }
+            }
+        }
+        squares
     }
+}
+
+/// A part of the row as a product takes it.
+#[derive(Clone, Copy)]
+pub struct Part {
+    /// This lane's bytes: four of the first half of the group of its column, and four of the second.
+    pub bytes: [u32; 2],
+    /// Of group `lane % 4`: what a unit stands for, and the halves' sums.
+    pub d: f32,
+    pub sums: [f32; 2],
+}
+
+/// The shared memory of a part.
+#[derive(Clone, Copy)]
+pub struct Kept {
+    at: u32,
+    float: bool,
+}
+
+impl Kept {
+    /// Of part `part`.
+    #[inline(always)]
+    pub unsafe fn new(op: Current, part: u32) -> Kept {
+        let float = unsafe { get!(op, input.keep_f32) } != 0;
+        let bytes = if float { FLOAT_PART_BYTES } else { PART_BYTES };
+        Kept {
+            at: shared::at::<u8>(ROWS_AT + part * bytes).addr(),
+            float,
+        }
+    }
+
+    #[inline(always)]
+    fn bytes(self) -> SharedPtr<u32> {
+        SharedPtr::from_addr(self.at + 8 * lane())
+    }
+
+    #[inline(always)]
+    fn meta(self) -> SharedPtr<f32> {
+        SharedPtr::from_addr(self.at + META_AT + 16 * (lane() % 4))
+    }
+
+    /// The values themselves, where they are kept.
+    #[inline(always)]
+    pub fn values(self) -> SharedPtr<f32> {
+        SharedPtr::from_addr(self.at + VALUES_AT)
+    }
+
+    /// What [`fill`] left.
+    #[inline(always)]
+    pub unsafe fn load(self) -> Part {
+        unsafe {
+            let [d, first, second, _] = self.meta().load_v4();
+            Part {
+                bytes: self.bytes().load_v2(),
+                d,
+                sums: [first, second],
+            }
+        }
+    }
+}
+
+/// Quantises a warp's values of some parts: of lane `8 g + 4 h + t` those of half `h` of group `g`, from the `4 t`th on.
+/// This lane's bytes, and `d` and the halves' sums of group `lane % 4`.
+#[inline(always)]
+fn quantise<const C: usize>(v: [[f32; 4]; C]) -> ([[u32; 2]; C], [[f32; 4]; C]) {
+    /// The greatest level: 127 high, no low.
+    const MOST: f32 = 16256.0;
+    /// Added to a value below 2^22, it leaves this rounded in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let (mut all_bytes, mut metas) = ([[0; 2]; C], [[0.0; 4]; C]);
+    let mut peaks = [0.0f32; C];
+    for c in 0..C {
+        let v = v[c];
+        peaks[c] = v[0].abs().max(v[1].abs()).max(v[2].abs().max(v[3].abs()));
+    }
+    for width in [1, 2, 4] {
+        for c in 0..C {
+            peaks[c] = peaks[c].max(warp::shuffle_xor(peaks[c], width));
+        }
+    }
+    // The first half's lanes take the high bytes of both halves, the second's the low ones.
+    let second = lane() & 4 != 0;
+    for c in 0..C {
+        metas[c][0] = warp::shuffle_idx(peaks[c] * (1.0 / MOST), lane() % 4 * 8);
+        // A peak so small that its inverse is infinite stands for nothing.
+        let inverse = MOST * float::rcp_approx(peaks[c].max(1e-30));
+        let (mut high, mut low) = ([0; 4], [0; 4]);
+        for k in 0..4 {
+            let scaled = v[c][k] * inverse;
+            let rounded = float::fma(scaled, 1.0 / 128.0, ROUND);
+            high[k] = rounded.to_bits();
+            let rest = float::fma(rounded - ROUND, -128.0, scaled);
+            low[k] = (rest + ROUND).to_bits();
+        }
+        let pack = |b: [u32; 4]| prmt(prmt(b[0], b[1], 0x0040), prmt(b[2], b[3], 0x0040), 0x5410);
+        let (high, low) = (pack(high), pack(low));
+        let pass = if second { high } else { low };
+        // As one number: else either half of the lanes would get an exchange of its own, and wait for the other.
+        let other = warp::shuffle_xor(opaque(pass), 4);
+        all_bytes[c] = if second { [other, low] } else { [high, other] };
+    }
+    // Sums of all columns by a product with ones: they end where those of weights will.
+    for c in 0..C {
+        for half in 0..2 {
+            let ones = [0x0101_0101; 2];
+            let [high, low, ..] = mma::m16n8k16_u8_s8(ones, all_bytes[c][half], [0; 4]);
+            metas[c][half + 1] = metas[c][0] * (128 * high + low) as f32;
+        }
+    }
+    (all_bytes, metas)
 }

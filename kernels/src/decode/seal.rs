@@ -1,12 +1,13 @@
 //! Words that say who wrote them.
 //!
 //! An f32 gives its lowest [`BITS`] bits for a number that says which operation wrote it; the value keeps
-//! 19 bits of mantissa, four decimal digits more than the 8-bit activations that come of it. A reader looks
+//! 19 bits of mantissa, more than the 15-bit activations that come of it. A reader looks
 //! at a word until it carries the number it waits for: value and arrival are one read, with no barrier and
 //! no fence. Numbers run on from launch to launch, so that what an earlier operation left in a buffer is
 //! never taken for what is awaited; zero, as fresh memory has it, is none.
 
 use super::DecodeArgs;
+use cuda_std::int::here;
 use cuda_std::memory::{ld_relaxed_u32, st_relaxed_u32, st_relaxed_v4_u32};
 use cuda_std::thread::{clock, wait_since};
 
@@ -38,6 +39,15 @@ impl Seal {
         Seal {
             mask: (1 << BITS) - 1,
             number: 1 + if n >= NUMBERS { n - NUMBERS } else { n },
+        }
+    }
+
+    /// The same, known from here on: what it follows from would else be looked at where it is first used.
+    #[inline(always)]
+    pub fn here(self) -> Seal {
+        Seal {
+            mask: here(self.mask),
+            number: here(self.number),
         }
     }
 

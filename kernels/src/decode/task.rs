@@ -1,41 +1,53 @@
-//! What a warp multiplies at a time, and where it lies.
+//! What a block multiplies at a time, and where it lies.
 //!
-//! An operation's tasks fall into *segments*, in each of which the rows of one task follow from those of another by
-//! additions: all pairs of rows of a matrix, a gate with its up, or, of queries and of keys, the pairs that rotate and then
-//! those that do not. Feeders go by segments, which the host prepares; who computes goes by tasks.
+//! A *task* is up to sixteen rows of weights in two *eights*, neighbours each: of one matrix, or of a gate and its up, or
+//! such that the second eight rotate with the first. An operation's tasks fall into *segments*, in each of which the rows of
+//! one task follow from those of another by additions. The feeder goes by segments, which the host prepares; who brings
+//! outputs to an end goes by tasks.
 
-use super::{Op, Source, WARPS, get, kind, matrix_at};
-use crate::types::{Matrix, TILE};
+use super::{Op, Source, get, kind, matrix_at};
+use crate::types::Matrix;
 use core::mem::offset_of;
 use cuda_std::int::quotient;
-use cuda_std::thread::block_idx_x;
+use cuda_std::thread::{block_idx_x, grid_dim_x};
 
-/// Tasks of an operation whose runs lie regularly.
+/// Rows of half a task.
+pub const EIGHT: u32 = 8;
+/// Rows of a task.
+pub const ROWS: u32 = 2 * EIGHT;
+
+/// Tasks of an operation whose rows lie regularly.
 ///
-/// Task `t` of a segment has run `i` at `bases[i] + t * steps[i] + t / period * jump`.
+/// Of task `first + t` both eights are those of step `t % period` of repeat `t / period`; a repeat has `span` rows for
+/// the first eights, and as many less `second` for the second ones.
 #[repr(C, align(16))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
+    /// The first row of either eight of the first task.
     pub bases: [*const u8; 2],
     /// Its tasks, as the operation counts them: `first .. end`.
     pub first: u32,
     pub end: u32,
-    pub steps: [u32; 2],
     pub period: u32,
+    /// Bytes from repeat to repeat.
     pub jump: u32,
-    /// Bytes of both runs.
-    pub runs: [u32; 2],
-    /// Bytes of a whole tile of each.
+    /// Bytes of a row of either eight.
+    pub row_bytes: [u32; 2],
+    /// Bytes of a whole tile of either.
     pub tiles: [u32; 2],
-    /// The task whose second run is its first, there being no other row; of none `u32::MAX`.
-    pub single: u32,
+    /// Rows of a repeat, and how many before the second eight of the first step.
+    pub span: u32,
+    pub second: u32,
+    /// Types of either eight, a byte each: those of a turn's [`head`](super::ring::head).
+    pub types: u32,
     /// Index of the operation.
     pub op: u32,
     pub shares: Shares,
-    pub unused: u32,
 }
 
-const _: () = assert!(size_of::<Segment>() == 80, "a feeder loads 5 vectors");
+/// Vectors of a segment.
+pub const SEGMENT_VECTORS: usize = 5;
+const _: () = assert!(size_of::<Segment>() == 16 * SEGMENT_VECTORS);
 
 /// Most segments of an operation.
 pub const MAX_SEGMENTS: usize = 5;
@@ -45,58 +57,66 @@ impl Segment {
         bases: [core::ptr::null(); 2],
         first: 0,
         end: 0,
-        steps: [0; 2],
         period: u32::MAX,
         jump: 0,
-        runs: [0; 2],
+        row_bytes: [0; 2],
         tiles: [0; 2],
-        single: u32::MAX,
+        span: 0,
+        second: 0,
+        types: 0,
         op: 0,
         shares: Shares::NONE,
-        unused: 0,
     };
 
-    /// Tasks from `first` on: all pairs of rows of `m`.
-    fn pairs(m: &Matrix, first: u32) -> Segment {
-        let tasks = m.rows.div_ceil(2);
+    /// Rows from step to step.
+    #[inline(always)]
+    pub fn step(&self) -> u32 {
+        if self.second == EIGHT { ROWS } else { EIGHT }
+    }
+
+    /// Tasks from `first` on: all rows of `m`.
+    fn rows(m: &Matrix, first: u32) -> Segment {
         Segment {
-            bases: [m.base, at(m.base, m.row_bytes)],
+            bases: [m.base, at(m.base, EIGHT * m.row_bytes)],
             first,
-            end: first + tasks,
-            steps: [2 * m.row_bytes; 2],
-            runs: [m.row_bytes; 2],
+            end: first + m.rows.div_ceil(ROWS),
+            row_bytes: [m.row_bytes; 2],
             tiles: [m.tile_bytes; 2],
-            single: if m.rows % 2 == 1 {
-                first + tasks - 1
-            } else {
-                u32::MAX
-            },
+            span: m.rows,
+            second: EIGHT,
+            types: m.ty | (m.ty << 8),
             ..Segment::NONE
         }
     }
 
-    /// Tasks from `first` on: of each of the heads of `m`, `pairs` pairs of rows from row `row` on, neighbours or (`halves`)
-    /// `pairs` apart.
-    fn of_heads(
-        m: &Matrix,
-        first: u32,
-        head_dim: u32,
-        row: u32,
-        pairs: u32,
-        halves: bool,
-    ) -> Segment {
-        let heads = m.rows / head_dim;
-        let (step, gap) = if halves { (1, pairs) } else { (2, 1) };
+    /// Tasks from `first` on: of each of the heads of `m`, `pairs` pairs of rows that lie `pairs` apart.
+    fn pairs(m: &Matrix, first: u32, head_dim: u32, pairs: u32) -> Segment {
+        let period = pairs.div_ceil(EIGHT);
         Segment {
-            bases: [row, row + gap].map(|row| at(m.base, row * m.row_bytes)),
+            bases: [m.base, at(m.base, pairs * m.row_bytes)],
             first,
-            end: first + heads * pairs,
-            steps: [step * m.row_bytes; 2],
-            period: pairs.max(1),
-            jump: (head_dim - pairs * step) * m.row_bytes,
-            runs: [m.row_bytes; 2],
+            end: first + m.rows / head_dim * period,
+            period: period.max(1),
+            jump: head_dim * m.row_bytes,
+            row_bytes: [m.row_bytes; 2],
             tiles: [m.tile_bytes; 2],
+            span: pairs,
+            second: 0,
+            types: m.ty | (m.ty << 8),
             ..Segment::NONE
+        }
+    }
+
+    /// Tasks from `first` on: of each head the rows from row `row` on.
+    fn rest(m: &Matrix, first: u32, head_dim: u32, row: u32) -> Segment {
+        let period = (head_dim - row).div_ceil(ROWS);
+        Segment {
+            bases: [row, row + EIGHT].map(|row| at(m.base, row * m.row_bytes)),
+            end: first + m.rows / head_dim * period,
+            period: period.max(1),
+            jump: head_dim * m.row_bytes,
+            span: head_dim - row,
+            ..Segment::rows(m, first)
         }
     }
 }
@@ -106,47 +126,52 @@ fn at(base: *const u8, bytes: u32) -> *const u8 {
 }
 
 impl Op {
-    /// Its segments, if it is operation `index` of a program; those past the first without tasks are none.
+    /// Whether queries and keys rotate in pairs of rows that lie apart.
+    #[inline(always)]
+    const fn pairs_apart(&self) -> bool {
+        self.rotation.halves != 0 && self.rotation.dims != 0
+    }
+
+    /// Its segments, if it is operation `index` of a program; those without tasks are none.
     pub fn segments(&self, index: u32) -> [Segment; MAX_SEGMENTS] {
         let mut segments = [Segment::NONE; MAX_SEGMENTS];
         let [m, up, value] = &self.matrices;
         match self.kind {
-            kind::PRODUCT if self.split != 0 => {
-                let tile = m.tile_bytes;
-                let first = (half(m.row_bytes.div_ceil(tile)) * tile).min(m.row_bytes);
-                segments[0] = Segment {
-                    bases: [m.base, at(m.base, first)],
-                    end: m.rows,
-                    steps: [m.row_bytes; 2],
-                    runs: [first, m.row_bytes - first],
-                    tiles: [tile; 2],
-                    ..Segment::NONE
-                };
-            }
-            kind::PRODUCT => segments[0] = Segment::pairs(m, 0),
+            kind::PRODUCT => segments[0] = Segment::rows(m, 0),
             kind::GATE_UP => {
                 segments[0] = Segment {
+                    end: m.rows.div_ceil(EIGHT),
                     bases: [m.base, up.base],
-                    end: m.rows,
-                    steps: [m.row_bytes, up.row_bytes],
-                    runs: [m.row_bytes, up.row_bytes],
+                    row_bytes: [m.row_bytes, up.row_bytes],
                     tiles: [m.tile_bytes, up.tile_bytes],
-                    ..Segment::NONE
+                    second: 0,
+                    types: m.ty | (up.ty << 8),
+                    ..Segment::rows(m, 0)
                 };
             }
             kind::QKV => {
                 let head_dim = self.cache.head_dim;
-                let rotates = self.rotation.dims;
-                let halves = self.rotation.halves != 0;
+                let dims = self.rotation.dims;
                 let mut first = 0;
                 for (i, m) in [m, up].into_iter().enumerate() {
-                    let rotated = Segment::of_heads(m, first, head_dim, 0, rotates / 2, halves);
-                    let rest = (head_dim - rotates) / 2;
-                    let rest = Segment::of_heads(m, rotated.end, head_dim, rotates, rest, false);
+                    let (rows, rest) = if self.pairs_apart() {
+                        let turned = Segment::pairs(m, first, head_dim, dims / 2);
+                        (turned, Segment::rest(m, turned.end, head_dim, dims))
+                    } else {
+                        let rows = Segment::rows(m, first);
+                        (
+                            rows,
+                            Segment {
+                                first: rows.end,
+                                end: rows.end,
+                                ..Segment::NONE
+                            },
+                        )
+                    };
                     first = rest.end;
-                    (segments[2 * i], segments[2 * i + 1]) = (rotated, rest);
+                    (segments[2 * i], segments[2 * i + 1]) = (rows, rest);
                 }
-                segments[4] = Segment::pairs(value, first);
+                segments[4] = Segment::rows(value, first);
             }
             _ => {}
         }
@@ -156,18 +181,110 @@ impl Op {
             ..s
         })
     }
+
+    /// Tasks of a product, one per block at a time.
+    pub fn count_tasks(&self) -> u32 {
+        let segments = self.segments(0);
+        segments.iter().map(|s| s.end).max().unwrap_or(0)
+    }
 }
 
-/// Two matrix rows (the number of a matrix of the operation, and a row of it), or one twice.
+/// Of a task the row of a lane: of its first eight in lanes 0 to 7, of its second in the next eight, and the
+/// same in the upper half of the warp.
 #[derive(Clone, Copy)]
-pub struct Task {
-    pub m0: u32,
-    pub r0: u32,
-    pub m1: u32,
-    pub r1: u32,
-    /// A [`kind::QKV`]'s pair of elements within its head, and whether they rotate.
-    pub pair: u32,
+pub struct TaskRow {
+    /// Number of its matrix, and the row there.
+    pub m: u32,
+    pub r: u32,
+    pub exists: bool,
+    /// Whether it rotates, and the number of its pair within the head.
     pub rotates: bool,
+    pub pair: u32,
+    /// Whether it is the second of its pair.
+    pub second: bool,
+}
+
+impl TaskRow {
+    /// Of a lane of task `index`.
+    #[inline(always)]
+    pub unsafe fn of(op: impl Source, index: u32, lane: u32) -> TaskRow {
+        unsafe {
+            let (late, i) = (lane / EIGHT % 2, lane % EIGHT);
+            let plain = |m: u32, t: u32| TaskRow {
+                m,
+                r: t * ROWS + late * EIGHT + i,
+                exists: t * ROWS + late * EIGHT + i < rows(op, m),
+                rotates: false,
+                pair: 0,
+                second: false,
+            };
+            match get!(op, kind) {
+                kind::PRODUCT => plain(0, index),
+                kind::GATE_UP => TaskRow {
+                    m: late,
+                    r: index * EIGHT + i,
+                    exists: index * EIGHT + i < rows(op, 0),
+                    rotates: false,
+                    pair: 0,
+                    second: false,
+                },
+                _ => {
+                    let head_dim = get!(op, cache.head_dim);
+                    let dims = get!(op, rotation.dims);
+                    let apart = get!(op, rotation.halves) != 0 && dims != 0;
+                    let (mut m, mut t) = (0, index);
+                    // In order: queries, keys, values.
+                    loop {
+                        let rows = rows(op, m);
+                        if m == 2 || !apart {
+                            let tasks = rows.div_ceil(ROWS);
+                            if m < 2 && t >= tasks {
+                                t -= tasks;
+                                m += 1;
+                                continue;
+                            }
+                            let mut row = plain(m, t);
+                            let e = row.r - quotient(row.r, head_dim) * head_dim;
+                            row.rotates = m < 2 && e < dims;
+                            (row.pair, row.second) = (e / 2, e % 2 != 0);
+                            return row;
+                        }
+                        let heads = quotient(rows, head_dim);
+                        let (turned, rest) = (dims / 2, head_dim - dims);
+                        let period = turned.div_ceil(EIGHT);
+                        if t < heads * period {
+                            let head = quotient(t, period);
+                            let pair = (t - head * period) * EIGHT + i;
+                            return TaskRow {
+                                m,
+                                r: head * head_dim + late * turned + pair,
+                                exists: pair < turned,
+                                rotates: true,
+                                pair,
+                                second: late != 0,
+                            };
+                        }
+                        t -= heads * period;
+                        let period = rest.div_ceil(ROWS);
+                        if t < heads * period {
+                            let head = quotient(t, period);
+                            let e = (t - head * period) * ROWS + late * EIGHT + i;
+                            return TaskRow {
+                                m,
+                                r: head * head_dim + dims + e,
+                                exists: e < rest,
+                                rotates: false,
+                                pair: 0,
+                                second: false,
+                            };
+                        }
+                        t -= heads * period;
+                        m += 1;
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// How an operation's tasks fall to the blocks: neighbours to the same one.
@@ -180,6 +297,8 @@ pub struct Shares {
     pub each: u32,
     /// How many of them have one more.
     pub extra: u32,
+    /// How far these are from the first of those that have any: less than their number.
+    pub turn: u32,
 }
 
 impl Shares {
@@ -187,6 +306,7 @@ impl Shares {
         skip: 0,
         each: 0,
         extra: 0,
+        turn: 0,
     };
 
     /// Of `tasks` among `blocks`, the first `skip` of which have none.
@@ -196,41 +316,42 @@ impl Shares {
             skip,
             each: tasks / blocks,
             extra: tasks % blocks,
+            turn: 0,
+        }
+    }
+
+    /// Tasks of block `block` of so many: `first .. end`.
+    #[inline(always)]
+    pub const fn of_block(self, block: u32, blocks: u32) -> BlockTasks {
+        if block < self.skip {
+            return BlockTasks { first: 0, end: 0 };
+        }
+        let with = blocks - self.skip;
+        let mut block = block - self.skip + with - self.turn;
+        if block >= with {
+            block -= with;
+        }
+        let more = if block < self.extra {
+            block
+        } else {
+            self.extra
+        };
+        let first = block * self.each + more;
+        BlockTasks {
+            first,
+            end: first + self.each + (block < self.extra) as u32,
         }
     }
 }
 
-/// This block's tasks: `first .. end`.
+/// A block's tasks: `first .. end`.
 #[derive(Clone, Copy)]
 pub struct BlockTasks {
     pub first: u32,
     pub end: u32,
 }
 
-impl BlockTasks {
-    #[inline(always)]
-    pub fn of(shares: Shares) -> BlockTasks {
-        let Shares { skip, each, extra } = shares;
-        let block = block_idx_x();
-        if block < skip {
-            return BlockTasks { first: 0, end: 0 };
-        }
-        let block = block - skip;
-        let more = if block < extra { block } else { extra };
-        let first = block * each + more;
-        let end = first + each + u32::from(block < extra);
-        BlockTasks { first, end }
-    }
-}
-
-/// The first task of a warp of a block whose tasks begin with `first`: the last warps begin, for the first ones fill
-/// rows.
-#[inline(always)]
-pub fn first_of(first: u32, warp: u32) -> u32 {
-    first + WARPS - 1 - warp
-}
-
-/// This block's tasks of an operation. Its warps take them in turn.
+/// This block's tasks of an operation.
 #[inline(always)]
 pub unsafe fn block_tasks(op: impl Source) -> BlockTasks {
     unsafe {
@@ -238,89 +359,10 @@ pub unsafe fn block_tasks(op: impl Source) -> BlockTasks {
             skip: get!(op, shares.skip),
             each: get!(op, shares.each),
             extra: get!(op, shares.extra),
+            turn: get!(op, shares.turn),
         };
-        BlockTasks::of(shares)
+        shares.of_block(block_idx_x(), grid_dim_x())
     }
-}
-
-impl Task {
-    /// Task `index` of an operation.
-    #[inline(always)]
-    pub unsafe fn of(op: impl Source, index: u32) -> Task {
-        let mut task = Task {
-            m0: 0,
-            r0: index,
-            m1: 0,
-            r1: index,
-            pair: 0,
-            rotates: false,
-        };
-        unsafe {
-            match get!(op, kind) {
-                kind::PRODUCT if get!(op, split) == 0 => {
-                    task.r0 = 2 * index;
-                    let last = rows(op, 0) - 1;
-                    task.r1 = if 2 * index < last {
-                        2 * index + 1
-                    } else {
-                        2 * index
-                    };
-                }
-                kind::GATE_UP => task.m1 = 1,
-                kind::QKV => {
-                    let head_dim = get!(op, cache.head_dim);
-                    let (heads, kv_heads) = (get!(op, heads), get!(op, cache.kv_heads));
-                    let pairs = head_dim / 2;
-                    let (mut m, mut t, mut of) = (0, index, heads);
-                    while m < 2 && t >= of * pairs {
-                        t -= of * pairs;
-                        of = kv_heads;
-                        m += 1;
-                    }
-                    let dims = get!(op, rotation.dims);
-                    let turned = dims / 2;
-                    task = Task {
-                        m0: m,
-                        r0: 2 * t,
-                        m1: m,
-                        r1: 2 * t + 1,
-                        pair: 0,
-                        rotates: false,
-                    };
-                    if m < 2 && t < of * turned {
-                        let head = quotient(t, turned);
-                        let pair = t - head * turned;
-                        let halves = get!(op, rotation.halves) != 0;
-                        let (step, gap) = if halves { (1, turned) } else { (2, 1) };
-                        task.r0 = head * head_dim + step * pair;
-                        task.r1 = task.r0 + gap;
-                        (task.pair, task.rotates) = (pair, true);
-                    } else if m < 2 {
-                        t -= of * turned;
-                        let rest = pairs - turned;
-                        let head = quotient(t, rest);
-                        task.r0 = head * head_dim + dims + 2 * (t - head * rest);
-                        task.r1 = task.r0 + 1;
-                    }
-                }
-                _ => {}
-            }
-        }
-        task
-    }
-}
-
-/// Groups of the first of a row's two runs, which is of whole tiles.
-#[inline(always)]
-pub fn first_run(groups: u32) -> u32 {
-    let first = half(groups.div_ceil(TILE as u32)) * TILE as u32;
-    if first < groups { first } else { groups }
-}
-
-/// Tiles of the first half of so many.
-#[inline(always)]
-const fn half(tiles: u32) -> u32 {
-    tiles.div_ceil(2)
 }
 
 #[inline(always)]

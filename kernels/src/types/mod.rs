@@ -356,7 +356,7 @@ macro_rules! quantised_weights {
 }
 
 /// Calls `$then!` with every type: `GGML number => file and Rust type, kind`. Kinds are `float`, `quantised`, and
-/// `looked_up`: quantised too, but with so much to do for each group that loads in flight gain less than they take.
+/// `looked_up`: quantised too, but a group's levels come of all its bytes, and none of them by itself.
 macro_rules! type_list {
     ($then:ident $(, $arg:ident)*) => {
         $then! {
@@ -377,15 +377,15 @@ macro_rules! type_list {
             17 => iq2_xs::Iq2Xs, looked_up;
             18 => iq3_xxs::Iq3Xxs, looked_up;
             19 => iq1_s::Iq1S, looked_up;
-            20 => iq4_nl::Iq4Nl, looked_up;
+            20 => iq4_nl::Iq4Nl, quantised;
             21 => iq3_s::Iq3S, looked_up;
             22 => iq2_s::Iq2S, looked_up;
-            23 => iq4_xs::Iq4Xs, looked_up;
+            23 => iq4_xs::Iq4Xs, quantised;
             29 => iq1_m::Iq1M, looked_up;
             30 => bfloat16::Bf16, float;
             34 => tq1_0::Tq1_0, looked_up;
-            35 => tq2_0::Tq2_0, looked_up;
-            39 => mxfp4::Mxfp4, looked_up;
+            35 => tq2_0::Tq2_0, quantised;
+            39 => mxfp4::Mxfp4, quantised;
         }
     };
 }
@@ -582,6 +582,33 @@ pub trait Planes {
     unsafe fn word(&self, plane: usize, index: usize) -> u32;
     unsafe fn half_word(&self, plane: usize, index: usize) -> u16;
     unsafe fn single(&self, plane: usize, index: usize) -> u8;
+
+    /// [`Planes::words4`] of which only levels come: words `w` and `w + 4` of a group's levels from word `w`. Who reads
+    /// no more than these two may leave it at word `w` for all four, and so with what follows, such that they come
+    /// to be the levels' words 0 and 4.
+    #[inline(always)]
+    unsafe fn level_words4(&self, plane: usize, index: usize) -> [u32; 4] {
+        unsafe { self.words4(plane, index) }
+    }
+
+    /// The same of nibbles in order: words `w` and `w + 4` of the levels from halves `w % 2` of words `w / 2` and
+    /// `w / 2 + 2`.
+    #[inline(always)]
+    unsafe fn level_runs4(&self, plane: usize, index: usize) -> [u32; 4] {
+        unsafe { self.words4(plane, index) }
+    }
+
+    /// The same of pairs of bits: words `w` and `w + 4` of the levels from bits `2 w` on of each byte of the two words.
+    #[inline(always)]
+    unsafe fn level_words2(&self, plane: usize, index: usize) -> [u32; 2] {
+        unsafe { self.words2(plane, index) }
+    }
+
+    /// The same of bits: words `w` and `w + 4` from bits `w` and `w + 4` of each byte.
+    #[inline(always)]
+    unsafe fn level_word(&self, plane: usize, index: usize) -> u32 {
+        unsafe { self.word(plane, index) }
+    }
 }
 
 impl<T: Weights> Planes for MatrixRow<T> {

@@ -4,7 +4,7 @@ quantised_weights! {
     /// `d * scale * q - dmin * min`, 4 bits.
     Q4K, 12, block 256 of 144, planes [group 16, block 16],
     uniform true,
-    load |m, g| -> ([u32; 4], [u32; 4]) { (read::words4(m, 0, g), read::words4(m, 1, g / BLOCK_GROUPS)) }
+    load |m, g| -> ([u32; 4], [u32; 4]) { (read::level_words4(m, 0, g), read::words4(m, 1, g / BLOCK_GROUPS)) }
     levels |(qs, _)| read::nibbles(qs),
     affine |(_, header), g| read::header_k4(header, g),
     repack |s, m, b| {

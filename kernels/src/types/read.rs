@@ -28,6 +28,30 @@ pub unsafe fn single(m: &impl Planes, plane: usize, index: usize) -> u8 {
     unsafe { m.single(plane, index) }
 }
 
+/// [`nibbles`], or half of the bytes of a group.
+#[inline(always)]
+pub unsafe fn level_words4(m: &impl Planes, plane: usize, index: usize) -> [u32; 4] {
+    unsafe { m.level_words4(plane, index) }
+}
+
+/// Nibbles in order, as [`grid::look_up`] takes them.
+#[inline(always)]
+pub unsafe fn level_runs4(m: &impl Planes, plane: usize, index: usize) -> [u32; 4] {
+    unsafe { m.level_runs4(plane, index) }
+}
+
+/// [`pairs`].
+#[inline(always)]
+pub unsafe fn level_words2(m: &impl Planes, plane: usize, index: usize) -> [u32; 2] {
+    unsafe { m.level_words2(plane, index) }
+}
+
+/// [`bits`].
+#[inline(always)]
+pub unsafe fn level_word(m: &impl Planes, plane: usize, index: usize) -> u32 {
+    unsafe { m.level_word(plane, index) }
+}
+
 #[inline(always)]
 pub fn f16(bits: u16) -> f32 {
     cuda_std::half::F16::from_bits(bits).to_f32()

@@ -8,14 +8,13 @@
 //! (`kernels::decode`). This module gives out the numbers, such that a word left over from an earlier operation
 //! or launch never looks like the one that is awaited.
 
+use super::program::{Cost, Room, Segments, cost, listing, plan};
 use super::{Address, Allocation, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
 use kernels::decode::{
-    self, CHOSEN, DecodeArgs, Input, MAX_SEGMENTS, MAX_SPLITS, MAX_TURNS, NO_OP, NUMBERS, Op,
-    SLOTS, Segment, Shares, kind, point,
+    CHOSEN, DecodeArgs, MAX_SEGMENTS, MAX_SPLITS, NO_OP, NUMBERS, Op, Segment, THREADS, kind, point,
 };
-use kernels::types::{GROUP, Matrix, TILE};
 use std::collections::HashMap;
 
 /// From so many tokens on they are split among all blocks: merging what these find takes as long as a block takes for
@@ -139,34 +138,6 @@ fn alike(a: u64, b: u64) -> bool {
     a % u64::from(NUMBERS) == b % u64::from(NUMBERS)
 }
 
-/// `op` with the fields that follow from others.
-pub(super) fn complete(op: Op, blocks: u32) -> Op {
-    let tasks = op.count_tasks();
-    // Keys and values that nobody waits for go to the cache alone.
-    let whole = op.kind != kind::QKV || !op.fresh.is_null();
-    let outputs = match op.kind {
-        kind::GATE_UP => 1,
-        kind::PRODUCT if op.split != 0 => 1,
-        _ => 2,
-    };
-    let shares = Shares::of(tasks, blocks, op.shares.skip);
-    let most = shares.each + u32::from(shares.extra > 0);
-    let fits = tasks > 0 && most * outputs <= SLOTS;
-    Op {
-        shares,
-        gathered: if op.sealed != 0 && whole && fits {
-            outputs
-        } else {
-            0
-        },
-        input: Input {
-            inverse_len: 1.0 / op.input.len as f32,
-            ..op.input
-        },
-        ..op
-    }
-}
-
 /// The state of decode steps.
 pub(super) struct Decode {
     programs: HashMap<Shape, Program>,
@@ -226,144 +197,6 @@ impl Decode {
             table: Vec::new(),
         })
     }
-}
-
-/// What an operation takes at least, as [`OpTiming`] has it.
-#[derive(Clone, Copy)]
-struct Cost {
-    bytes: u64,
-    operations: u64,
-    /// Whether both are for each token in the cache.
-    each_token: bool,
-}
-
-fn cost(op: &Op) -> Cost {
-    /// Keys and values are f16 wherever steps are recorded.
-    const CACHED: u64 = 2;
-    let len = u64::from(op.input.len);
-    match op.kind {
-        // One row of its matrix, scaled.
-        kind::EMBED => Cost {
-            bytes: u64::from(op.matrices[0].row_bytes),
-            operations: len,
-            each_token: false,
-        },
-        // Keys and values; query heads of a group share them. Scores and their sum are two products.
-        kind::ATTEND => Cost {
-            bytes: 2 * CACHED * u64::from(op.cache.kv_heads) * u64::from(op.cache.head_dim),
-            operations: 4 * u64::from(op.heads) * u64::from(op.cache.head_dim),
-            each_token: true,
-        },
-        _ => {
-            let sum = |of: fn(&Matrix) -> u32| {
-                let rows = |m: &Matrix| u64::from(m.rows) * u64::from(of(m));
-                op.matrices.iter().map(rows).sum()
-            };
-            Cost {
-                bytes: sum(|m| m.row_bytes),
-                operations: sum(|_| 2) * len,
-                each_token: false,
-            }
-        }
-    }
-}
-
-/// What a launch has room for in shared memory.
-#[derive(Clone, Copy)]
-pub(super) struct Room {
-    pub(super) turns: u32,
-    pub(super) turn_tiles: u32,
-    pub(super) tile_bytes: u32,
-    pub(super) row_bytes: u32,
-    pub(super) shared: usize,
-}
-
-/// Turns of several tiles are worth it where rows have so many tiles.
-const LONG_ROW: u32 = 2;
-
-/// The most turns of a ring that leave room for the rows of `ops`.
-///
-/// # Errors
-/// Where not even one fits.
-pub(super) fn room<D: Driver>(driver: &D, ops: &[Op]) -> Result<Room> {
-    let products = || {
-        ops.iter()
-            .filter(|op| !matches!(op.kind, kind::EMBED | kind::ATTEND | kind::MERGE))
-    };
-    let attention = ops.iter().filter(|op| op.kind == kind::ATTEND);
-    let attend = attention.map(|op| decode::attend_bytes(op.heads / op.cache.kv_heads.max(1)));
-    let attend = attend.max().unwrap_or(0);
-    let rows = products().map(|op| {
-        let cols = op.input.len.next_multiple_of(GROUP as u32);
-        decode::row_bytes(cols, op.input.keep_f32 != 0)
-    });
-    let row = rows.max().unwrap_or(0);
-    let tiles = products().flat_map(|op| op.matrices.iter().map(|m| m.tile_bytes));
-    let tile_bytes = tiles.max().unwrap_or(0);
-    // Of the shortest rows, which are most of a model's.
-    let row_tiles = products().map(|op| op.input.len.div_ceil((GROUP * TILE) as u32));
-    let limit = driver.shared_limit();
-    let most = if row_tiles.min().unwrap_or(0) >= LONG_ROW {
-        2
-    } else {
-        1
-    };
-    for turn_tiles in (1..=most).rev() {
-        // Each run of a turn begins a line of shared memory: copies that begin within one take longer.
-        let tile_bytes = tile_bytes.next_multiple_of(128 / turn_tiles);
-        for turns in (1..=MAX_TURNS).rev() {
-            let (shared, row_bytes) =
-                decode::shared_bytes(row, attend, tile_bytes, turn_tiles, turns);
-            let shared = shared as usize;
-            if shared <= limit && (turns > 2 || turn_tiles == 1) {
-                return Ok(Room {
-                    turns,
-                    turn_tiles,
-                    tile_bytes,
-                    row_bytes,
-                    shared,
-                });
-            }
-        }
-    }
-    Err(Error::Device {
-        device: driver.info().name.clone(),
-        what: format!(
-            "rows of {row} bytes and rings of tiles of {tile_bytes} do not fit its {limit} bytes of shared memory"
-        ),
-    })
-}
-
-/// Segments that lie behind operations.
-#[derive(Clone, Copy)]
-pub(super) struct Segments {
-    /// Bytes from the first operation to them.
-    pub(super) offset: usize,
-    pub(super) count: u32,
-}
-
-/// What the device reads of a program: its operations, then their segments.
-pub(super) fn listing(ops: &[Op]) -> (Vec<u8>, Segments) {
-    let segments = ops.iter().enumerate();
-    let mut segments: Vec<Segment> = segments
-        .flat_map(|(i, op)| op.segments(i as u32))
-        .filter(|s| s.first < s.end)
-        .collect();
-    let count = segments.len() as u32;
-    segments.push(Segment {
-        op: ops.len().saturating_sub(1) as u32,
-        ..Segment::NONE
-    });
-    let mut listing = bytes(ops).to_vec();
-    let offset = listing.len();
-    listing.extend_from_slice(bytes(&segments));
-    (listing, Segments { offset, count })
-}
-
-/// The bytes of plain data, as the device reads them.
-fn bytes<T>(values: &[T]) -> &[u8] {
-    // Only of `Op` and `Segment`, whose padding is never read.
-    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
 impl<D: Driver> Gpu<D> {
@@ -532,8 +365,8 @@ impl<D: Driver> Gpu<D> {
         let recording = self.decode.recording.take().unwrap_or_default();
         recorded?;
         let blocks = self.driver.multiprocessors();
-        let ops = recording.ops.into_iter();
-        let ops: Vec<Op> = ops.map(|op| complete(op, blocks)).collect();
+        let mut ops = recording.ops;
+        let room = plan(&self.driver, &mut ops, blocks)?;
         self.settle(&ops)?;
         let (listing, segments) = listing(&ops);
         let memory = self.driver.alloc(listing.len())?;
@@ -542,7 +375,7 @@ impl<D: Driver> Gpu<D> {
             ops: memory,
             segments,
             count: ops.len() as u32,
-            room: room(&self.driver, &ops)?,
+            room,
             costs: ops.iter().map(cost).collect(),
             writes: recording.writes,
             numbers: recording.numbers,
@@ -606,7 +439,7 @@ impl<D: Driver> Gpu<D> {
             sequence: decode.sequence,
             turns: room.turns,
             turn_tiles: room.turn_tiles,
-            tile_bytes: room.tile_bytes,
+            pitch: room.pitch,
             row_bytes: room.row_bytes,
             table: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
             ranks: decode.ranks as *mut u64,
@@ -617,7 +450,7 @@ impl<D: Driver> Gpu<D> {
         self.driver.launch_cooperative(
             "decode",
             self.driver.multiprocessors(),
-            decode::THREADS,
+            THREADS,
             room.shared,
             &args,
         )
@@ -671,12 +504,12 @@ impl<D: Driver> Gpu<D> {
 
     /// Runs one product by itself, outside a recorded step.
     pub(super) fn run_single(&mut self, op: Op) -> Result<()> {
-        let ops = [complete(op, self.driver.multiprocessors())];
+        let mut ops = [op];
+        let room = plan(&self.driver, &mut ops, self.driver.multiprocessors())?;
         self.settle(&ops)?;
         let address = self.decode.single.address;
         let (listing, segments) = listing(&ops);
         self.driver.write(address, &listing)?;
-        let room = room(&self.driver, &ops)?;
         self.run_program(address, segments, 1, room, 0, 0, 0)?;
         self.decode.chooser = (op.choose != 0).then_some(self.decode.sequence);
         Ok(())

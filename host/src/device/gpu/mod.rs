@@ -10,6 +10,7 @@ mod emulated;
 mod experts;
 mod ops;
 mod products;
+mod program;
 mod sampling;
 mod selftest;
 mod weights;

@@ -4,7 +4,7 @@ use super::ops::{NormRows, blocks};
 use super::{Address, Driver, Gpu, Scratch};
 use crate::device::{Linear, Norm};
 use crate::error::Result;
-use kernels::decode::{self, NO_OP, Op, kind};
+use kernels::decode::{NO_OP, Op, kind};
 use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
 use kernels::exact::{self, LinearArgs};
 use kernels::few;
@@ -63,14 +63,8 @@ impl<D: Driver> Gpu<D> {
         out: *mut f32,
     ) -> Result<Op> {
         let weight = linear.weight;
-        let rows = weight.matrix.rows as usize;
-        let warps = self.driver.multiprocessors() as usize * decode::WARPS as usize;
-        // A row's halves go to the lanes side by side where a warp would else take two long rows while
-        // others have none.
-        let split = weight.matrix.groups() > 32 && rows.div_ceil(2) * 2 <= warps;
         Ok(Op {
             kind: kind::PRODUCT,
-            split: u32::from(split),
             input: self.input(x, norm, weight.cols, !weight.quantised)?,
             matrices: [weight.matrix, NO_MATRIX, NO_MATRIX],
             biases: [bias_ptr(linear), ptr::null(), ptr::null()],

@@ -74,6 +74,36 @@ pub unsafe fn reductions(x: *const f32, floats: *mut f32, words: *mut u32) {
         warp::reduce_max_i32(-(i as i32)) as u32 ^ warp::reduce_max_u32(i as u32);
 }
 
+/// The second half of a block takes what the first leaves, which goes on without waiting: two places in turn, each with a barrier
+/// that says it is full and one that says it is empty.
+#[kernel]
+pub unsafe fn arrivals(out: *mut u32) {
+    let (i, n) = (thread::thread_idx_x(), thread::block_dim_x());
+    let half = n / 2;
+    let slots = shared::at::<u32>(0);
+    if i < half {
+        for round in 0..6 {
+            let place = round % 2;
+            thread::bar_sync(1 + place, n);
+            slots.add(place * half + i).store(100 * round + i);
+            thread::bar_arrive(3 + place, n);
+        }
+    } else {
+        thread::bar_arrive(1, n);
+        thread::bar_arrive(2, n);
+        let mut sum = 0;
+        for round in 0..6 {
+            let place = round % 2;
+            thread::bar_sync(3 + place, n);
+            sum += slots.add(place * half + (i + 1) % half).load();
+            if round < 4 {
+                thread::bar_arrive(1 + place, n);
+            }
+        }
+        *out.add((i - half) as usize) = sum;
+    }
+}
+
 /// Block-wide predicates, and two halves of a block at barriers of their own.
 #[kernel]
 pub unsafe fn barriers(out: *mut u32) {
@@ -126,6 +156,36 @@ pub unsafe fn mma_16(a: *const u32, b: *const u32, c: *const f32, d: *mut f32, b
     };
     for (place, value) in places.into_iter().zip(fd) {
         *d.add(place) = value;
+    }
+}
+
+/// The same of unsigned bytes with signed ones: of all 32 bytes of a row, then of the first 16 and of the last 16.
+#[kernel]
+pub unsafe fn mma_u8_s8(a: *const u32, b: *const u32, d: *mut i32) {
+    let lane = thread::lane_id() as usize;
+    let (g, t) = (lane / 4, lane % 4);
+    let fa = [
+        *a.add(g * 8 + t),
+        *a.add((g + 8) * 8 + t),
+        *a.add(g * 8 + t + 4),
+        *a.add((g + 8) * 8 + t + 4),
+    ];
+    let fb = [*b.add(g * 8 + t), *b.add(g * 8 + t + 4)];
+    let all = [
+        mma::m16n8k32_u8_s8(fa, fb, [1, 2, 3, 4]),
+        mma::m16n8k16_u8_s8([fa[0], fa[1]], fb[0], [1, 2, 3, 4]),
+        mma::m16n8k16_u8_s8([fa[2], fa[3]], fb[1], [1, 2, 3, 4]),
+    ];
+    let places = [
+        g * 8 + 2 * t,
+        g * 8 + 2 * t + 1,
+        (g + 8) * 8 + 2 * t,
+        (g + 8) * 8 + 2 * t + 1,
+    ];
+    for (i, fd) in all.into_iter().enumerate() {
+        for (place, value) in places.into_iter().zip(fd) {
+            *d.add(128 * i + place) = value;
+        }
     }
 }
 

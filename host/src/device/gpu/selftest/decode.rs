@@ -1,6 +1,6 @@
 //! The kernel `decode`: each kind of operation, alone and after one another.
 
-use super::super::decode::{complete, listing, room};
+use super::super::program::{listing, plan};
 use super::Driver;
 use super::bench::{Bench, Guarded, TestMatrix, layout, nmse, nmse_at_least};
 use super::products::{F32_LIMIT, name};
@@ -13,8 +13,14 @@ use kernels::rows::Rotation;
 use kernels::types::{GROUP, NO_MATRIX};
 use std::ptr;
 
-/// 8-bit activations against the same 8-bit activations: a value on the edge may round the other way.
-const Q8_LIMIT: f64 = 1e-6;
+/// 15-bit activations against the same: a value on the edge may round the other way.
+const Q15_LIMIT: f64 = 1e-9;
+
+/// Keys and values are rounded to f16: the square of half of its last place.
+const F16_LIMIT: f64 = 2.4e-7;
+
+/// Levels of either sign.
+const LEVELS: f32 = 16256.0;
 
 /// Blocks of a launch.
 const BLOCKS: u32 = 2;
@@ -110,13 +116,13 @@ fn launch<D: Driver>(
     position: usize,
     table: *const u32,
 ) -> Result<Option<u32>> {
-    let ops: Vec<Op> = ops.iter().map(|op| complete(*op, BLOCKS)).collect();
+    let mut ops = ops.to_vec();
+    let room = plan(&b.driver, &mut ops, BLOCKS)?;
     let (listing, segments) = listing(&ops);
     let ops_on = b.upload(&listing)?;
     let ranks = b.upload(&[0u64; 2 * BLOCKS as usize])?;
     let chosen = b.upload(&[0u64])?;
     let choice = b.upload(&[0u32])?;
-    let room = room(&b.driver, &ops)?;
     const SEQUENCE: u32 = 77;
     let args = DecodeArgs {
         ops: ops_on.ptr(),
@@ -129,7 +135,7 @@ fn launch<D: Driver>(
         sequence: SEQUENCE,
         turns: room.turns,
         turn_tiles: room.turn_tiles,
-        tile_bytes: room.tile_bytes,
+        pitch: room.pitch,
         row_bytes: room.row_bytes,
         table,
         ranks: ranks.ptr(),
@@ -149,13 +155,13 @@ fn launch<D: Driver>(
         .map(|v| *v as u32))
 }
 
-/// What an 8-bit activation row stands for.
+/// What a row of 15-bit activations stands for.
 fn quantise(x: &[f32]) -> Vec<f32> {
     x.chunks(GROUP)
         .flat_map(|group| {
             let peak = group.iter().fold(0.0f32, |p, v| p.max(v.abs()));
-            let inverse = if peak > 0.0 { 127.0 / peak } else { 0.0 };
-            let d = peak / 127.0;
+            let inverse = if peak > 0.0 { LEVELS / peak } else { 0.0 };
+            let d = peak / LEVELS;
             group
                 .iter()
                 .map(move |v| (v * inverse).round_ties_even() * d)
@@ -164,10 +170,10 @@ fn quantise(x: &[f32]) -> Vec<f32> {
         .collect()
 }
 
-/// The error of one activation that rounds the other way: more than [`Q8_LIMIT`] only in short rows.
+/// The error of one activation that rounds the other way: more than [`Q15_LIMIT`] only in short rows.
 fn one_step(m: &TestMatrix, x: &[f32], expected: &[f64]) -> f64 {
     let most = |values: &[f32]| values.iter().fold(0.0f32, |p, v| p.max(v.abs()));
-    let step = f64::from(most(x)) / 127.0 * f64::from(most(&m.values));
+    let step = f64::from(most(x) / LEVELS) * f64::from(most(&m.values));
     let scale: f64 = expected.iter().map(|e| e * e).sum();
     step * step / scale.max(m.typical(x)).max(1e-30)
 }
@@ -177,7 +183,7 @@ fn one_step_gated(gate: &TestMatrix, up: &TestMatrix, x: &[f32], g: &[f64], u: &
     /// The greatest slope of `silu`.
     const SLOPE: f64 = 1.1;
     let most = |values: &[f32]| f64::from(values.iter().fold(0.0f32, |p, v| p.max(v.abs())));
-    let step = most(x) / 127.0;
+    let step = most(x) / f64::from(LEVELS);
     let (of_gate, of_up) = (step * most(&gate.values), step * most(&up.values));
     let change = |(g, u): (&f64, &f64)| SLOPE * u.abs() * of_gate + silu(*g).abs() * of_up;
     let changes: f64 = g.iter().zip(u).map(|v| change(v).powi(2)).sum();
@@ -206,10 +212,10 @@ fn input(x: &Guarded, norm: Option<&Guarded>, eps: f32, len: usize, float: bool)
     }
 }
 
-/// `out = W x`, then `out += W norm(x) + b`; whole rows and halves of rows.
+/// `out = W x`, then `out += W norm(x) + b`.
 pub fn product<D: Driver>(b: &mut Bench<'_, D>, m: &TestMatrix) -> Result<()> {
     let float = !layout(m.ty).quantised;
-    for (norm, add, split) in [(false, false, 0), (true, true, 0), (true, false, 1)] {
+    for (norm, add) in [(false, false), (true, true), (true, false)] {
         let x = b.random.values(m.cols);
         let weight = b.random.values(m.cols);
         let bias = b.random.values(m.rows);
@@ -223,7 +229,6 @@ pub fn product<D: Driver>(b: &mut Bench<'_, D>, m: &TestMatrix) -> Result<()> {
         let op = Op {
             kind: kind::PRODUCT,
             add: u32::from(add),
-            split,
             input: input(&x_on, norm.then_some(&weight_on), 1e-5, m.cols, float),
             matrices: [m.matrix, NO_MATRIX, NO_MATRIX],
             biases: [
@@ -253,14 +258,14 @@ pub fn product<D: Driver>(b: &mut Bench<'_, D>, m: &TestMatrix) -> Result<()> {
         let limit = if float {
             F32_LIMIT
         } else {
-            Q8_LIMIT.max(one_step(m, &x, &expected))
+            Q15_LIMIT.max(one_step(m, &x, &expected))
         };
         let case = name(
             m,
             match (norm, add) {
                 (false, _) => "",
                 (true, true) => "norm, bias, add",
-                (true, false) => "norm, halves",
+                (true, false) => "norm",
             },
         );
         let error = nmse_at_least(&found, &expected, m.typical(&seen));
@@ -295,7 +300,7 @@ fn gate_up<D: Driver>(b: &mut Bench<'_, D>, gate: GgmlType, up: GgmlType) -> Res
     let (g, u) = (biased(&gate, &gate_bias), biased(&up, &up_bias));
     let expected: Vec<f64> = g.iter().zip(&u).map(|(g, u)| silu(*g) * u).collect();
     let case = format!("gate and up {} and {} {rows}×{cols}", gate.ty, up.ty);
-    let limit = Q8_LIMIT.max(one_step_gated(&gate, &up, &normed, &g, &u));
+    let limit = Q15_LIMIT.max(one_step_gated(&gate, &up, &normed, &g, &u));
     b.report(b.decode_kernel, case, nmse(&found, &expected), limit);
     Ok(())
 }
@@ -366,8 +371,7 @@ fn qkv<D: Driver>(
         }
     }
     let case = format!("qkv, {heads} heads, {kv_heads} kv, {head_dim} wide, {dims} rotate");
-    // Keys and values are rounded to f16.
-    let limit = Q8_LIMIT.max(one_step(&matrices[0], &normed, &expected));
+    let limit = F16_LIMIT.max(one_step(&matrices[0], &normed, &expected));
     b.report(b.decode_kernel, case, nmse(&found, &expected), limit);
     Ok(())
 }
