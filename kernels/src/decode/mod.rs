@@ -22,6 +22,7 @@
 
 mod attend;
 mod embed;
+mod finish;
 mod product;
 mod ring;
 mod row;
@@ -517,7 +518,7 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
             while w.index < a.count {
                 let op = Current::at(w.index);
                 if is_product(get!(op, kind)) {
-                    product::finish(&a, op, &mut w);
+                    finish::finish(&a, op, &mut w);
                 } else {
                     w.await_step();
                     w.finish_step();
