@@ -9,7 +9,11 @@ fn main() {
         return;
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    for arch in [NvvmArch::Compute80, NvvmArch::Compute90] {
+    for arch in [
+        NvvmArch::Compute80,
+        NvvmArch::Compute90,
+        NvvmArch::Compute90a,
+    ] {
         let built = CudaBuilder::new("../kernels")
             .arch(arch)
             .copy_to(out.join(format!("kernels.{}.ptx", arch.name())))

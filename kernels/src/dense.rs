@@ -6,14 +6,12 @@
 //! and f32 sums. `cp.async` keeps [`STAGES`] steps of [`BK`] columns in flight; a warp reads the fragments
 //! of the next 16 columns while tensor cores multiply the present ones.
 
-use crate::types::{GROUP, Matrix, to_f16, unpack_f16};
-use cuda_std::memory::{
-    cp_async_16_zfill, cp_async_commit, cp_async_wait, ld_v2_u32, ldg_f32, st_global_v2,
-    st_global_v4,
-};
+use crate::epilogue::{self, Output};
+use crate::types::{GROUP, Matrix, unpack_f16};
+use cuda_std::memory::{cp_async_16_zfill, cp_async_commit, cp_async_wait, ldg_f32, st_global_v4};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
-use cuda_std::{float, kernel, mma, warp};
+use cuda_std::{kernel, mma, warp};
 
 /// Threads per block of a product: two warps along the input rows, two along the matrix rows.
 pub const THREADS: u32 = 128;
@@ -118,18 +116,10 @@ pub unsafe fn dequantise(a: DequantiseArgs) {
 pub struct DenseArgs {
     /// f16 `[n][cols]`, as [`dequantise`] wrote it; `cols` is a multiple of 32.
     pub w: *const u16,
-    /// f32 `[n]`.
-    pub bias: *const f32,
     /// f16 `[rows][cols]`.
     pub x: *const u16,
-    pub rows: u32,
     pub cols: u32,
-    pub n: u32,
-    /// f32 `[rows][stride]`; of `dense_gate_up` f16.
-    pub out: *mut u8,
-    pub stride: u32,
-    /// Whether to add to what `out` holds.
-    pub add: u32,
+    pub to: Output,
 }
 
 /// Byte offset of 16-byte piece `piece` of row `row`; see [`crate::gemm`].
@@ -194,9 +184,9 @@ unsafe fn multiply<const MT: usize, const NP: usize>(a: &DenseArgs) -> [[[f32; 4
             for half in 0..2 {
                 let (m, n) = (half * 16 * MT as u32, half * 16 * NP as u32);
                 let x = at + m * ROW_BYTES as u32;
-                load::<MT>(x, a.x, (first_m as u32 + m, a.rows), columns);
+                load::<MT>(x, a.x, (first_m as u32 + m, a.to.rows), columns);
                 let w = at + x_bytes as u32 + n * ROW_BYTES as u32;
-                load::<NP>(w, a.w, (first_n as u32 + n, a.n), columns);
+                load::<NP>(w, a.w, (first_n as u32 + n, a.to.n), columns);
             }
         };
         for s in 0..STAGES - 1 {
@@ -260,90 +250,24 @@ fn corner<const MT: usize, const NP: usize>() -> (usize, usize) {
 
 #[inline(always)]
 unsafe fn dense<const MT: usize, const NP: usize>(a: &DenseArgs) {
-    let (first_m, first_n) = corner::<MT, NP>();
-    let (n, stride) = (a.n as usize, a.stride as usize);
     unsafe {
         let sums = multiply::<MT, NP>(a);
-        // Pairs of neighbours are aligned where rows are.
-        let pairs = stride % 2 == 0 && (a.out as usize) % 8 == 0;
-        for j in 0..2 * NP {
-            let c = first_n + j * 8;
-            if c >= n {
-                continue;
-            }
-            let both = pairs && c + 1 < n;
-            let bias = [
-                ldg_f32(a.bias.add(c)),
-                ldg_f32(a.bias.add(if c + 1 < n { c + 1 } else { c })),
-            ];
-            for i in 0..MT {
-                for half in 0..2 {
-                    let r = first_m + i * 16 + half * 8;
-                    if r >= a.rows as usize {
-                        continue;
-                    }
-                    let out = a.out.cast::<f32>().add(r * stride + c);
-                    let mut v = [
-                        sums[i][j][half * 2] + bias[0],
-                        sums[i][j][half * 2 + 1] + bias[1],
-                    ];
-                    if both {
-                        if a.add != 0 {
-                            let old = ld_v2_u32(out.cast_const());
-                            v[0] += f32::from_bits(old[0]);
-                            v[1] += f32::from_bits(old[1]);
-                        }
-                        st_global_v2(out, [v[0].to_bits(), v[1].to_bits()]);
-                    } else {
-                        for e in 0..2 {
-                            if c + e < n {
-                                let out = out.add(e);
-                                out.write(if a.add != 0 { out.read() + v[e] } else { v[e] });
-                            }
-                        }
-                    }
-                }
-            }
+        for i in 0..MT {
+            let (row, column) = corner::<MT, NP>();
+            let from = (row + i * 16, column);
+            epilogue::store(&a.to, from, &sums[i], 2 * NP);
         }
     }
 }
 
-/// `x / (1 + exp(-x))` in two instructions of the hardware: far finer than the f16 it is rounded to.
-#[inline(always)]
-fn silu(x: f32) -> f32 {
-    x * float::rcp_approx(1.0 + float::exp2_approx(-x * core::f32::consts::LOG2_E))
-}
-
-/// `silu(gate) * up` of matrix rows that alternate, eight of one and eight of the other.
 #[inline(always)]
 unsafe fn gate_up<const MT: usize, const NP: usize>(a: &DenseArgs) {
-    let (first_m, first_n) = corner::<MT, NP>();
-    let n = a.n as usize;
     unsafe {
         let sums = multiply::<MT, NP>(a);
-        for j in 0..NP {
-            let c = first_n + j * 16;
-            if c >= n {
-                continue;
-            }
-            let at = a.bias.add(c);
-            let gate = [ldg_f32(at), ldg_f32(at.add(1))];
-            let up = [ldg_f32(at.add(8)), ldg_f32(at.add(9))];
-            // Eight matrix rows of each give eight outputs.
-            let column = c / 16 * 8 + c % 8;
-            for i in 0..MT {
-                for half in 0..2 {
-                    let r = first_m + i * 16 + half * 8;
-                    if r < a.rows as usize {
-                        let (g, u) = (&sums[i][2 * j], &sums[i][2 * j + 1]);
-                        let low = silu(g[half * 2] + gate[0]) * (u[half * 2] + up[0]);
-                        let high = silu(g[half * 2 + 1] + gate[1]) * (u[half * 2 + 1] + up[1]);
-                        let v = u32::from(to_f16(low)) | (u32::from(to_f16(high)) << 16);
-                        let out = a.out.cast::<u16>().add(r * a.stride as usize + column);
-                        out.cast::<u32>().write(v);
-                    }
-                }
-            }
+        for i in 0..MT {
+            let (row, column) = corner::<MT, NP>();
+            let from = (row + i * 16, column);
+            epilogue::store_gate_up(&a.to, from, &sums[i], 2 * NP);
         }
     }
 }

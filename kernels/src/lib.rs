@@ -8,7 +8,8 @@
 //! - [`decode`]: a whole decode step of one row, in one launch
 //! - [`few`]: matrix times one row or a few: steps of one row that [`decode`] does not know
 //! - [`gemm`]: matrix times several rows on tensor cores: small batches, short prompts
-//! - [`dense`]: matrix times many rows, the weights unpacked beforehand, once for all: prefill
+//! - [`dense`]: matrix times many rows, the weights unpacked beforehand, once for all: prefill; [`warpgroup`]: its
+//!   products on Hopper; [`epilogue`]: how both write theirs
 //! - [`exact`]: the plain f32 twin of all these
 //! - [`attention`]: one query row at a time; [`flash`]: many on tensor cores
 //! - [`experts`]: mixtures of experts
@@ -25,18 +26,34 @@
 )]
 #![allow(unconditional_panic)]
 
+// The module `sm_90a` is loaded beside another, and has the kernels of `warpgroup` alone.
+#[cfg(not(cuda_sm_90a))]
 pub mod attention;
+#[cfg(not(cuda_sm_90a))]
 pub mod decode;
+#[cfg(not(cuda_sm_90a))]
 pub mod dense;
+pub mod epilogue;
+#[cfg(not(cuda_sm_90a))]
 pub mod exact;
+#[cfg(not(cuda_sm_90a))]
 pub mod experts;
+#[cfg(not(cuda_sm_90a))]
 pub mod few;
+#[cfg(not(cuda_sm_90a))]
 pub mod flash;
+#[cfg(not(cuda_sm_90a))]
 pub mod gemm;
+#[cfg(not(cuda_sm_90a))]
 pub mod rows;
+#[cfg(not(cuda_sm_90a))]
 pub mod sample;
+#[cfg(not(cuda_sm_90a))]
 pub mod types;
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90a))]
+pub mod warpgroup;
 
+#[cfg(not(cuda_sm_90a))]
 pub(crate) use types::for_each_type;
 
 #[cfg(target_arch = "nvptx64")]
@@ -84,4 +101,8 @@ cuda_std::kernels![
     sample::penalise,
     sample::scale_logits,
     types::repack_kernel,
+    warpgroup::warpgroup_128x128,
+    warpgroup::warpgroup_128x256,
+    warpgroup::warpgroup_gate_up_128x128,
+    warpgroup::warpgroup_gate_up_128x256,
 ];

@@ -1,6 +1,7 @@
 //! Work on single rows: embedding, norms, casts, the gated activation, rotation and cache writes.
 
-use crate::types::{GROUP, Matrix, to_f16, unpack};
+use crate::types::{GROUP, Matrix, unpack};
+use cuda_std::half::to_f16;
 use cuda_std::memory::{ld_v4_u32, ldg_f32, ldg_u32, ldg_v4_u32, st_global_v2, st_global_v4};
 use cuda_std::thread::{
     block_dim_x, block_idx_x, block_idx_y, index_1d, sync_threads, thread_idx_x,

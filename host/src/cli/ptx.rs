@@ -504,10 +504,16 @@ mod tests {
         // The form of `decode` that the module for sm_90 has under that name.
         emulated.retain(|name| *name != "decode_bulk");
         emulated.sort_unstable();
-        for (arch, text) in MODULES {
-            let mut embedded: Vec<&str> =
-                entries(text).into_iter().map(|entry| entry.name).collect();
+        for (capability, beside) in [(80, ""), (90, crate::device::ptx::beside(90).unwrap())] {
+            let (arch, text) = crate::device::ptx::for_capability(capability).unwrap();
+            let mut embedded: Vec<&str> = [text, beside]
+                .into_iter()
+                .flat_map(entries)
+                .map(|entry| entry.name)
+                .collect();
             embedded.sort_unstable();
+            let mut emulated = emulated.clone();
+            emulated.retain(|name| !beside.is_empty() || !name.starts_with("warpgroup_"));
             assert_eq!(embedded, emulated, "{arch}");
         }
     }

@@ -12,6 +12,11 @@ pub static MODULES: &[(&str, &str)] = &[
         "sm_90",
         include_str!(concat!(env!("OUT_DIR"), "/kernels.sm_90.ptx")),
     ),
+    // What Hopper alone has: loaded beside another.
+    (
+        "sm_90a",
+        include_str!(concat!(env!("OUT_DIR"), "/kernels.sm_90a.ptx")),
+    ),
 ];
 
 /// A build without the feature `cuda` embeds no module.
@@ -60,6 +65,13 @@ pub fn for_capability(capability: u32) -> Option<(&'static str, &'static str)> {
         .copied()
 }
 
+/// The module for compute capability `capability` alone, to be loaded beside [that one](for_capability).
+pub fn beside(capability: u32) -> Option<&'static str> {
+    let name = format!("sm_{capability}a");
+    let module = MODULES.iter().find(|(arch, _)| *arch == name);
+    module.map(|(_, text)| *text)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,7 +105,8 @@ mod tests {
     #[cfg(feature = "cuda")]
     #[test]
     fn the_types_of_a_decode_step_can_be_settled() {
-        for (_, text) in MODULES {
+        for capability in [80, 90] {
+            let (_, text) = for_capability(capability).unwrap();
             let (_, decode) = part(text, "decode");
             assert_ne!(settle(&decode, kernels::decode::TYPES, 1), decode);
         }

@@ -3,8 +3,12 @@
 /// The comment that `#[kernel(launch_bounds(…))]` leaves in an entry's body.
 const MARKER: &str = "// cuda_std launch_bounds ";
 
-/// Puts `.maxntid` and `.minnctapersm` on the entries that carry a launch-bounds marker, and
-/// drops comments and blank lines.
+/// The comment that `argument!` leaves in the body of an entry whose argument struct's address is taken: it may
+/// hold what the copy engine wants at a multiple of 64 bytes, more than the compiler aligns arguments to.
+const ARGUMENT: &str = "// cuda_std argument";
+
+/// Puts `.maxntid` and `.minnctapersm` on the entries that carry a launch-bounds marker, aligns argument structs
+/// whose address is taken, and drops comments and blank lines.
 ///
 /// # Errors
 /// An undefined function (the driver would refuse the module), or a marker that cannot be read.
@@ -27,8 +31,14 @@ pub fn finish(text: &str) -> Result<String, String> {
             let close = (open..lines.len())
                 .find(|&j| lines[j] == "}")
                 .unwrap_or(lines.len());
+            let aligned = lines[open..close].iter().any(|l| l.trim() == ARGUMENT);
             for header in &lines[i..open] {
-                push(&mut out, header);
+                match header.split_once(".param .align 16 ") {
+                    Some((indent, rest)) if aligned => {
+                        push(&mut out, &format!("{indent}.param .align 64 {rest}"));
+                    }
+                    _ => push(&mut out, header),
+                }
             }
             if let Some(bounds) = lines[open..close]
                 .iter()
@@ -99,6 +109,18 @@ mod tests {
              .minnctapersm 2\n{\n\t.reg .b32 \t%r<2>;\n\tret;\n}\n.visible .entry b()\n{\n\tret;\n}\n"
         );
         assert_eq!(entries(&text).collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
+    fn an_argument_struct_whose_address_is_taken_is_aligned() {
+        let entry = |body: &str| {
+            format!(
+                ".visible .entry a(\n\t.param .align 16 .b8 a_param_0[272]\n)\n{{\n{body}\tret;\n}}\n"
+            )
+        };
+        let text = finish(&entry("\t// cuda_std argument\n")).unwrap();
+        assert_eq!(text, entry("").replace("align 16", "align 64"));
+        assert_eq!(finish(&entry("")).unwrap(), entry(""));
     }
 
     #[test]

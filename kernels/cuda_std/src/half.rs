@@ -234,3 +234,9 @@ pub fn to_tf32(value: f32) -> u32 {
         }
     }
 }
+
+/// The bits of `x` rounded to f16; values past its range saturate.
+#[inline(always)]
+pub fn to_f16(x: f32) -> u16 {
+    F16::from_f32(x.clamp(-65504.0, 65504.0)).to_bits()
+}

@@ -15,6 +15,7 @@
 //! | [`atomic`] | atomic operations; acquire and release |
 //! | [`grid`] | a barrier over the whole grid |
 //! | [`mma`] | tensor-core products, `ldmatrix` |
+//! | [`tensor`], [`wgmma`] | Hopper's copies of tiles, and the products of a warpgroup |
 //! | [`float`] | elementary functions, approximations of the hardware |
 //! | [`half`] | 16-bit floats, alone and in pairs |
 //! | [`int`] | `dp4a`, `lop3`, `prmt` |
@@ -71,8 +72,10 @@ pub mod memory;
 pub mod mma;
 pub mod settled;
 pub mod shared;
+pub mod tensor;
 pub mod thread;
 pub mod warp;
+pub mod wgmma;
 
 /// What most kernels use.
 pub mod prelude {

@@ -145,6 +145,14 @@ pub unsafe fn copy_bulk(to: SharedPtr<u8>, from: *const u8, bytes: u32, barrier:
             i += 16;
         }
         emulator::wait_copies(0, true);
+        landed(barrier, bytes);
+    }
+}
+
+/// The copy engine says that so many bytes have come.
+#[cfg(not(target_arch = "nvptx64"))]
+pub(crate) unsafe fn landed(barrier: SharedPtr<u64>, bytes: u32) {
+    unsafe {
         let mut state = State::load(barrier);
         state.bytes -= bytes;
         state.store(barrier);

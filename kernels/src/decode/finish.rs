@@ -14,7 +14,7 @@ use super::{
 };
 use crate::rows::BLOCK_TOKENS;
 use crate::sample::{max_u64, rank, warp_max};
-use crate::types::to_f16;
+use cuda_std::half::to_f16;
 use cuda_std::int::{here, quotient};
 use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,

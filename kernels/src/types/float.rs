@@ -1,7 +1,7 @@
 //! What F32, F16 and BF16 share: rows padded with zeros to a multiple of 32, otherwise as the file has them.
 
 use super::*;
-use cuda_std::half::{F16 as Half, pack_f16x2};
+use cuda_std::half::pack_f16x2;
 
 pub const fn layout(ty: u32, bytes: usize) -> Layout {
     Layout {
@@ -94,9 +94,3 @@ macro_rules! float_weights {
     };
 }
 pub(super) use float_weights;
-
-/// Rounds to f16; values past its range saturate.
-#[inline(always)]
-pub fn to_f16(x: f32) -> u16 {
-    Half::from_f32(x.clamp(-65504.0, 65504.0)).to_bits()
-}

@@ -21,7 +21,7 @@ mod grid;
 mod read;
 mod write;
 
-pub use float::{Sixteen, to_f16};
+pub use float::Sixteen;
 
 /// An array of 1 to 32 elements (a power of two, or 5), each written out with its index: what goes through a closure and a
 /// loop, as with `core::array::from_fn`, may end up in local memory instead of registers.

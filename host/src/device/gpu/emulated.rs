@@ -4,6 +4,7 @@ use super::{Address, Allocation, Consume, Driver, Mapped, Piece};
 use crate::device::DeviceInfo;
 use crate::error::{Error, Result};
 use cuda_std::emulator;
+use cuda_std::tensor::{TensorMap, Tiling};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -170,6 +171,14 @@ impl Driver for Emulated {
 
     fn idle(&mut self) -> Result<bool> {
         Ok(true)
+    }
+
+    fn warpgroups(&self) -> bool {
+        true
+    }
+
+    fn tensor_map(&mut self, tiling: &Tiling) -> Result<TensorMap> {
+        Ok(TensorMap::emulated(tiling))
     }
 
     fn alloc_mapped(&mut self, bytes: usize) -> Result<Mapped> {

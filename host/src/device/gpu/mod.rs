@@ -25,6 +25,7 @@ use super::{
 use super::{GateUp, Head, Linear, Qkv, Residual, SampleRow};
 use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
+use cuda_std::tensor::{TensorMap, Tiling};
 use kernels::types::type_bit;
 use std::collections::HashMap;
 use std::io::Write;
@@ -110,6 +111,12 @@ pub trait Driver: Send + Sized + 'static {
 
     /// Memory, zeroed, that kernels write and the host reads while they run; it lives as long as the driver.
     fn alloc_mapped(&mut self, bytes: usize) -> Result<Mapped>;
+
+    /// Whether the kernels of `warpgroup` run here.
+    fn warpgroups(&self) -> bool;
+
+    /// Describes a matrix for the copy engine, where [`Driver::warpgroups`] run.
+    fn tensor_map(&mut self, tiling: &Tiling) -> Result<TensorMap>;
 
     /// Names of the forms of the kernel `decode`, which differ in how weights come.
     const DECODE_KERNELS: &'static [&'static str] = &["decode"];

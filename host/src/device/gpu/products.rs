@@ -4,12 +4,15 @@ use super::ops::{NormRows, blocks};
 use super::{Address, Driver, Gpu, Scratch};
 use crate::device::{Linear, Norm};
 use crate::error::Result;
+use cuda_std::tensor::Tiling;
 use kernels::decode::{NO_OP, Op, kind};
 use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
+use kernels::epilogue::Output;
 use kernels::exact::{self, LinearArgs};
 use kernels::few;
 use kernels::gemm::{self, GemmArgs};
 use kernels::types::{GROUP, NO_MATRIX};
+use kernels::warpgroup::{self, WarpgroupArgs};
 use std::ptr;
 
 /// Bytes of weights unpacked at a time: their product should take many turns of the whole card, the last
@@ -23,6 +26,106 @@ pub(super) struct Target {
     pub element_bytes: usize,
     pub stride: usize,
     pub add: bool,
+}
+
+/// A kernel that multiplies by unpacked weights: a block takes `bm` input rows and `bn` matrix rows.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Form {
+    pub kernel: &'static str,
+    pub bm: u32,
+    pub bn: u32,
+    /// Of the kernels in `warpgroup`.
+    pub warpgroups: bool,
+}
+
+const fn form(kernel: &'static str, bm: u32, bn: u32, warpgroups: bool) -> Form {
+    Form {
+        kernel,
+        bm,
+        bn,
+        warpgroups,
+    }
+}
+
+impl Form {
+    pub const PLAIN: [Form; 5] = [
+        form("dense_64x64", 64, 64, false),
+        form("dense_64x128", 64, 128, false),
+        form("dense_128x128", 128, 128, false),
+        form("warpgroup_128x128", 128, 128, true),
+        form("warpgroup_128x256", 128, 256, true),
+    ];
+    pub const GATE_UP: [Form; 4] = [
+        form("dense_gate_up_64x128", 64, 128, false),
+        form("dense_gate_up_128x128", 128, 128, false),
+        form("warpgroup_gate_up_128x128", 128, 128, true),
+        form("warpgroup_gate_up_128x256", 128, 256, true),
+    ];
+
+    /// The form for so many input rows and matrix rows, of which `ways` alternate.
+    fn choose<D: Driver>(driver: &D, ways: usize, rows: u32, n: u32) -> Form {
+        // Large tiles read shared memory less often, small ones share the work out better; where they
+        // draw level was measured on an H100, in blocks for two multiprocessors.
+        let fills = |bm: u32, bn: u32, many: u32| {
+            2 * blocks(rows as usize, bm) * blocks(n as usize, bn)
+                >= many * driver.multiprocessors()
+        };
+        let force: usize = std::env::var("KIGO_FORM")
+            .ok()
+            .and_then(|v| v.parse().ok())
+            .unwrap_or(0);
+        if force > 0 && driver.warpgroups() {
+            return if ways == 1 {
+                Form::PLAIN[force + 2]
+            } else {
+                Form::GATE_UP[force + 1]
+            };
+        }
+        match (ways, fills(128, 128, 5), fills(64, 128, 3)) {
+            (1, true, _) => Form::PLAIN[2],
+            (1, _, true) => Form::PLAIN[1],
+            (1, ..) => Form::PLAIN[0],
+            (_, true, _) => Form::GATE_UP[1],
+            _ => Form::GATE_UP[0],
+        }
+    }
+
+    /// `x Wᵀ`: f16 `w` is `[n][cols]`, `x` `[rows][cols]`.
+    pub fn multiply<D: Driver>(
+        self,
+        driver: &mut D,
+        w: *const u16,
+        x: *const u16,
+        cols: u32,
+        to: Output,
+    ) -> Result<()> {
+        let grid = (
+            blocks(to.rows as usize, self.bm),
+            blocks(to.n as usize, self.bn),
+        );
+        if !self.warpgroups {
+            let args = DenseArgs { w, x, cols, to };
+            let shared = dense::shared_bytes(self.bm as usize, self.bn as usize);
+            return driver.launch(self.kernel, grid, dense::THREADS, shared, &args);
+        }
+        let mut map = |rows: u32, box_rows: u32, address: *const u16| {
+            driver.tensor_map(&Tiling {
+                address: address as Address,
+                rows,
+                cols,
+                stride: u64::from(cols) * 2,
+                box_rows,
+            })
+        };
+        let args = WarpgroupArgs {
+            x: map(to.rows, self.bm, x)?,
+            w: map(to.n, self.bn, w)?,
+            cols,
+            to,
+        };
+        let shared = warpgroup::shared_bytes(self.bn as usize);
+        driver.launch(self.kernel, grid, warpgroup::THREADS, shared, &args)
+    }
 }
 
 /// A product's optional bias.
@@ -237,33 +340,16 @@ impl<D: Driver> Gpu<D> {
         let grid = (blocks(most, threads), parts.len() as u32);
         self.driver
             .launch("dequantise", grid, threads, dense::DEQUANTISE_SHARED, &args)?;
-        let args = DenseArgs {
-            w: w as *const u16,
+        let output = Output {
             bias: bias as *const f32,
-            x,
-            rows: rows as u32,
-            cols: cols as u32,
-            n: n as u32,
             out: to.address as *mut u8,
+            rows: rows as u32,
+            n: n as u32,
             stride: to.stride as u32,
             add: u32::from(to.add),
         };
-        // Large tiles read shared memory less often, small ones share the work out better; where they
-        // draw level was measured on an H100, in blocks for two multiprocessors.
-        let fills = |bm: u32, bn: u32, many: u32| {
-            2 * blocks(rows, bm) * blocks(n, bn) >= many * self.driver.multiprocessors()
-        };
-        let (kernel, bm, bn) = match (ways, fills(128, 128, 5), fills(64, 128, 3)) {
-            (1, true, _) => ("dense_128x128", 128, 128),
-            (1, _, true) => ("dense_64x128", 64, 128),
-            (1, ..) => ("dense_64x64", 64, 64),
-            (_, true, _) => ("dense_gate_up_128x128", 128, 128),
-            _ => ("dense_gate_up_64x128", 64, 128),
-        };
-        let grid = (blocks(rows, bm), blocks(n, bn));
-        let shared = dense::shared_bytes(bm as usize, bn as usize);
-        self.driver
-            .launch(kernel, grid, dense::THREADS, shared, &args)
+        let form = Form::choose(&self.driver, ways, output.rows, output.n);
+        form.multiply(&mut self.driver, w as *const u16, x, cols as u32, output)
     }
 
     /// [`Gpu::dense_product`] of one matrix, or of gate and up, slice by slice.

@@ -88,7 +88,7 @@ trampolines! {
     cuStreamCreateWithPriority cuStreamDestroy_v2 cuStreamGetFlags
     cuStreamGetPriority cuStreamQuery cuStreamSynchronize cuStreamWaitEvent cuSurfObjectCreate
     cuSurfObjectDestroy cuSurfObjectGetResourceDesc cuTexObjectCreate cuTexObjectDestroy
-    cuTexObjectGetResourceDesc
+    cuTensorMapEncodeTiled cuTexObjectGetResourceDesc
 }
 
 /// Opens the driver's library, once.

@@ -5,6 +5,7 @@ use super::{cubin, driver};
 use crate::device::gpu::{Address, Allocation, Consume, Driver, Mapped, Piece};
 use crate::device::{DeviceInfo, ptx};
 use crate::error::{Error, Result};
+use cuda_std::tensor::{BOX_COLS, TensorMap, Tiling};
 use cust::context::{Context, CurrentContext};
 use cust::device::{Device, DeviceAttribute};
 use cust::error::CudaError;
@@ -31,6 +32,33 @@ const MIN_DRIVER: i32 = 12_000;
 
 /// The kernel that has a module of its own, settled for what a model needs.
 const DECODE: &str = "decode";
+
+// Newer than cust; `driver` has it.
+unsafe extern "C" {
+    fn cuTensorMapEncodeTiled(
+        map: *mut c_void,
+        data_type: u32,
+        rank: u32,
+        address: *mut c_void,
+        sizes: *const u64,
+        strides: *const u64,
+        box_sizes: *const u32,
+        element_strides: *const u32,
+        interleave: u32,
+        swizzle: u32,
+        l2_promotion: u32,
+        fill: u32,
+    ) -> sys::cudaError_enum;
+}
+
+/// Numbers of `cuda.h`, `CU_TENSOR_MAP_…`.
+mod tensor_map {
+    pub const FLOAT16: u32 = 6;
+    pub const INTERLEAVE_NONE: u32 = 0;
+    pub const SWIZZLE_128B: u32 = 3;
+    pub const L2_PROMOTION_256B: u32 = 3;
+    pub const FILL_ZEROS: u32 = 0;
+}
 
 /// What a call of the driver returned other than success.
 struct Failure(sys::cudaError_enum);
@@ -116,6 +144,8 @@ pub struct Cuda {
     ring: Ring,
     // Last, so that all above is dropped while the context lives.
     module: Module,
+    /// Kernels for this architecture alone.
+    warpgroup: Option<Module>,
     context: Context,
 }
 
@@ -210,7 +240,8 @@ impl Cuda {
         })?;
         let (text, decode) = ptx::part(text, DECODE);
         // Pinning and loading the kernels take their time in different places: side by side.
-        let (module, pinned) = std::thread::scope(|scope| {
+        let warpgroup = ptx::beside(capability as u32);
+        let (module, warpgroup, pinned) = std::thread::scope(|scope| {
             let pinning = scope.spawn(|| {
                 CurrentContext::set_current(&context)?;
                 let mut pinned = ptr::null_mut();
@@ -220,10 +251,14 @@ impl Cuda {
                 Ok(pinned as usize)
             });
             let module = cubin::load(&text, version, capability);
+            let warpgroup = warpgroup.map(|text| cubin::load(text, version, capability));
             let pinned = pinning.join().unwrap_or(Err(CudaError::UnknownError));
-            (module, pinned)
+            (module, warpgroup, pinned)
         });
         let module = module.map_err(|e| fail("compiling the kernels", e))?;
+        let warpgroup = warpgroup
+            .transpose()
+            .map_err(|e| fail("compiling the kernels of warpgroups", e))?;
         let pinned = pinned.map_err(|e| fail("allocating pinned memory", e))?;
         let free = (0..SLOTS).map(|_| Event::new(EventFlags::DISABLE_TIMING));
         let ring = Ring {
@@ -258,6 +293,7 @@ impl Cuda {
             reserved: 0..0,
             ring,
             module,
+            warpgroup,
             context,
         })
     }
@@ -300,6 +336,10 @@ impl Cuda {
             };
             let function = module
                 .get_function(name)
+                .or_else(|e| match &self.warpgroup {
+                    Some(module) => module.get_function(name),
+                    None => Err(e),
+                })
                 .map_err(|e| self.fail(&format!("kernel {name}"), e))?;
             // 48 KiB are allowed from the start.
             let entry = Function {
@@ -621,6 +661,37 @@ impl Driver for Cuda {
         }
         check(result).map_err(|e| self.fail("running the kernels", e))?;
         Ok(true)
+    }
+
+    fn warpgroups(&self) -> bool {
+        self.warpgroup.is_some()
+    }
+
+    fn tensor_map(&mut self, tiling: &Tiling) -> Result<TensorMap> {
+        // The driver wants its 128 bytes at a multiple of 64.
+        #[repr(align(64))]
+        struct Aligned(TensorMap);
+        let mut map = Aligned(TensorMap([0; 16]));
+        let sizes = [u64::from(tiling.cols), u64::from(tiling.rows)];
+        // It reads what the pointers point to, and writes the map alone.
+        let result = unsafe {
+            cuTensorMapEncodeTiled(
+                map.0.0.as_mut_ptr().cast(),
+                tensor_map::FLOAT16,
+                2,
+                tiling.address as *mut c_void,
+                sizes.as_ptr(),
+                [tiling.stride].as_ptr(),
+                [BOX_COLS, tiling.box_rows].as_ptr(),
+                [1, 1].as_ptr(),
+                tensor_map::INTERLEAVE_NONE,
+                tensor_map::SWIZZLE_128B,
+                tensor_map::L2_PROMOTION_256B,
+                tensor_map::FILL_ZEROS,
+            )
+        };
+        check(result).map_err(|e| self.fail(&format!("describing {tiling:?}"), e))?;
+        Ok(map.0)
     }
 
     fn alloc_mapped(&mut self, bytes: usize) -> Result<Mapped> {

@@ -4,10 +4,12 @@ use super::Driver;
 use super::bench::{Bench, TestMatrix, layout, nmse, nmse_at_least, types};
 use super::decode;
 use super::rows::{Paging, silu};
+use crate::device::gpu::products::Form;
 use crate::error::Result;
 use gguf::GgmlType;
 use half::f16;
-use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
+use kernels::dense::{self, DequantiseArgs, Part};
+use kernels::epilogue::Output;
 use kernels::exact::{self, LinearArgs};
 use kernels::few;
 use kernels::gemm::{self, GemmArgs};
@@ -52,12 +54,10 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
                 gemm(b, &m, kernel, n, n <= 3)?;
             }
             if rows > 5 {
-                for (kernel, bm, bn, n) in [
-                    ("dense_128x128", 128, 128, 129),
-                    ("dense_64x128", 64, 128, 9),
-                    ("dense_64x64", 64, 64, 65),
-                ] {
-                    dense(b, &m, kernel, bm, bn, n, n == 9)?;
+                for (form, n) in Form::PLAIN.into_iter().zip([65, 9, 129, 131, 70]) {
+                    if b.driver.warpgroups() || !form.warpgroups {
+                        dense(b, &m, form, n, n <= 70)?;
+                    }
                 }
             }
         }
@@ -67,8 +67,11 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
         (GgmlType::Q5_0, GgmlType::Q8_0),
         (GgmlType::F16, GgmlType::Q6_K),
     ] {
-        dense_gate_up(b, gate, up, "dense_gate_up_128x128", 128, 130)?;
-        dense_gate_up(b, gate, up, "dense_gate_up_64x128", 64, 17)?;
+        for (form, n) in Form::GATE_UP.into_iter().zip([17, 130, 140, 65]) {
+            if b.driver.warpgroups() || !form.warpgroups {
+                dense_gate_up(b, gate, up, form, n)?;
+            }
+        }
     }
     Ok(())
 }
@@ -266,9 +269,7 @@ fn dequantise<D: Driver>(
 fn dense<D: Driver>(
     b: &mut Bench<'_, D>,
     m: &TestMatrix,
-    kernel: &'static str,
-    bm: usize,
-    bn: usize,
+    form: Form,
     n: usize,
     add: bool,
 ) -> Result<()> {
@@ -294,21 +295,17 @@ fn dense<D: Driver>(
     } else {
         b.alloc(4 * n * m.rows)?
     };
-    let args = DenseArgs {
-        w: w_on.ptr(),
+    let to = Output {
         bias: w_bias.ptr(),
-        x: x_on.ptr(),
-        rows: n as u32,
-        cols: cols as u32,
-        n: m.rows as u32,
         out: out.ptr(),
+        rows: n as u32,
+        n: m.rows as u32,
         stride: m.rows as u32,
         add: u32::from(add),
     };
-    let grid = (n.div_ceil(bm) as u32, m.rows.div_ceil(bn) as u32);
-    let shared = dense::shared_bytes(bm, bn);
-    b.driver
-        .launch(kernel, grid, dense::THREADS, shared, &args)?;
+    let (w, x_on) = (w_on.ptr::<u16>(), x_on.ptr::<u16>());
+    form.multiply(&mut b.driver, w, x_on, cols as u32, to)?;
+    let kernel = form.kernel;
     let found = b.take::<f32>(kernel, out)?;
     b.take::<u16>("dequantise", w_on)?;
     b.take::<f32>("dequantise", w_bias)?;
@@ -333,11 +330,10 @@ fn dense_gate_up<D: Driver>(
     b: &mut Bench<'_, D>,
     gate: GgmlType,
     up: GgmlType,
-    kernel: &'static str,
-    bm: usize,
+    form: Form,
     n: usize,
 ) -> Result<()> {
-    let (rows, cols) = (96, 512);
+    let (rows, cols) = (160, 512);
     let (gate, up) = (b.matrix(gate, rows, cols)?, b.matrix(up, rows, cols)?);
     // Small, so that the products of two products stay in range.
     let (halves, x) = half_rows(b, &gate, n, 1.0 / 64.0);
@@ -358,21 +354,17 @@ fn dense_gate_up<D: Driver>(
         w_bias.ptr(),
     )?;
     let out = b.alloc(2 * n * rows)?;
-    let args = DenseArgs {
-        w: w_on.ptr(),
+    let to = Output {
         bias: w_bias.ptr(),
-        x: x_on.ptr(),
-        rows: n as u32,
-        cols: cols as u32,
-        n: 2 * rows as u32,
         out: out.ptr(),
+        rows: n as u32,
+        n: 2 * rows as u32,
         stride: rows as u32,
         add: 0,
     };
-    let grid = (n.div_ceil(bm) as u32, (2 * rows).div_ceil(128) as u32);
-    let shared = dense::shared_bytes(bm, 128);
-    b.driver
-        .launch(kernel, grid, dense::THREADS, shared, &args)?;
+    let (w, x_on) = (w_on.ptr::<u16>(), x_on.ptr::<u16>());
+    form.multiply(&mut b.driver, w, x_on, cols as u32, to)?;
+    let kernel = form.kernel;
     let halves = b.take::<f16>(kernel, out)?;
     let found: Vec<f32> = halves.into_iter().map(f16::to_f32).collect();
     let mut expected = Vec::new();
