@@ -63,30 +63,30 @@ impl Form {
     ];
 
     /// The form for so many input rows and matrix rows, of which `ways` alternate.
+    ///
+    /// Large tiles read shared memory less often, small ones share the work out better. Where they draw level was
+    /// measured on an H100, for products of 128 to 2,048 rows by the matrices of 135M to 8B models.
     fn choose<D: Driver>(driver: &D, ways: usize, rows: u32, n: u32) -> Form {
-        // Large tiles read shared memory less often, small ones share the work out better; where they
-        // draw level was measured on an H100, in blocks for two multiprocessors.
-        let fills = |bm: u32, bn: u32, many: u32| {
-            2 * blocks(rows as usize, bm) * blocks(n as usize, bn)
-                >= many * driver.multiprocessors()
+        let count = |bm: u32, bn: u32| blocks(rows as usize, bm) * blocks(n as usize, bn);
+        let card = driver.multiprocessors();
+        let forms: &[Form] = if ways == 1 {
+            &Form::PLAIN
+        } else {
+            &Form::GATE_UP
         };
-        let force: usize = std::env::var("KIGO_FORM")
-            .ok()
-            .and_then(|v| v.parse().ok())
-            .unwrap_or(0);
-        if force > 0 && driver.warpgroups() {
-            return if ways == 1 {
-                Form::PLAIN[force + 2]
-            } else {
-                Form::GATE_UP[force + 1]
-            };
+        let last = forms.len() - 1;
+        // A multiprocessor has room for one block of these; the larger take 1.8 times as long.
+        if driver.warpgroups() && 4 * count(128, 128) >= 3 * card {
+            let turns = |bn: u32| count(128, bn).div_ceil(card);
+            let larger = 18 * turns(256) <= 10 * turns(128);
+            return forms[if larger { last } else { last - 1 }];
         }
-        match (ways, fills(128, 128, 5), fills(64, 128, 3)) {
-            (1, true, _) => Form::PLAIN[2],
-            (1, _, true) => Form::PLAIN[1],
-            (1, ..) => Form::PLAIN[0],
-            (_, true, _) => Form::GATE_UP[1],
-            _ => Form::GATE_UP[0],
+        // Of these for two.
+        let fills = |bm: u32, bn: u32, many: u32| 2 * count(bm, bn) >= many * card;
+        match (fills(128, 128, 5), fills(64, 128, 3)) {
+            (true, _) => forms[last - 2],
+            (_, true) => forms[last - 3],
+            _ => forms[0],
         }
     }
 
