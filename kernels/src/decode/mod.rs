@@ -39,11 +39,10 @@ use cuda_std::thread::{
     bar_arrive, bar_sync, block_idx_x, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
 };
 use ring::Place;
-use task::ROWS;
 
 pub use attend::{MAX_HEAD_DIM, MAX_SPLITS, PART, WIDTH, attend_bytes, attend_pieces};
 pub use product::BATCH;
-pub use ring::{MAX_TURNS, piece_bytes, pitch};
+pub use ring::{MAX_TURNS, piece_bytes, turn_pitch};
 pub use row::{parts, row_bytes};
 pub use seal::{NUMBERS, PLAIN};
 pub use task::{MAX_SEGMENTS, Segment, Shares};
@@ -174,12 +173,10 @@ pub struct DecodeArgs {
     pub position: u32,
     /// The number that the host knows this step's choice by.
     pub sequence: u32,
-    /// Turns in the ring, at most [`MAX_TURNS`].
-    pub turns: u32,
+    /// Bytes of the ring: room for any turn, and for all that teams wait for at the same time.
+    pub ring_bytes: u32,
     /// Most tiles of a row in a turn.
     pub turn_tiles: u32,
-    /// Bytes from row to row in a turn; see [`pitch`].
-    pub pitch: u32,
     /// Bytes of the input row, or of what attention needs; see [`shared_bytes`].
     pub row_bytes: u32,
     /// The sequence's cache blocks.
@@ -212,8 +209,8 @@ pub mod point {
 /// Notes the time in this thread of block 0, if it is asked for.
 #[inline(always)]
 unsafe fn note(a: &DecodeArgs, index: u32, point: usize) {
-    // Not known beforehand, for which it would take a register; no memory lies in the first pages.
-    if here(block_idx_x()) == 0 && here((a.trace as u64 >> 16) as u32) != 0 {
+    // Not known beforehand, for which it would take a register: no memory of a device lies in the first four gigabytes.
+    if here(block_idx_x()) == 0 && here((a.trace as u64 >> 32) as u32) != 0 {
         let at = here(index) as usize * point::COUNT + point;
         unsafe { a.trace.add(at).write(globaltimer()) }
     }
@@ -244,14 +241,15 @@ const ROWS_AT: u32 = (WINDOW_AT + WINDOW * OP_BYTES).next_multiple_of(128);
 /// Three groups of one more tile.
 const PAST_END: u32 = 512;
 
-/// Bytes of shared memory of a launch whose operations need at most `row` bytes for a row
-/// ([`row_bytes`]) and `attend` for attention ([`attend_bytes`]), with `turns` turns of rows `pitch` apart; and what to pass
-/// as [`DecodeArgs::row_bytes`].
-pub const fn shared_bytes(row: u32, attend: u32, pitch: u32, turns: u32) -> (u32, u32) {
+/// Of a launch whose operations need at most `row` bytes for a row ([`row_bytes`]) and `attend` for attention
+/// ([`attend_bytes`]), with so much shared memory: what to pass as [`DecodeArgs::row_bytes`], and as
+/// [`DecodeArgs::ring_bytes`], if that is any.
+pub const fn rooms(row: u32, attend: u32, shared: u32) -> (u32, u32) {
     // The row's place is attention's while it lasts.
     let row = if row > attend { row } else { attend };
     let row = row.next_multiple_of(128);
-    (ROWS_AT + row + turns * ROWS * pitch + PAST_END, row)
+    let ring = shared.saturating_sub(ROWS_AT + row + PAST_END);
+    (row, ring - ring % 256)
 }
 
 /// Where the fields of an operation are read.
@@ -478,7 +476,7 @@ fn sync_finishers() {
     bar_sync(2, 32 * FINISHERS);
 }
 
-/// Carries `ops` in order over one row. The launch is cooperative, with [`shared_bytes`]. From compute capability 9.0 on
+/// Carries `ops` in order over one row. The launch is cooperative, with the shared memory of [`rooms`]. From compute capability 9.0 on
 /// the copy engine brings the weights.
 #[kernel(launch_bounds(512, 1))]
 pub unsafe fn decode(a: DecodeArgs) {

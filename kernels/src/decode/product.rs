@@ -91,14 +91,14 @@ struct Place {
 
 impl Turn {
     #[inline(always)]
-    fn part(&self, a: &DecodeArgs, part: u32) -> Place {
+    fn part(&self, part: u32) -> Place {
         let mine = part * GROUPS / TILE as u32;
         let left = self.groups - mine * TILE as u32;
-        let [first, second] = self.head.tiles.map(|bytes| (mine - self.tile) * bytes);
+        let [first, second] = self.head.tiles().map(|bytes| (mine - self.tile) * bytes);
         Place {
             starts: [
                 self.start + first,
-                self.start + EIGHT * here(a.pitch) + second,
+                self.start + EIGHT * here(self.head.pitch()) + second,
             ],
             groups: if left < TILE as u32 {
                 left
@@ -172,17 +172,12 @@ unsafe fn eight_looked_up<T: Quantised>(place: &Place, start: u32) -> Eight {
 
 /// This warp's parts of a turn's products with the row: of rows `lane / 4` of either eight.
 #[inline(always)]
-unsafe fn dot_quantised<T: Quantised>(
-    a: &DecodeArgs,
-    op: Current,
-    turn: &Turn,
-    parts: Parts,
-) -> [f32; 2] {
+unsafe fn dot_quantised<T: Quantised>(op: Current, turn: &Turn, parts: Parts) -> [f32; 2] {
     let mut sums = [0.0; 2];
     let mut part = parts.first;
     while part < parts.end {
         unsafe {
-            let place = turn.part(a, part);
+            let place = turn.part(part);
             let x = Kept::new(op, part).load();
             let [first, second] = place.starts;
             let w = [eight::<T>(&place, first), eight::<T>(&place, second)];
@@ -198,12 +193,7 @@ unsafe fn dot_quantised<T: Quantised>(
 /// The same of a type whose levels come of whole groups, one eight after the other through the same code: both would take
 /// more registers than there are.
 #[inline(always)]
-unsafe fn dot_looked_up<T: Quantised>(
-    a: &DecodeArgs,
-    op: Current,
-    turn: &Turn,
-    parts: Parts,
-) -> [f32; 2] {
+unsafe fn dot_looked_up<T: Quantised>(op: Current, turn: &Turn, parts: Parts) -> [f32; 2] {
     let mut sums = [0.0; 2];
     let mut i = 0;
     while i < 2 {
@@ -211,7 +201,7 @@ unsafe fn dot_looked_up<T: Quantised>(
         let mut part = parts.first;
         while part < parts.end {
             unsafe {
-                let place = turn.part(a, part);
+                let place = turn.part(part);
                 let x = Kept::new(op, part).load();
                 let [first, second] = place.starts;
                 let start = if i == 0 { first } else { second };
@@ -237,19 +227,14 @@ struct Parts {
 
 /// The same of float weights with the f32 row.
 #[inline(always)]
-unsafe fn dot_float<T: Sixteen>(
-    a: &DecodeArgs,
-    op: Current,
-    turn: &Turn,
-    parts: Parts,
-) -> [f32; 2] {
+unsafe fn dot_float<T: Sixteen>(op: Current, turn: &Turn, parts: Parts) -> [f32; 2] {
     unsafe {
         const { assert!(GROUP % T::WEIGHTS == 0) };
         let units = (GROUP / T::WEIGHTS) as u32;
         let mut sums = [0.0f32; 2];
         let mut part = parts.first;
         while part < parts.end {
-            let place = turn.part(a, part);
+            let place = turn.part(part);
             let values = Kept::new(op, part).values();
             let groups = place.groups - place.first;
             let groups = if groups < GROUPS { groups } else { GROUPS };
@@ -304,11 +289,11 @@ macro_rules! turn_by_type {
 
         /// This warp's parts of a turn's products with eights of type `ty`.
         #[inline(always)]
-        unsafe fn dot_of(ty: u32, a: &DecodeArgs, op: Current, turn: &Turn, parts: Parts) -> [f32; 2] {
+        unsafe fn dot_of(ty: u32, op: Current, turn: &Turn, parts: Parts) -> [f32; 2] {
             unsafe {
                 // One after the other: a jump by number takes longer than the few that a settled kernel has left.
                 $(if is_type::<$ty>(ty) {
-                    return turn_by_type!(@$kind $name, a, op, turn, parts);
+                    return turn_by_type!(@$kind $name, op, turn, parts);
                 })*
                 [f32::NAN; 2]
             }
@@ -327,14 +312,14 @@ macro_rules! turn_by_type {
     };
     (@looked_up first $name:ident, $place:ident) => { First::NONE };
     (@float first $name:ident, $place:ident) => { First::NONE };
-    (@quantised $name:ident, $a:ident, $op:ident, $turn:ident, $parts:ident) => {
-        dot_quantised::<$name>($a, $op, $turn, $parts)
+    (@quantised $name:ident, $op:ident, $turn:ident, $parts:ident) => {
+        dot_quantised::<$name>($op, $turn, $parts)
     };
-    (@looked_up $name:ident, $a:ident, $op:ident, $turn:ident, $parts:ident) => {
-        dot_looked_up::<$name>($a, $op, $turn, $parts)
+    (@looked_up $name:ident, $op:ident, $turn:ident, $parts:ident) => {
+        dot_looked_up::<$name>($op, $turn, $parts)
     };
-    (@float $name:ident, $a:ident, $op:ident, $turn:ident, $parts:ident) => {
-        dot_float::<$name>($a, $op, $turn, $parts)
+    (@float $name:ident, $op:ident, $turn:ident, $parts:ident) => {
+        dot_float::<$name>($op, $turn, $parts)
     };
 }
 for_each_type!(turn_by_type);
@@ -393,7 +378,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         let team = Team::of(a, op);
         let mut count = batch_of(index, end);
         // What is not this team's passes by.
-        let mut task = team.pass(a, w, 0, team.number, count);
+        let mut task = team.pass(w, 0, team.number, count);
         let mut first = First::NONE;
         if task < count {
             first = team.first(a, w);
@@ -418,7 +403,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
                     let row = lane() / 4 + if odd { EIGHT } else { 0 };
                     parts_of(w.step, task, row).add(team.warp).store(sum);
                 }
-                task = team.pass(a, w, task + 1, team.teams - 1, count);
+                task = team.pass(w, task + 1, team.teams - 1, count);
             }
             index += count;
             if index >= end {
@@ -427,7 +412,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             w.end_step();
             w.begin_step();
             count = batch_of(index, end);
-            task = team.pass(a, w, 0, team.number, count);
+            task = team.pass(w, 0, team.number, count);
         }
     }
 }
@@ -489,12 +474,12 @@ impl Team {
 
     /// Lets the turns of `tasks` tasks from `task` on pass by, those before `end`; the task behind them.
     #[inline(always)]
-    unsafe fn pass(&self, a: &DecodeArgs, w: &mut Warp, task: u32, tasks: u32, end: u32) -> u32 {
+    unsafe fn pass(&self, w: &mut Warp, task: u32, tasks: u32, end: u32) -> u32 {
         let behind = task + tasks;
         let behind = if behind < end { behind } else { end };
         let mut turns = behind.saturating_sub(task) * self.turns;
         while turns > 0 {
-            unsafe { w.place.pass(a) }
+            unsafe { w.place.pass() }
             turns -= 1;
         }
         behind
@@ -502,10 +487,10 @@ impl Team {
 
     /// The next turn, which begins with tile `tile`.
     #[inline(always)]
-    unsafe fn turn(&self, a: &DecodeArgs, w: &Warp, tile: u32) -> Turn {
-        let (start, head) = unsafe { w.place.wait(a) };
+    unsafe fn turn(&self, w: &Warp, tile: u32) -> Turn {
+        let head = unsafe { w.place.wait() };
         Turn {
-            start: start + here(lane()) / 4 * here(a.pitch),
+            start: head.start + here(lane()) / 4 * here(head.pitch()),
             head,
             tile,
             groups: self.groups,
@@ -516,15 +501,15 @@ impl Team {
     #[inline(always)]
     unsafe fn first(&self, a: &DecodeArgs, w: &mut Warp) -> First {
         unsafe {
-            let turn = self.turn(a, w, 0);
+            let turn = self.turn(w, 0);
             let ty = turn.head.first();
             if self.warp >= self.end(a, 0) || may_be(MIXED) && ty != turn.head.second() {
                 return First::NONE;
             }
-            let mut first = first_of(ty, &turn.part(a, self.warp));
+            let mut first = first_of(ty, &turn.part(self.warp));
             if first.ready && self.warp + self.warps >= self.end(a, 0) {
                 first.read = true;
-                w.place.release(a);
+                w.place.release();
             }
             first
         }
@@ -557,26 +542,26 @@ impl Team {
             while turns > 0 {
                 let end = self.end(a, tile);
                 if part < end {
-                    let turn = self.turn(a, w, tile);
+                    let turn = self.turn(w, tile);
                     let parts = Parts {
                         first: part,
                         end,
                         step: self.warps,
                     };
                     let (ty, second) = (turn.head.first(), turn.head.second());
-                    let products = dot_of(ty, a, op, &turn, parts);
+                    let products = dot_of(ty, op, &turn, parts);
                     sums[0] += products[0];
                     sums[1] += if may_be(MIXED) && ty != second {
-                        dot_of(second, a, op, &turn, parts)[1]
+                        dot_of(second, op, &turn, parts)[1]
                     } else {
                         products[1]
                     };
                     while part < end {
                         part += self.warps;
                     }
-                    w.place.release(a);
+                    w.place.release();
                 } else {
-                    w.place.pass(a);
+                    w.place.pass();
                 }
                 tile += a.turn_tiles;
                 turns -= 1;

@@ -1,9 +1,9 @@
 //! Weights on their way into shared memory.
 //!
-//! A block has a ring of *turns*. A turn is up to sixteen rows of a task, of each a tile or two. A feeder warp
-//! goes through the block's tasks of all operations in the order in which they will be computed, and copies a turn
-//! wherever the ring has room, a lane for each row. Each turn has two barriers in shared memory ([`mbarrier`]): one says
-//! that it has come, the other that every warp has read its part.
+//! A block has a ring of *turns*. A turn is up to sixteen rows of a task, of each a tile or two, and takes no more room
+//! than these. A feeder warp goes through the block's tasks of all operations in the order in which they will be computed,
+//! and copies a turn wherever the ring has room, a lane for each row. Each turn has a place among [`MAX_TURNS`] with two
+//! barriers in shared memory ([`mbarrier`]): one says that it has come, the other that every warp has read its part.
 
 use super::task::{EIGHT, ROWS, SEGMENT_VECTORS, Segment};
 use super::{BARRIERS_AT, DecodeArgs, Listed, ROWS_AT, Source, WARPS, get, matrix_at};
@@ -11,7 +11,7 @@ use crate::types::{GROUP, Matrix, Planes, Quantised, TILE, Weights};
 use crate::unrolled;
 use core::marker::PhantomData;
 use core::mem::offset_of;
-use cuda_std::int::{here, opaque, quotient};
+use cuda_std::int::{opaque, quotient};
 use cuda_std::mbarrier;
 #[cfg(any(not(target_arch = "nvptx64"), not(cuda_sm_90)))]
 use cuda_std::memory::cp_async_16;
@@ -20,7 +20,7 @@ use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id};
 use cuda_std::warp;
 
-/// How many turns a ring may have.
+/// How many turns may be in a ring.
 pub const MAX_TURNS: u32 = 16;
 
 /// Bytes of a turn's two barriers and its head: that it has come, that it has been read, which takes an arrival of every
@@ -46,13 +46,26 @@ pub unsafe fn init<const BULK: bool>(thread: u32) {
 }
 
 /// Bytes from row to row of a turn whose rows take up to `bytes`: such that eight neighbours' words lie in
-/// different banks, where four lanes read 16 bytes of each, or, where all matrices are of `float` types, 64.
+/// different banks, where four lanes read 16 bytes of each, or, of `float` types, 64.
 pub const fn pitch(bytes: u32, float: bool) -> u32 {
     if float {
         (bytes + 63) / 128 * 128 + 64
     } else {
         bytes | 16
     }
+}
+
+/// Above the types of a turn's eights: both are of float types.
+pub const FLOAT_TURN: u32 = 1 << 16;
+
+/// Bytes from row to row of a turn of which rows of either eight take `pieces` bytes.
+#[inline(always)]
+pub const fn turn_pitch(pieces: [u32; 2], types: u32) -> u32 {
+    let [first, second] = pieces;
+    pitch(
+        if first > second { first } else { second },
+        types & FLOAT_TURN != 0,
+    )
 }
 
 /// Bytes of a matrix's row in a turn of up to `tiles` tiles.
@@ -184,11 +197,16 @@ impl<T: Quantised> Planes for TwoWords<T> {
 /// What is in a turn.
 #[derive(Clone, Copy)]
 pub struct Head {
-    /// Types of either eight, a byte each.
+    /// Types of either eight, a byte each, and above them the bytes from row to row.
     types: u32,
-    /// Bytes of a whole tile of either.
-    pub tiles: [u32; 2],
+    /// Bytes of a whole tile of either, 16 bits each.
+    tiles: u32,
+    /// Address of the first row.
+    pub start: u32,
 }
+
+/// Where in a head these bytes begin.
+const PITCH_SHIFT: u32 = 16;
 
 impl Head {
     #[inline(always)]
@@ -198,7 +216,19 @@ impl Head {
 
     #[inline(always)]
     pub fn second(self) -> u32 {
-        self.types >> 8
+        (self.types >> 8) & 0xff
+    }
+
+    /// Bytes from row to row.
+    #[inline(always)]
+    pub fn pitch(self) -> u32 {
+        self.types >> PITCH_SHIFT
+    }
+
+    /// Bytes of a whole tile of either.
+    #[inline(always)]
+    pub fn tiles(self) -> [u32; 2] {
+        [self.tiles & 0xffff, self.tiles >> 16]
     }
 }
 
@@ -222,22 +252,13 @@ impl Place {
 
     /// The one after it.
     #[inline(always)]
-    fn next(mut self, a: &DecodeArgs) -> Place {
+    fn next(mut self) -> Place {
         self.barriers += TURN_BARRIERS;
-        let end = shared::at::<u64>(BARRIERS_AT).addr() + here(a.turns) * TURN_BARRIERS;
-        if self.barriers == end {
-            self.barriers -= here(a.turns) * TURN_BARRIERS;
+        if self.barriers == shared::at::<u64>(BARRIERS_AT + BARRIERS_BYTES).addr() {
+            self.barriers -= BARRIERS_BYTES;
             self.parity ^= 1;
         }
         self
-    }
-
-    /// Address of the turn there.
-    #[inline(always)]
-    fn turn(self, a: &DecodeArgs) -> u32 {
-        let before = self.barriers - shared::at::<u64>(BARRIERS_AT).addr();
-        let first = shared::at::<u8>(ROWS_AT + here(a.row_bytes)).addr();
-        first + before / (TURN_BARRIERS / ROWS) * here(a.pitch)
     }
 
     #[inline(always)]
@@ -255,39 +276,101 @@ impl Place {
         SharedPtr::from_addr(self.barriers + HEAD_AT)
     }
 
-    /// Waits for the turn; its address, and what is in it.
+    /// Waits for the turn; what is in it.
     #[inline(always)]
-    pub unsafe fn wait(&self, a: &DecodeArgs) -> (u32, Head) {
+    pub unsafe fn wait(&self) -> Head {
         unsafe {
             mbarrier::wait(self.come(), self.parity);
-            let [types, first, second, _] = self.head().load_v4();
-            (
-                self.turn(a),
-                Head {
-                    types,
-                    tiles: [first, second],
-                },
-            )
+            let [types, tiles, start, _] = self.head().load_v4();
+            Head {
+                types,
+                tiles,
+                start,
+            }
         }
     }
 
     /// Passes over the turn, which is another team's.
     #[inline(always)]
-    pub unsafe fn pass(&mut self, a: &DecodeArgs) {
+    pub unsafe fn pass(&mut self) {
         unsafe {
             mbarrier::wait(self.come(), self.parity);
-            self.release(a);
+            self.release();
         }
     }
 
     /// Gives the turn's place back, once all lanes of the warp have read it, and goes on.
     #[inline(always)]
-    pub unsafe fn release(&mut self, a: &DecodeArgs) {
+    pub unsafe fn release(&mut self) {
         warp::sync_warp();
         if lane_id() == 0 {
             unsafe { mbarrier::arrive(self.read()) }
         }
-        *self = self.next(a);
+        *self = self.next();
+    }
+}
+
+/// Where the feeder is in the ring.
+struct Ring {
+    /// The next turn's place, and where it would begin.
+    next: Place,
+    at: u32,
+    /// The oldest turn that may not have been read, where it begins, and how many there are from it on.
+    oldest: Place,
+    start: u32,
+    count: u32,
+}
+
+impl Ring {
+    #[inline(always)]
+    fn new(a: &DecodeArgs) -> Ring {
+        let first = shared::at::<u8>(ROWS_AT + a.row_bytes).addr();
+        Ring {
+            next: Place::first(),
+            at: first,
+            oldest: Place::first(),
+            start: first,
+            count: 0,
+        }
+    }
+
+    /// Waits until a place is free, and so many bytes from where the next turn begins on: there, or at the ring's start.
+    #[inline(always)]
+    unsafe fn make_room(&mut self, a: &DecodeArgs, bytes: u32) {
+        let first = shared::at::<u8>(ROWS_AT + a.row_bytes).addr();
+        let end = first + a.ring_bytes;
+        loop {
+            if self.count < MAX_TURNS {
+                // Turns lie from `start` on to `at`, or to the ring's end and on from its first byte.
+                let around = self.count > 0 && self.at <= self.start;
+                if self.at + bytes <= if around { self.start } else { end } {
+                    return;
+                }
+                if !around && (self.count == 0 || first + bytes <= self.start) {
+                    self.at = first;
+                    return;
+                }
+            }
+            unsafe {
+                mbarrier::wait(self.oldest.read(), self.oldest.parity);
+                self.oldest = self.oldest.next();
+                self.count -= 1;
+                if self.count > 0 {
+                    self.start = self.oldest.head().add(2).load();
+                }
+            }
+        }
+    }
+
+    /// A turn of so many bytes lies there.
+    #[inline(always)]
+    fn push(&mut self, bytes: u32) {
+        if self.count == 0 {
+            self.start = self.at;
+        }
+        self.count += 1;
+        self.at += bytes;
+        self.next = self.next.next();
     }
 }
 
@@ -313,7 +396,7 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
     unsafe {
         let lane = lane_id();
         let late = lane / EIGHT % 2 != 0;
-        let mut place = Place::first();
+        let mut ring = Ring::new(a);
         let mut coming = load(a, 0);
         let mut index = 0;
         let mut prefetched = 0;
@@ -348,13 +431,20 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                 let mut left = s.row_bytes;
                 while left[0] != 0 {
                     let pieces = [0, 1].map(|i| piece_bytes(left[i], s.tiles[i], a.turn_tiles));
-                    mbarrier::wait(place.read(), place.parity ^ 1);
+                    let pitch = turn_pitch(pieces, s.types);
+                    ring.make_room(a, ROWS * pitch);
+                    let place = ring.next;
                     if lane == 0 {
                         let [first, second] = s.tiles;
-                        place.head().store_v4([s.types, first, second, 0]);
+                        let types = (s.types & 0xffff) | (pitch << PITCH_SHIFT);
+                        place
+                            .head()
+                            .store_v4([types, first | (second << 16), ring.at, 0]);
                     }
+                    // The feeder's lanes read it too.
+                    warp::sync_warp();
                     let bytes = of_two(late, pieces);
-                    let to = place.turn(a) + lane % ROWS * a.pitch;
+                    let to = ring.at + lane % ROWS * pitch;
                     if BULK {
                         #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
                         {
@@ -383,7 +473,7 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                     }
                     from = from.wrapping_add(bytes as usize);
                     left = [left[0] - pieces[0], left[1] - pieces[1]];
-                    place = place.next(a);
+                    ring.push(ROWS * pitch);
                 }
                 task += 1;
             }

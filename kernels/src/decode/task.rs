@@ -5,8 +5,9 @@
 //! one task follow from those of another by additions. The feeder goes by segments, which the host prepares; who brings
 //! outputs to an end goes by tasks.
 
+use super::ring::{FLOAT_TURN, piece_bytes, turn_pitch};
 use super::{Op, Source, get, kind, matrix_at};
-use crate::types::Matrix;
+use crate::types::{FLOATS, Matrix, type_bit};
 use core::mem::offset_of;
 use cuda_std::int::quotient;
 use cuda_std::thread::{block_idx_x, grid_dim_x};
@@ -38,7 +39,7 @@ pub struct Segment {
     /// Rows of a repeat, and how many before the second eight of the first step.
     pub span: u32,
     pub second: u32,
-    /// Types of either eight, a byte each: those of a turn's [`head`](super::ring::head).
+    /// Types of either eight, a byte each, and [`FLOAT_TURN`].
     pub types: u32,
     /// Index of the operation.
     pub op: u32,
@@ -68,6 +69,12 @@ impl Segment {
         shares: Shares::NONE,
     };
 
+    /// Bytes of a turn of whole tiles, of so many at most.
+    pub fn turn_bytes(&self, turn_tiles: u32) -> u32 {
+        let pieces = [0, 1].map(|i| piece_bytes(self.row_bytes[i], self.tiles[i], turn_tiles));
+        ROWS * turn_pitch(pieces, self.types)
+    }
+
     /// Rows from step to step.
     #[inline(always)]
     pub fn step(&self) -> u32 {
@@ -84,7 +91,7 @@ impl Segment {
             tiles: [m.tile_bytes; 2],
             span: m.rows,
             second: EIGHT,
-            types: m.ty | (m.ty << 8),
+            types: types(m, m),
             ..Segment::NONE
         }
     }
@@ -102,7 +109,7 @@ impl Segment {
             tiles: [m.tile_bytes; 2],
             span: pairs,
             second: 0,
-            types: m.ty | (m.ty << 8),
+            types: types(m, m),
             ..Segment::NONE
         }
     }
@@ -119,6 +126,16 @@ impl Segment {
             ..Segment::rows(m, first)
         }
     }
+}
+
+fn types(first: &Matrix, second: &Matrix) -> u32 {
+    let float = |m: &Matrix| type_bit(m.ty) & FLOATS != 0;
+    let both = if float(first) && float(second) {
+        FLOAT_TURN
+    } else {
+        0
+    };
+    first.ty | (second.ty << 8) | both
 }
 
 fn at(base: *const u8, bytes: u32) -> *const u8 {
@@ -145,7 +162,7 @@ impl Op {
                     row_bytes: [m.row_bytes, up.row_bytes],
                     tiles: [m.tile_bytes, up.tile_bytes],
                     second: 0,
-                    types: m.ty | (up.ty << 8),
+                    types: types(m, up),
                     ..Segment::rows(m, 0)
                 };
             }

@@ -366,7 +366,7 @@ impl<D: Driver> Gpu<D> {
         recorded?;
         let blocks = self.driver.multiprocessors();
         let mut ops = recording.ops;
-        let room = plan(&self.driver, &mut ops, blocks)?;
+        let room = plan(&self.driver, &mut ops, blocks, self.driver.shared_limit())?;
         self.settle(&ops)?;
         let (listing, segments) = listing(&ops);
         let memory = self.driver.alloc(listing.len())?;
@@ -437,9 +437,8 @@ impl<D: Driver> Gpu<D> {
             token,
             position,
             sequence: decode.sequence,
-            turns: room.turns,
+            ring_bytes: room.ring_bytes,
             turn_tiles: room.turn_tiles,
-            pitch: room.pitch,
             row_bytes: room.row_bytes,
             table: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
             ranks: decode.ranks as *mut u64,
@@ -505,7 +504,12 @@ impl<D: Driver> Gpu<D> {
     /// Runs one product by itself, outside a recorded step.
     pub(super) fn run_single(&mut self, op: Op) -> Result<()> {
         let mut ops = [op];
-        let room = plan(&self.driver, &mut ops, self.driver.multiprocessors())?;
+        let room = plan(
+            &self.driver,
+            &mut ops,
+            self.driver.multiprocessors(),
+            self.driver.shared_limit(),
+        )?;
         self.settle(&ops)?;
         let address = self.decode.single.address;
         let (listing, segments) = listing(&ops);

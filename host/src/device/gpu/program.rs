@@ -4,14 +4,20 @@
 use super::Driver;
 use crate::error::{Error, Result};
 use kernels::decode::{self, BATCH, MAX_TURNS, Op, Segment, Shares, WARPS, kind};
-use kernels::types::{FLOATS, GROUP, Matrix, TILE, type_bit};
+use kernels::types::{GROUP, Matrix, TILE};
 
-/// Gives `ops`, which one launch carries, the fields that follow from others; what that has room for.
+/// Gives `ops`, which one launch carries with so much shared memory, the fields that follow from others; what that has room
+/// for.
 ///
 /// # Errors
 /// Where its shared memory has not even room for one turn of the weights beside a row.
-pub(super) fn plan<D: Driver>(driver: &D, ops: &mut [Op], blocks: u32) -> Result<Room> {
-    let room = room(driver, ops)?;
+pub(super) fn plan<D: Driver>(
+    driver: &D,
+    ops: &mut [Op],
+    blocks: u32,
+    shared: usize,
+) -> Result<Room> {
+    let room = room(driver, ops, shared)?;
     for op in &mut *ops {
         let tasks = op.count_tasks();
         op.team = team(op, tasks.div_ceil(blocks - op.shares.skip), &room);
@@ -29,12 +35,23 @@ fn team(op: &Op, tasks: u32, room: &Room) -> u32 {
     let turns = groups.div_ceil(TILE as u32 * room.turn_tiles);
     // What else there is to do for a task takes as long as a part of it.
     let takes = |warps: u32| tasks.min(BATCH).div_ceil(WARPS / warps) * (1 + parts.div_ceil(warps));
-    // All teams' turns have to be there at the same time, or they wait for each other for ever.
+    // All teams' turns have to be there at the same time, or they wait for each other for ever; and at the ring's end
+    // there may be less room than one takes.
+    let bytes = turn_bytes(op, room.turn_tiles);
+    let all = |warps: u32| WARPS / warps * turns + 1;
     let fits = |warps: &u32| {
-        WARPS.is_multiple_of(*warps) && (*warps == WARPS || WARPS / warps * turns < room.turns)
+        let there = all(*warps) <= MAX_TURNS && all(*warps) * bytes <= room.ring_bytes;
+        WARPS.is_multiple_of(*warps) && (*warps == WARPS || there)
     };
     let teams = (1..=WARPS).rev().filter(fits);
     teams.min_by_key(|warps| takes(*warps)).unwrap_or(WARPS)
+}
+
+/// Bytes of the largest turn of an operation.
+pub(super) fn turn_bytes(op: &Op, turn_tiles: u32) -> u32 {
+    let segments = op.segments(0);
+    let turns = segments.iter().map(|s| s.turn_bytes(turn_tiles));
+    turns.max().unwrap_or(0)
 }
 
 /// Turns the tasks of `ops` such that all blocks bring about as many bytes in: weights are on their way for operations to
@@ -120,9 +137,8 @@ pub(super) fn cost(op: &Op) -> Cost {
 /// What a launch has room for in shared memory.
 #[derive(Clone, Copy)]
 pub(super) struct Room {
-    pub(super) turns: u32,
+    pub(super) ring_bytes: u32,
     pub(super) turn_tiles: u32,
-    pub(super) pitch: u32,
     pub(super) row_bytes: u32,
     pub(super) shared: usize,
 }
@@ -132,49 +148,43 @@ const MAX_TILES: u32 = 2;
 /// Fewer turns do not keep the memory at work.
 const FEW_TURNS: u32 = 4;
 
-/// The largest turns of which a ring has enough beside the rows of `ops`, and as many as fit.
+/// The largest turns of which a ring has enough beside the rows of `ops`.
 ///
 /// # Errors
 /// Where not even one fits.
-fn room<D: Driver>(driver: &D, ops: &[Op]) -> Result<Room> {
-    let products = || ops.iter().filter(|op| is_product(op));
-    let matrices = || {
-        let all = products().flat_map(|op| op.matrices.iter());
-        all.filter(|m| m.rows > 0)
-    };
+fn room<D: Driver>(driver: &D, ops: &[Op], shared: usize) -> Result<Room> {
     let attention = ops.iter().filter(|op| op.kind == kind::ATTEND);
     let attend = attention.map(|op| decode::attend_bytes(op.heads / op.cache.kv_heads.max(1)));
     let attend = attend.max().unwrap_or(0);
-    let float = matrices().all(|m| type_bit(m.ty) & FLOATS != 0);
-    let limit = driver.shared_limit();
-    let mut least = 0;
+    let products = ops.iter().filter(|op| is_product(op));
+    let rows = products.map(|op| {
+        let cols = op.input.len.next_multiple_of(GROUP as u32);
+        decode::row_bytes(cols, op.input.keep_f32 != 0)
+    });
+    let row = rows.max().unwrap_or(0);
+    let (row_bytes, ring_bytes) = decode::rooms(row, attend, shared as u32);
+    let mut turn = 0;
     for turn_tiles in (1..=MAX_TILES).rev() {
-        let rows = products().map(|op| {
-            let cols = op.input.len.next_multiple_of(GROUP as u32);
-            decode::row_bytes(cols, op.input.keep_f32 != 0)
-        });
-        let row = rows.max().unwrap_or(0);
-        let pieces = matrices().map(|m| decode::piece_bytes(m.row_bytes, m.tile_bytes, turn_tiles));
-        let pitch = decode::pitch(pieces.max().unwrap_or(0), float);
-        for turns in (1..=MAX_TURNS).rev() {
-            let (shared, row_bytes) = decode::shared_bytes(row, attend, pitch, turns);
-            let shared = shared as usize;
-            least = shared;
-            if shared <= limit && (turns >= FEW_TURNS || turn_tiles == 1) {
-                return Ok(Room {
-                    turns,
-                    turn_tiles,
-                    pitch,
-                    row_bytes,
-                    shared,
-                });
-            }
+        turn = ops
+            .iter()
+            .map(|op| turn_bytes(op, turn_tiles))
+            .max()
+            .unwrap_or(0);
+        let turns = if turn_tiles > 1 { FEW_TURNS } else { 1 };
+        if turns * turn <= ring_bytes {
+            return Ok(Room {
+                ring_bytes,
+                turn_tiles,
+                row_bytes,
+                shared,
+            });
         }
     }
     Err(Error::Device {
         device: driver.info().name.clone(),
         what: format!(
-            "a decode step's rows and a turn of their weights take {least} bytes of shared memory; it has {limit}"
+            "a decode step's rows take {row_bytes} bytes of shared memory, and a turn of their weights {turn}; it has \
+             {shared}"
         ),
     })
 }

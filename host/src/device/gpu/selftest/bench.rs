@@ -59,6 +59,8 @@ pub struct Bench<'a, D: Driver> {
     pub each: &'a mut dyn FnMut(Outcome),
     /// The form of the kernel `decode` that is checked.
     pub decode_kernel: &'static str,
+    /// Programs of that kernel so far.
+    pub programs: u32,
 }
 
 /// A weight matrix on the device, and its values as the reference has them.

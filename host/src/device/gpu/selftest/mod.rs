@@ -43,6 +43,7 @@ pub fn run<D: Driver>(driver: D, seed: u64, each: &mut dyn FnMut(Outcome)) -> Re
         random: bench::Random(seed | 1),
         each,
         decode_kernel: D::DECODE_KERNELS[0],
+        programs: 0,
     };
     products::run(&mut bench)?;
     for kernel in D::DECODE_KERNELS {
