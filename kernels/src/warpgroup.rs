@@ -9,7 +9,7 @@ use crate::epilogue::{self, Output};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::tensor::{self, BOX_COLS, TensorMap};
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
-use cuda_std::{argument, kernel, mbarrier, wgmma};
+use cuda_std::{argument, kernel, mbarrier, warp, wgmma};
 
 /// Threads per block: two warpgroups, and the warp that asks.
 pub const THREADS: u32 = 288;
@@ -82,7 +82,7 @@ unsafe fn block<const BN: usize, const TILES: usize>(
         }
         sync_threads();
         if t >= CONSUMERS {
-            if t == CONSUMERS {
+            if warp::elect() {
                 let (mut stage, mut parity) = (0, 1);
                 for turn in 0..turns {
                     mbarrier::wait(barrier(stage, 1), parity);

@@ -227,3 +227,23 @@ reductions! {
     /// The maximum over all lanes, in every lane.
     reduce_max_i32: i32 = |a: i32, b: i32| if a > b { a } else { b };
 }
+
+/// True in one lane of the warp, always the same; all must come. Unlike a question after the lane's number it tells the
+/// compiler that what follows is one thread's.
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+#[inline(always)]
+pub fn elect() -> bool {
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        let elected: u32;
+        core::arch::asm!("{{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 {0}, 1, 0, p; }}",
+            out(reg32) elected, options(nomem, nostack, preserves_flags));
+        elected != 0
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        emulator::exchange("elect", u32::MAX, (), |_| {
+            core::array::from_fn(|lane| lane == 0)
+        })
+    }
+}

@@ -524,3 +524,61 @@ fn simple_functions() {
         2.0
     );
 }
+
+/// Boxes inside both matrices, across their edges, and outside.
+#[test]
+fn a_warpgroup_multiplies_boxes() {
+    use cuda_std::tensor::{TensorMap, Tiling};
+    let mut random = Random(11);
+    let (rows, cols, stride) = (150usize, 96usize, 104usize);
+    let mut matrix = || -> Vec<u16> {
+        let value = |_| half::f16::from_f32(random.float(-2.0, 2.0)).to_bits();
+        (0..rows * stride).map(value).collect()
+    };
+    let (a, b) = (matrix(), matrix());
+    let map = |m: &[u16], box_rows: u32| {
+        TensorMap::emulated(&Tiling {
+            address: m.as_ptr() as u64,
+            rows: rows as u32,
+            cols: cols as u32,
+            stride: 2 * stride as u64,
+            box_rows,
+        })
+    };
+    for (row, col) in [(0, 0), (5, 32), (100, 64), (149, 0), (200, 0), (0, 96)] {
+        let mut out = GuardedBuffer::<f32>::new(64 * 128);
+        let boxes = Boxes {
+            a: map(&a, 64),
+            b: map(&b, 128),
+            row: row as u32,
+            col: col as u32,
+            out: out.as_mut_ptr(),
+        };
+        run(
+            &__KERNEL_box_product,
+            1,
+            128,
+            2048 + 192 * 128,
+            &params![boxes],
+        );
+        let element = |m: &[u16], r: usize, c: usize| {
+            if row + r < rows && col + c < cols {
+                half::f16::from_bits(m[(row + r) * stride + col + c]).to_f32()
+            } else {
+                0.0
+            }
+        };
+        for (i, found) in out.as_slice().iter().enumerate() {
+            let expected = (0..64).fold(0.0f32, |sum, k| {
+                sum + element(&a, i / 128, k) * element(&b, i % 128, k)
+            });
+            assert_eq!(
+                *found,
+                expected,
+                "row {}, column {} from ({row}, {col})",
+                i / 128,
+                i % 128
+            );
+        }
+    }
+}

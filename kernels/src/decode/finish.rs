@@ -125,12 +125,11 @@ pub unsafe fn finish(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 output = Output::of(a, op, index + mine);
             }
             let ends = Ends::of(a, op);
-            w.await_step();
+            w.end_step();
             if mine & !1 < count {
                 best = max_u64(best, finish_two(a, op, w, &output, &ends, mine));
                 note_output(a, w.index);
             }
-            w.finish_step();
             index += count;
             if index >= end {
                 break;
@@ -186,7 +185,7 @@ unsafe fn note_output(a: &DecodeArgs, index: u32) {
     }
 }
 
-/// Adds up the warps' parts of a row of task `task` of the batch and writes what it is for; returns the rank of logits.
+/// Adds up the warps' parts of a row of task `task` of the batch that has ended and writes what it is for; returns the rank of logits.
 #[inline(always)]
 unsafe fn finish_two(
     a: &DecodeArgs,
@@ -198,7 +197,7 @@ unsafe fn finish_two(
 ) -> u64 {
     unsafe {
         let scale = norm_scale(w.index, ends.inverse_len, ends.eps);
-        let mut v = sum_of(parts_of(w.step, task, lane() % ROWS), ends.team);
+        let mut v = sum_of(parts_of(w.step - 1, task, lane() % ROWS), ends.team);
         let seal = ends.seal;
         // Without a branch: one goes beside the other.
         v = v * if ends.norm { scale } else { 1.0 } + output.bias;

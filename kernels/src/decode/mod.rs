@@ -36,13 +36,13 @@ use cuda_std::kernel;
 use cuda_std::memory::{cp_async_16, cp_async_wait_all, ldg_u32, ldg_v2_u32};
 use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{
-    bar_arrive, bar_sync, block_idx_x, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
+    bar_sync, block_idx_x, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
 };
 use ring::Place;
 
 pub use attend::{MAX_HEAD_DIM, MAX_SPLITS, PART, WIDTH, attend_bytes, attend_pieces};
 pub use product::BATCH;
-pub use ring::{MAX_TURNS, piece_bytes, turn_pitch};
+pub use ring::MAX_TURNS;
 pub use row::{parts, row_bytes};
 pub use seal::{NUMBERS, PLAIN};
 pub use task::{MAX_SEGMENTS, Segment, Shares};
@@ -238,9 +238,6 @@ const WINDOW_AT: u32 = PARTS_AT + product::PARTS_BYTES;
 /// Whole lines of the memory: copies of weights that begin within one take longer.
 const ROWS_AT: u32 = (WINDOW_AT + WINDOW * OP_BYTES).next_multiple_of(128);
 
-/// Three groups of one more tile.
-const PAST_END: u32 = 512;
-
 /// Of a launch whose operations need at most `row` bytes for a row ([`row_bytes`]) and `attend` for attention
 /// ([`attend_bytes`]), with so much shared memory: what to pass as [`DecodeArgs::row_bytes`], and as
 /// [`DecodeArgs::ring_bytes`], if that is any.
@@ -248,7 +245,7 @@ pub const fn rooms(row: u32, attend: u32, shared: u32) -> (u32, u32) {
     // The row's place is attention's while it lasts.
     let row = if row > attend { row } else { attend };
     let row = row.next_multiple_of(128);
-    let ring = shared.saturating_sub(ROWS_AT + row + PAST_END);
+    let ring = shared.saturating_sub(ROWS_AT + row);
     (row, ring - ring % 256)
 }
 
@@ -392,57 +389,15 @@ struct Warp {
 }
 
 impl Warp {
-    /// Barriers of the steps of even numbers, and of odd ones: that they begin, that they end.
-    const BEGINS: u32 = 3;
-    const ENDS: u32 = 5;
-    const THREADS: u32 = 32 * (WARPS + FINISHERS);
-
-    /// Whether the step's number is odd: barriers are named by numbers in the code, which any other takes longer for.
-    #[inline(always)]
-    fn odd(&self) -> bool {
-        self.step % 2 != 0
-    }
-
-    /// Begins a step, in a warp that computes.
-    #[inline(always)]
-    fn begin_step(&self) {
-        if self.odd() {
-            bar_sync(Self::BEGINS + 1, Self::THREADS);
-        } else {
-            bar_sync(Self::BEGINS, Self::THREADS);
-        }
-    }
-
-    /// Ends it: what the warp has left for finishers is theirs.
+    /// Ends a step, in all warps but the feeder: what those that compute have left for finishers is theirs, and what
+    /// finishers have brought to an end makes room for the next.
+    ///
+    /// Nobody waits for long: finishers take less time than a step does.
     #[inline(always)]
     fn end_step(&mut self) {
-        if self.odd() {
-            bar_arrive(Self::ENDS + 1, Self::THREADS);
-        } else {
-            bar_arrive(Self::ENDS, Self::THREADS);
-        }
-        self.step += 1;
-    }
-
-    /// Waits in a finisher for the warps that compute.
-    #[inline(always)]
-    fn await_step(&self) {
-        if self.odd() {
-            bar_sync(Self::ENDS + 1, Self::THREADS);
-        } else {
-            bar_sync(Self::ENDS, Self::THREADS);
-        }
-    }
-
-    /// Ends a step in a finisher, and lets the one after the next begin.
-    #[inline(always)]
-    fn finish_step(&mut self) {
-        if self.odd() {
-            bar_arrive(Self::BEGINS + 1, Self::THREADS);
-        } else {
-            bar_arrive(Self::BEGINS, Self::THREADS);
-        }
-        self.step += 1;
+        bar_sync(3, 32 * (WARPS + FINISHERS));
+        // A number, not whether it is odd: that would be a predicate, which takes more instructions to keep.
+        self.step = here(self.step + 1);
     }
 }
 
@@ -509,24 +464,18 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
         if thread_idx_x() >= 32 * (WARPS + FINISHERS) {
             ring::feed::<BULK>(&a);
         } else if thread_idx_x() >= 32 * WARPS {
-            // Nothing is in the way of the first two steps.
-            w.finish_step();
-            w.finish_step();
-            w.step = 0;
             while w.index < a.count {
                 let op = Current::at(w.index);
                 if is_product(get!(op, kind)) {
                     finish::finish(&a, op, &mut w);
                 } else {
-                    w.await_step();
-                    w.finish_step();
+                    w.end_step();
                 }
                 w.index += 1;
             }
         } else {
             while w.index < a.count {
                 let op = Current::at(w.index);
-                w.begin_step();
                 first_note(&a, w.index, point::BEGIN);
                 copy_op(&a, w.index + AHEAD);
                 match get!(op, kind) {

@@ -170,9 +170,9 @@ unsafe fn eight_looked_up<T: Quantised>(place: &Place, start: u32) -> Eight {
     }
 }
 
-/// This warp's parts of a turn's products with the row: of rows `lane / 4` of either eight.
+/// This warp's parts of a turn's products with the row: of rows `lane / 4` of either eight; and its first part behind them.
 #[inline(always)]
-unsafe fn dot_quantised<T: Quantised>(op: Current, turn: &Turn, parts: Parts) -> [f32; 2] {
+unsafe fn dot_quantised<T: Quantised>(op: Current, turn: &Turn, parts: Parts) -> ([f32; 2], u32) {
     let mut sums = [0.0; 2];
     let mut part = parts.first;
     while part < parts.end {
@@ -187,18 +187,19 @@ unsafe fn dot_quantised<T: Quantised>(op: Current, turn: &Turn, parts: Parts) ->
         }
         part += parts.step;
     }
-    sums
+    (sums, part)
 }
 
 /// The same of a type whose levels come of whole groups, one eight after the other through the same code: both would take
 /// more registers than there are.
 #[inline(always)]
-unsafe fn dot_looked_up<T: Quantised>(op: Current, turn: &Turn, parts: Parts) -> [f32; 2] {
+unsafe fn dot_looked_up<T: Quantised>(op: Current, turn: &Turn, parts: Parts) -> ([f32; 2], u32) {
     let mut sums = [0.0; 2];
+    let mut part = parts.first;
     let mut i = 0;
     while i < 2 {
         let mut sum = 0.0;
-        let mut part = parts.first;
+        part = parts.first;
         while part < parts.end {
             unsafe {
                 let place = turn.part(part);
@@ -214,7 +215,7 @@ unsafe fn dot_looked_up<T: Quantised>(op: Current, turn: &Turn, parts: Parts) ->
         // Not unrolled.
         i += opaque(1);
     }
-    sums
+    (sums, part)
 }
 
 /// Parts `first`, `first + step` and so on before `end`.
@@ -227,7 +228,7 @@ struct Parts {
 
 /// The same of float weights with the f32 row.
 #[inline(always)]
-unsafe fn dot_float<T: Sixteen>(op: Current, turn: &Turn, parts: Parts) -> [f32; 2] {
+unsafe fn dot_float<T: Sixteen>(op: Current, turn: &Turn, parts: Parts) -> ([f32; 2], u32) {
     unsafe {
         const { assert!(GROUP % T::WEIGHTS == 0) };
         let units = (GROUP / T::WEIGHTS) as u32;
@@ -257,7 +258,7 @@ unsafe fn dot_float<T: Sixteen>(op: Current, turn: &Turn, parts: Parts) -> [f32;
             }
             part += parts.step;
         }
-        sums
+        (sums, part)
     }
 }
 
@@ -289,13 +290,13 @@ macro_rules! turn_by_type {
 
         /// This warp's parts of a turn's products with eights of type `ty`.
         #[inline(always)]
-        unsafe fn dot_of(ty: u32, op: Current, turn: &Turn, parts: Parts) -> [f32; 2] {
+        unsafe fn dot_of(ty: u32, op: Current, turn: &Turn, parts: Parts) -> ([f32; 2], u32) {
             unsafe {
                 // One after the other: a jump by number takes longer than the few that a settled kernel has left.
                 $(if is_type::<$ty>(ty) {
                     return turn_by_type!(@$kind $name, op, turn, parts);
                 })*
-                [f32::NAN; 2]
+                ([f32::NAN; 2], parts.end)
             }
         }
     };
@@ -410,7 +411,6 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 break;
             }
             w.end_step();
-            w.begin_step();
             count = batch_of(index, end);
             task = team.pass(w, 0, team.number, count);
         }
@@ -549,16 +549,14 @@ impl Team {
                         step: self.warps,
                     };
                     let (ty, second) = (turn.head.first(), turn.head.second());
-                    let products = dot_of(ty, op, &turn, parts);
+                    let (products, behind) = dot_of(ty, op, &turn, parts);
                     sums[0] += products[0];
                     sums[1] += if may_be(MIXED) && ty != second {
-                        dot_of(second, op, &turn, parts)[1]
+                        dot_of(second, op, &turn, parts).0[1]
                     } else {
                         products[1]
                     };
-                    while part < end {
-                        part += self.warps;
-                    }
+                    part = behind;
                     w.place.release();
                 } else {
                     w.place.pass();

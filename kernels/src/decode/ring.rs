@@ -2,7 +2,7 @@
 //!
 //! A block has a ring of *turns*. A turn is up to sixteen rows of a task, of each a tile or two, and takes no more room
 //! than these. A feeder warp goes through the block's tasks of all operations in the order in which they will be computed,
-//! and copies a turn wherever the ring has room, a lane for each row. Each turn has a place among [`MAX_TURNS`] with two
+//! and copies a turn wherever the ring has room, a row at a time. Each turn has a place among [`MAX_TURNS`] with two
 //! barriers in shared memory ([`mbarrier`]): one says that it has come, the other that every warp has read its part.
 
 use super::task::{EIGHT, ROWS, SEGMENT_VECTORS, Segment};
@@ -24,7 +24,7 @@ use cuda_std::warp;
 pub const MAX_TURNS: u32 = 16;
 
 /// Bytes of a turn's two barriers and its head: that it has come, that it has been read, which takes an arrival of every
-/// warp, and what is in it.
+/// lane that computes, and what is in it.
 const TURN_BARRIERS: u32 = 32;
 const READ_AT: u32 = 8;
 const HEAD_AT: u32 = 16;
@@ -38,7 +38,7 @@ pub unsafe fn init<const BULK: bool>(thread: u32) {
         let barrier = shared::at::<u64>(BARRIERS_AT + thread * TURN_BARRIERS);
         unsafe {
             mbarrier::init(barrier, if BULK { 1 } else { 32 });
-            mbarrier::init(barrier.byte_add(READ_AT), WARPS);
+            mbarrier::init(barrier.byte_add(READ_AT), 32 * WARPS);
         }
     }
     #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
@@ -47,7 +47,7 @@ pub unsafe fn init<const BULK: bool>(thread: u32) {
 
 /// Bytes from row to row of a turn whose rows take up to `bytes`: such that eight neighbours' words lie in
 /// different banks, where four lanes read 16 bytes of each, or, of `float` types, 64.
-pub const fn pitch(bytes: u32, float: bool) -> u32 {
+const fn pitch(bytes: u32, float: bool) -> u32 {
     if float {
         (bytes + 63) / 128 * 128 + 64
     } else {
@@ -58,14 +58,28 @@ pub const fn pitch(bytes: u32, float: bool) -> u32 {
 /// Above the types of a turn's eights: both are of float types.
 pub const FLOAT_TURN: u32 = 1 << 16;
 
+/// Likewise: its rows end within a part, which is read as a whole.
+pub const RAGGED_TURN: u32 = 1 << 17;
+
+/// How much is read past a row's end then: three groups of one more tile.
+const PAST_END: u32 = 512;
+
 /// Bytes from row to row of a turn of which rows of either eight take `pieces` bytes.
 #[inline(always)]
-pub const fn turn_pitch(pieces: [u32; 2], types: u32) -> u32 {
-    let [first, second] = pieces;
-    pitch(
-        if first > second { first } else { second },
-        types & FLOAT_TURN != 0,
-    )
+const fn turn_pitch([first, second]: [u32; 2], types: u32) -> u32 {
+    let bytes = if first > second { first } else { second };
+    pitch(bytes, types & FLOAT_TURN != 0)
+}
+
+/// Bytes of that turn.
+#[inline(always)]
+pub const fn turn_bytes(pieces: [u32; 2], types: u32) -> u32 {
+    let past_end = if types & RAGGED_TURN != 0 {
+        PAST_END
+    } else {
+        0
+    };
+    ROWS * turn_pitch(pieces, types) + past_end
 }
 
 /// Bytes of a matrix's row in a turn of up to `tiles` tiles.
@@ -232,55 +246,57 @@ impl Head {
     }
 }
 
-/// A place in the ring. Warps and feeder walk it alike.
+/// A place in the ring. Warps and feeder walk it alike: the parity of the barriers' phase and the place's number are the highest
+/// bits of one that is counted up.
 #[derive(Clone, Copy)]
-pub struct Place {
-    /// Address of its barriers.
-    barriers: u32,
-    /// Of the barriers' phase.
-    parity: u32,
-}
+pub struct Place(u32);
+
+const _: () = assert!(MAX_TURNS == 1 << 4, "a place's number has four bits");
 
 impl Place {
     #[inline(always)]
     pub fn first() -> Place {
-        Place {
-            barriers: shared::at::<u64>(BARRIERS_AT).addr(),
-            parity: 0,
-        }
+        Place(0)
     }
 
     /// The one after it.
     #[inline(always)]
-    fn next(mut self) -> Place {
-        self.barriers += TURN_BARRIERS;
-        if self.barriers == shared::at::<u64>(BARRIERS_AT + BARRIERS_BYTES).addr() {
-            self.barriers -= BARRIERS_BYTES;
-            self.parity ^= 1;
-        }
-        self
+    fn next(self) -> Place {
+        Place(self.0.wrapping_add(1 << 27))
+    }
+
+    #[inline(always)]
+    fn parity(self) -> u32 {
+        self.0 >> 31
+    }
+
+    /// Address of its barriers.
+    #[inline(always)]
+    fn barriers(self) -> u32 {
+        let before = (self.0 >> 27) % MAX_TURNS * TURN_BARRIERS;
+        shared::at::<u64>(BARRIERS_AT).addr() + before
     }
 
     #[inline(always)]
     fn come(self) -> SharedPtr<u64> {
-        SharedPtr::from_addr(self.barriers)
+        SharedPtr::from_addr(self.barriers())
     }
 
     #[inline(always)]
     fn read(self) -> SharedPtr<u64> {
-        SharedPtr::from_addr(self.barriers + READ_AT)
+        SharedPtr::from_addr(self.barriers() + READ_AT)
     }
 
     #[inline(always)]
     fn head(self) -> SharedPtr<u32> {
-        SharedPtr::from_addr(self.barriers + HEAD_AT)
+        SharedPtr::from_addr(self.barriers() + HEAD_AT)
     }
 
     /// Waits for the turn; what is in it.
     #[inline(always)]
     pub unsafe fn wait(&self) -> Head {
         unsafe {
-            mbarrier::wait(self.come(), self.parity);
+            mbarrier::wait(self.come(), self.parity());
             let [types, tiles, start, _] = self.head().load_v4();
             Head {
                 types,
@@ -294,18 +310,15 @@ impl Place {
     #[inline(always)]
     pub unsafe fn pass(&mut self) {
         unsafe {
-            mbarrier::wait(self.come(), self.parity);
+            mbarrier::wait(self.come(), self.parity());
             self.release();
         }
     }
 
-    /// Gives the turn's place back, once all lanes of the warp have read it, and goes on.
+    /// Gives the turn's place back, as all other lanes do that read it, and goes on.
     #[inline(always)]
     pub unsafe fn release(&mut self) {
-        warp::sync_warp();
-        if lane_id() == 0 {
-            unsafe { mbarrier::arrive(self.read()) }
-        }
+        unsafe { mbarrier::arrive(self.read()) }
         *self = self.next();
     }
 }
@@ -352,7 +365,7 @@ impl Ring {
                 }
             }
             unsafe {
-                mbarrier::wait(self.oldest.read(), self.oldest.parity);
+                mbarrier::wait(self.oldest.read(), self.oldest.parity());
                 self.oldest = self.oldest.next();
                 self.count -= 1;
                 if self.count > 0 {
@@ -389,12 +402,49 @@ unsafe fn load(a: &DecodeArgs, index: u32) -> Coming {
     unrolled!(5, |i| unsafe { ldg_v4_u32_here(p.add(16 * i)) })
 }
 
-/// What the feeder warp does: a lane for each row, and the copy engine does the work. Without `BULK` two lanes copy a row 16
-/// bytes at a time.
+/// An eight's rows on their way.
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+struct Rows {
+    count: u32,
+    /// Of a row.
+    bytes: u32,
+    /// From row to row, there and here.
+    stride: u32,
+    pitch: u32,
+    float: bool,
+}
+
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+impl Rows {
+    /// Asks the copy engine for them. It takes what several lanes ask one after the other, in a loop that takes longer than
+    /// the copies; and so do branches.
+    #[inline(always)]
+    unsafe fn copy(&self, to: u32, from: *const u8, come: SharedPtr<u64>) {
+        let (mut to, mut from) = (to, from);
+        let mut one = || unsafe {
+            mbarrier::copy_bulk(SharedPtr::from_addr(to), from, self.bytes, come);
+            to += self.pitch;
+            from = from.wrapping_add(self.stride as usize);
+        };
+        if self.count == EIGHT && !self.float {
+            unrolled!(8, |_i| one());
+        } else {
+            let mut i = 0;
+            while i < self.count {
+                one();
+                i += opaque(1);
+            }
+        }
+    }
+}
+
+/// What the feeder warp does: it asks the copy engine for row after row. Without `BULK` two lanes copy a row 16 bytes at a
+/// time.
 #[inline(always)]
 pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
     unsafe {
         let lane = lane_id();
+        #[cfg(any(not(target_arch = "nvptx64"), not(cuda_sm_90)))]
         let late = lane / EIGHT % 2 != 0;
         let mut ring = Ring::new(a);
         let mut coming = load(a, 0);
@@ -423,57 +473,70 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                     let rows = s.span.saturating_sub(first.saturating_add(before));
                     if rows < EIGHT { rows } else { EIGHT }
                 });
-                let exists = lane % EIGHT < of_two(late, rows);
-                let row = first + lane % EIGHT;
-                let offset = u64::from(repeat) * u64::from(s.jump)
-                    + u64::from(row) * u64::from(of_two(late, s.row_bytes));
-                let mut from = of_two(late, s.bases).wrapping_add(offset as usize);
+                let from = |i: usize| {
+                    let offset = u64::from(repeat) * u64::from(s.jump)
+                        + u64::from(first) * u64::from(s.row_bytes[i]);
+                    s.bases[i].wrapping_add(offset as usize)
+                };
+                let mut from = [from(0), from(1)];
                 let mut left = s.row_bytes;
                 while left[0] != 0 {
                     let pieces = [0, 1].map(|i| piece_bytes(left[i], s.tiles[i], a.turn_tiles));
                     let pitch = turn_pitch(pieces, s.types);
-                    ring.make_room(a, ROWS * pitch);
+                    let size = turn_bytes(pieces, s.types);
+                    ring.make_room(a, size);
                     let place = ring.next;
-                    if lane == 0 {
-                        let [first, second] = s.tiles;
-                        let types = (s.types & 0xffff) | (pitch << PITCH_SHIFT);
-                        place
-                            .head()
-                            .store_v4([types, first | (second << 16), ring.at, 0]);
-                    }
-                    // The feeder's lanes read it too.
-                    warp::sync_warp();
-                    let bytes = of_two(late, pieces);
-                    let to = ring.at + lane % ROWS * pitch;
+                    let head = [
+                        (s.types & 0xffff) | (pitch << PITCH_SHIFT),
+                        s.tiles[0] | (s.tiles[1] << 16),
+                        ring.at,
+                        0,
+                    ];
                     if BULK {
                         #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
-                        {
-                            if lane == 0 {
-                                mbarrier::fence_copies();
-                                let all = rows[0] * pieces[0] + rows[1] * pieces[1];
-                                mbarrier::arrive_expecting(place.come(), all);
-                            }
-                            warp::sync_warp();
-                            if exists && lane < ROWS {
-                                let to = SharedPtr::from_addr(to);
-                                mbarrier::copy_bulk(to, from, bytes, place.come());
+                        if warp::elect() {
+                            place.head().store_v4(head);
+                            let all = rows[0] * pieces[0] + rows[1] * pieces[1];
+                            mbarrier::arrive_expecting(place.come(), all);
+                            for i in 0..2 {
+                                let to = ring.at + i as u32 * EIGHT * pitch;
+                                let rows = Rows {
+                                    count: rows[i],
+                                    bytes: pieces[i],
+                                    stride: s.row_bytes[i],
+                                    pitch,
+                                    float: s.types & FLOAT_TURN != 0,
+                                };
+                                rows.copy(to, from[i], place.come());
                             }
                         }
                     } else {
                         #[cfg(any(not(target_arch = "nvptx64"), not(cuda_sm_90)))]
                         {
+                            if lane == 0 {
+                                place.head().store_v4(head);
+                            }
+                            let row = lane % EIGHT;
+                            let exists = row < of_two(late, rows);
+                            let skipped = (row * of_two(late, s.row_bytes)) as usize;
+                            let from = of_two(late, from).wrapping_add(skipped);
                             let mut at = lane / ROWS * 16;
-                            while exists && at < bytes {
-                                let to = SharedPtr::<u8>::from_addr(to + at);
+                            while exists && at < of_two(late, pieces) {
+                                let to = ring.at + lane % ROWS * pitch + at;
+                                let to = SharedPtr::<u8>::from_addr(to);
                                 cp_async_16(to, from.add(at as usize));
                                 at += 32;
                             }
                             mbarrier::arrive_after_copies(place.come());
                         }
                     }
-                    from = from.wrapping_add(bytes as usize);
-                    left = [left[0] - pieces[0], left[1] - pieces[1]];
-                    ring.push(ROWS * pitch);
+                    // All lanes will read the head.
+                    warp::sync_warp();
+                    for i in 0..2 {
+                        from[i] = from[i].wrapping_add(pieces[i] as usize);
+                        left[i] -= pieces[i];
+                    }
+                    ring.push(size);
                 }
                 task += 1;
             }
@@ -485,6 +548,7 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
 }
 
 /// The second of two, or the first.
+#[cfg(any(not(target_arch = "nvptx64"), not(cuda_sm_90)))]
 #[inline(always)]
 fn of_two<T: Copy>(second: bool, two: [T; 2]) -> T {
     if second { two[1] } else { two[0] }

@@ -5,9 +5,10 @@
 //! one task follow from those of another by additions. The feeder goes by segments, which the host prepares; who brings
 //! outputs to an end goes by tasks.
 
-use super::ring::{FLOAT_TURN, piece_bytes, turn_pitch};
+use super::ring::{FLOAT_TURN, RAGGED_TURN, piece_bytes, turn_bytes};
+use super::row::GROUPS;
 use super::{Op, Source, get, kind, matrix_at};
-use crate::types::{FLOATS, Matrix, type_bit};
+use crate::types::{FLOATS, GROUP, Matrix, type_bit};
 use core::mem::offset_of;
 use cuda_std::int::quotient;
 use cuda_std::thread::{block_idx_x, grid_dim_x};
@@ -39,7 +40,7 @@ pub struct Segment {
     /// Rows of a repeat, and how many before the second eight of the first step.
     pub span: u32,
     pub second: u32,
-    /// Types of either eight, a byte each, and [`FLOAT_TURN`].
+    /// Types of either eight, a byte each, [`FLOAT_TURN`] and [`RAGGED_TURN`].
     pub types: u32,
     /// Index of the operation.
     pub op: u32,
@@ -72,7 +73,7 @@ impl Segment {
     /// Bytes of a turn of whole tiles, of so many at most.
     pub fn turn_bytes(&self, turn_tiles: u32) -> u32 {
         let pieces = [0, 1].map(|i| piece_bytes(self.row_bytes[i], self.tiles[i], turn_tiles));
-        ROWS * turn_pitch(pieces, self.types)
+        turn_bytes(pieces, self.types)
     }
 
     /// Rows from step to step.
@@ -130,12 +131,12 @@ impl Segment {
 
 fn types(first: &Matrix, second: &Matrix) -> u32 {
     let float = |m: &Matrix| type_bit(m.ty) & FLOATS != 0;
-    let both = if float(first) && float(second) {
-        FLOAT_TURN
-    } else {
-        0
-    };
-    first.ty | (second.ty << 8) | both
+    let flag = |is: bool, flag: u32| if is { flag } else { 0 };
+    let part = GROUPS * GROUP as u32;
+    first.ty
+        | (second.ty << 8)
+        | flag(float(first) && float(second), FLOAT_TURN)
+        | flag(!first.cols.is_multiple_of(part), RAGGED_TURN)
 }
 
 fn at(base: *const u8, bytes: u32) -> *const u8 {

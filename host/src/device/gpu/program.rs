@@ -37,10 +37,8 @@ fn team(op: &Op, tasks: u32, room: &Room) -> u32 {
     let takes = |warps: u32| tasks.min(BATCH).div_ceil(WARPS / warps) * (1 + parts.div_ceil(warps));
     // All teams' turns have to be there at the same time, or they wait for each other for ever; and at the ring's end
     // there may be less room than one takes.
-    let bytes = turn_bytes(op, room.turn_tiles);
-    let all = |warps: u32| WARPS / warps * turns + 1;
     let fits = |warps: &u32| {
-        let there = all(*warps) <= MAX_TURNS && all(*warps) * bytes <= room.ring_bytes;
+        let there = WARPS / warps * turns < room.turns;
         WARPS.is_multiple_of(*warps) && (*warps == WARPS || there)
     };
     let teams = (1..=WARPS).rev().filter(fits);
@@ -138,6 +136,8 @@ pub(super) fn cost(op: &Op) -> Cost {
 #[derive(Clone, Copy)]
 pub(super) struct Room {
     pub(super) ring_bytes: u32,
+    /// The largest turns for which the ring has room.
+    pub(super) turns: u32,
     pub(super) turn_tiles: u32,
     pub(super) row_bytes: u32,
     pub(super) shared: usize,
@@ -174,6 +174,7 @@ fn room<D: Driver>(driver: &D, ops: &[Op], shared: usize) -> Result<Room> {
         if turns * turn <= ring_bytes {
             return Ok(Room {
                 ring_bytes,
+                turns: MAX_TURNS.min(ring_bytes / turn.max(1)),
                 turn_tiles,
                 row_bytes,
                 shared,

@@ -2,6 +2,7 @@
 //! `tests/device` compiles the same file for the device.
 
 use cuda_std::prelude::*;
+use cuda_std::tensor;
 
 /// Three rotations of a block's values through shared memory: out[i] = 3 places further.
 #[kernel]
@@ -358,6 +359,51 @@ pub unsafe fn ring(x: *const u32, out: *mut u32, rounds: u32, bulk: u32) {
     }
     if warp == 0 {
         *out.add(lane as usize) = sum;
+    }
+}
+
+/// Matrices that the copy engine brings to a warpgroup.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Boxes {
+    pub a: tensor::TensorMap,
+    pub b: tensor::TensorMap,
+    /// The first row and column of both boxes.
+    pub row: u32,
+    pub col: u32,
+    /// f32 `[64][128]`.
+    pub out: *mut f32,
+}
+
+/// `out = A Bᵀ` of a box of 64 rows and one of 128, one block of 128 threads.
+#[cfg(not(target_arch = "nvptx64"))]
+#[kernel(launch_bounds(128))]
+pub unsafe fn box_product(x: Boxes) {
+    let t = thread::thread_idx_x();
+    let arguments = cuda_std::argument!(box_product, x);
+    let tile = |n: u32| {
+        SharedPtr::<u8>::from_addr(shared::at::<u8>(0).addr().next_multiple_of(1024) + 1024 + n)
+    };
+    let come = shared::at::<u64>(0);
+    let (a, b) = (tile(0), tile(64 * 128));
+    if t == 0 {
+        mbarrier::init(come, 1);
+        mbarrier::show_to_copies();
+    }
+    thread::sync_threads();
+    if t < 32 && warp::elect() {
+        mbarrier::arrive_expecting(come, 192 * 128);
+        tensor::copy_box(a, &raw const (*arguments).a, x.row, x.col, come);
+        tensor::copy_box(b, &raw const (*arguments).b, x.row, x.col, come);
+    }
+    mbarrier::wait(come, 0);
+    let d = cuda_std::wgmma::m64n128k64_f16(a.cast(), b.cast(), [[0.0; 4]; 16]);
+    let (row, col) = (t / 32 * 16 + t % 32 / 4, t % 4 * 2);
+    for (j, d) in d.into_iter().enumerate() {
+        for (i, d) in d.into_iter().enumerate() {
+            let at = (row + i as u32 / 2 * 8) * 128 + 8 * j as u32 + col + i as u32 % 2;
+            *x.out.add(at as usize) = d;
+        }
     }
 }
 

@@ -60,6 +60,9 @@ mod tensor_map {
     pub const FILL_ZEROS: u32 = 0;
 }
 
+/// How the kernels' names begin that are in the module for one architecture alone.
+const WARPGROUP: &str = "warpgroup_";
+
 /// What a call of the driver returned other than success.
 struct Failure(sys::cudaError_enum);
 
@@ -330,16 +333,13 @@ impl Cuda {
             if name == DECODE && self.decode_modules.is_empty() {
                 self.settle(u32::MAX)?;
             }
-            let module = match self.decode_modules.last() {
-                Some(module) if name == DECODE => module,
+            let module = match (self.decode_modules.last(), &self.warpgroup) {
+                (Some(module), _) if name == DECODE => module,
+                (_, Some(module)) if name.starts_with(WARPGROUP) => module,
                 _ => &self.module,
             };
             let function = module
                 .get_function(name)
-                .or_else(|e| match &self.warpgroup {
-                    Some(module) => module.get_function(name),
-                    None => Err(e),
-                })
                 .map_err(|e| self.fail(&format!("kernel {name}"), e))?;
             // 48 KiB are allowed from the start.
             let entry = Function {

@@ -121,7 +121,7 @@ fn launch<D: Driver>(
     let mut room = plan(&b.driver, &mut ops, BLOCKS, limit)?;
     // Now and then a ring of no more than a few turns, which comes around.
     b.programs += 1;
-    if b.programs % 3 == 0 {
+    if b.programs.is_multiple_of(3) {
         let turn = ops.iter().map(|op| turn_bytes(op, room.turn_tiles)).max();
         let less = room.ring_bytes.saturating_sub(4 * turn.unwrap_or(0) + 256);
         room = plan(&b.driver, &mut ops, BLOCKS, limit - less as usize)?;
