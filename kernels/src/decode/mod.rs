@@ -14,8 +14,8 @@
 //! group of 32 ([`row`]), and takes sixteen rows of weights at a time, whose columns its warps share out, on tensor cores.
 //! Three warps more, the *finishers*, add up what these have and write it, while the others go on.
 //!
-//! An operation is a *step* of the block, or several: a batch of tasks each. The warps that compute begin it together, once
-//! finishers are through with the step two before.
+//! An operation is a *step* of the block, or several: a batch of tasks each. At its end there is a barrier of all warps but the
+//! feeder: finishers come to it when they are through with the step before.
 //!
 //! A buffer is written again only by an operation that could not have begun before every reader was done:
 //! each block's part of an operation needs the whole output of the one before.
