@@ -9,6 +9,8 @@ mod readers;
 #[cfg(feature = "cuda")]
 mod real;
 #[cfg(feature = "cuda")]
+mod tensor_map;
+#[cfg(feature = "cuda")]
 pub use real::Cuda;
 
 #[cfg(not(feature = "cuda"))]

@@ -1,11 +1,11 @@
 //! A CUDA device: context, stream, module, pinned ring.
 
 use super::readers::{Outcome, Readers};
-use super::{cubin, driver};
+use super::{cubin, driver, tensor_map};
 use crate::device::gpu::{Address, Allocation, Consume, Driver, Mapped, Piece};
 use crate::device::{DeviceInfo, ptx};
 use crate::error::{Error, Result};
-use cuda_std::tensor::{BOX_COLS, TensorMap, Tiling};
+use cuda_std::tensor::{TensorMap, Tiling};
 use cust::context::{Context, CurrentContext};
 use cust::device::{Device, DeviceAttribute};
 use cust::error::CudaError;
@@ -32,33 +32,6 @@ const MIN_DRIVER: i32 = 12_000;
 
 /// The kernel that has a module of its own, settled for what a model needs.
 const DECODE: &str = "decode";
-
-// Newer than cust; `driver` has it.
-unsafe extern "C" {
-    fn cuTensorMapEncodeTiled(
-        map: *mut c_void,
-        data_type: u32,
-        rank: u32,
-        address: *mut c_void,
-        sizes: *const u64,
-        strides: *const u64,
-        box_sizes: *const u32,
-        element_strides: *const u32,
-        interleave: u32,
-        swizzle: u32,
-        l2_promotion: u32,
-        fill: u32,
-    ) -> sys::cudaError_enum;
-}
-
-/// Numbers of `cuda.h`, `CU_TENSOR_MAP_…`.
-mod tensor_map {
-    pub const FLOAT16: u32 = 6;
-    pub const INTERLEAVE_NONE: u32 = 0;
-    pub const SWIZZLE_128B: u32 = 3;
-    pub const L2_PROMOTION_256B: u32 = 3;
-    pub const FILL_ZEROS: u32 = 0;
-}
 
 /// How the kernels' names begin that are in the module for one architecture alone.
 const WARPGROUP: &str = "warpgroup_";
@@ -668,30 +641,10 @@ impl Driver for Cuda {
     }
 
     fn tensor_map(&mut self, tiling: &Tiling) -> Result<TensorMap> {
-        // The driver wants its 128 bytes at a multiple of 64.
-        #[repr(align(64))]
-        struct Aligned(TensorMap);
-        let mut map = Aligned(TensorMap([0; 16]));
-        let sizes = [u64::from(tiling.cols), u64::from(tiling.rows)];
-        // It reads what the pointers point to, and writes the map alone.
-        let result = unsafe {
-            cuTensorMapEncodeTiled(
-                map.0.0.as_mut_ptr().cast(),
-                tensor_map::FLOAT16,
-                2,
-                tiling.address as *mut c_void,
-                sizes.as_ptr(),
-                [tiling.stride].as_ptr(),
-                [BOX_COLS, tiling.box_rows].as_ptr(),
-                [1, 1].as_ptr(),
-                tensor_map::INTERLEAVE_NONE,
-                tensor_map::SWIZZLE_128B,
-                tensor_map::L2_PROMOTION_256B,
-                tensor_map::FILL_ZEROS,
-            )
-        };
-        check(result).map_err(|e| self.fail(&format!("describing {tiling:?}"), e))?;
-        Ok(map.0)
+        let mut map = TensorMap([0; 16]);
+        check(tensor_map::encode(tiling, &mut map))
+            .map_err(|e| self.fail(&format!("describing {tiling:?}"), e))?;
+        Ok(map)
     }
 
     fn alloc_mapped(&mut self, bytes: usize) -> Result<Mapped> {
