@@ -37,7 +37,7 @@ impl Sysroot {
         ptx_version: u32,
     ) -> Result<Self, Error> {
         let mut hash = DefaultHasher::new();
-        (&toolchain.version, &toolchain.library, arch, ptx_version).hash(&mut hash);
+        (&toolchain.version, &toolchain.std_source, arch, ptx_version).hash(&mut hash);
         let path = dir.join(format!("sysroot-{}-{:016x}", arch.name(), hash.finish()));
         if path.is_dir() {
             return Ok(Self { path });
@@ -47,9 +47,9 @@ impl Sysroot {
         let _ = fs::remove_dir_all(&partial);
         let lib = partial.join("lib/rustlib").join(TARGET).join("lib");
         fs::create_dir_all(&lib).map_err(|e| Error::io("create", &lib, e))?;
-        let core = toolchain.library.join("core/src/lib.rs");
+        let core = toolchain.std_source.join("core/src/lib.rs");
         let builtins = toolchain
-            .library
+            .std_source
             .join("compiler-builtins/compiler-builtins/src/lib.rs");
         let flags = codegen_flags(arch, ptx_version);
         compile(toolchain, &partial, "core", &core, &lib, &flags, &[])?;

@@ -17,7 +17,7 @@ pub struct Toolchain {
     /// The compiler.
     pub rustc: PathBuf,
     /// `library/`, which holds `core` and `compiler-builtins`.
-    pub library: PathBuf,
+    pub std_source: PathBuf,
     /// All of `rustc -vV`: tells one compiler from another.
     pub version: String,
 }
@@ -47,8 +47,8 @@ impl Toolchain {
 
     fn at(rustc: &Path) -> Result<Self, String> {
         let sysroot = PathBuf::from(ask(rustc, &["--print", "sysroot"])?.trim());
-        let library = sysroot.join("lib/rustlib/src/rust/library");
-        if !library.join("core/src/lib.rs").is_file() {
+        let std_source = sysroot.join("lib/rustlib/src/rust/library");
+        if !std_source.join("core/src/lib.rs").is_file() {
             return Err("no rust-src".to_owned());
         }
         let version = ask(rustc, &["-vV"])?;
@@ -57,7 +57,7 @@ impl Toolchain {
         let rustc = if own.is_file() { own } else { rustc.to_owned() };
         Ok(Self {
             rustc,
-            library,
+            std_source,
             version,
         })
     }

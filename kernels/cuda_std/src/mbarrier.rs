@@ -107,19 +107,6 @@ pub unsafe fn arrive_expecting(barrier: SharedPtr<u64>, bytes: u32) {
     }
 }
 
-/// Orders what threads have read and written in shared memory before what the copy engine does there.
-#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
-#[inline(always)]
-pub fn fence_copies() {
-    #[cfg(target_arch = "nvptx64")]
-    unsafe {
-        asm!(
-            "fence.proxy.async.shared::cta;",
-            options(nostack, preserves_flags)
-        );
-    }
-}
-
 /// Starts a copy of `bytes` from global to shared memory, by the copy engine; its arrival counts at `barrier`.
 ///
 /// # Safety

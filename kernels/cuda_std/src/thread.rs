@@ -133,19 +133,6 @@ pub fn bar_sync(id: u32, count: u32) {
     }
 }
 
-/// Comes to barrier `id` as with [`bar_sync`], and goes on: what this thread wrote before is there for those that wait.
-#[inline(always)]
-pub fn bar_arrive(id: u32, count: u32) {
-    #[cfg(target_arch = "nvptx64")]
-    unsafe {
-        asm!("barrier.cta.arrive {0}, {1};", in(reg32) id, in(reg32) count, options(nostack, preserves_flags));
-    }
-    #[cfg(not(target_arch = "nvptx64"))]
-    {
-        emulator::barrier(id, Some(count), emulator::BarrierKind::Arrive, false);
-    }
-}
-
 /// The multiprocessor's cycle counter.
 #[inline(always)]
 pub fn clock64() -> u64 {

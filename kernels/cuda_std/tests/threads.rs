@@ -123,17 +123,6 @@ fn reductions_give_every_lane_the_same_bits() {
 }
 
 #[test]
-fn arrivals_do_not_wait() {
-    let mut out = GuardedBuffer::<u32>::new(64);
-    run(&__KERNEL_arrivals, 1, 128, 512, &params![out.as_mut_ptr()]);
-    for (i, found) in out.as_slice().iter().enumerate() {
-        let from = (i as u32 + 1) % 64;
-        let expected: u32 = (0..6).map(|round| 100 * round + from).sum();
-        assert_eq!(*found, expected, "thread {i}");
-    }
-}
-
-#[test]
 fn predicates_and_named_barriers() {
     let mut out = GuardedBuffer::<u32>::new(4 * 128);
     run(&__KERNEL_barriers, 1, 128, 512, &params![out.as_mut_ptr()]);

@@ -185,7 +185,8 @@ unsafe fn note_output(a: &DecodeArgs, index: u32) {
     }
 }
 
-/// Adds up the warps' parts of a row of task `task` of the batch that has ended and writes what it is for; returns the rank of logits.
+/// Adds up the warps' parts of a row of task `task` of the batch that has ended and writes what it is for; returns the
+/// rank of logits.
 #[inline(always)]
 unsafe fn finish_two(
     a: &DecodeArgs,

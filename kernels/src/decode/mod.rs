@@ -431,8 +431,8 @@ fn sync_finishers() {
     bar_sync(2, 32 * FINISHERS);
 }
 
-/// Carries `ops` in order over one row. The launch is cooperative, with the shared memory of [`rooms`]. From compute capability 9.0 on
-/// the copy engine brings the weights.
+/// Carries `ops` in order over one row. The launch is cooperative, with the shared memory of [`rooms`]. From compute
+/// capability 9.0 on the copy engine brings the weights.
 #[kernel(launch_bounds(512, 1))]
 pub unsafe fn decode(a: DecodeArgs) {
     unsafe { run::<{ cfg!(cuda_sm_90) }>(a) }

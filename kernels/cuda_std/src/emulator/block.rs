@@ -39,8 +39,6 @@ type Fiber = Coroutine<(), (), (), DefaultStack>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum BarrierKind {
     Sync,
-    /// As `Sync`, without waiting.
-    Arrive,
     Count,
     Or,
     And,
@@ -50,8 +48,6 @@ pub(crate) enum BarrierKind {
 struct Barrier {
     /// Linear indices of the waiting threads.
     waiting: Vec<u32>,
-    /// How many have come and gone on.
-    arrived: u32,
     expected: u32,
     kind: Option<BarrierKind>,
     true_predicates: u32,
@@ -310,29 +306,19 @@ impl Block {
                 "barrier {id} for {expected} threads: a multiple of 32, at most {all}, is needed"
             ));
         }
-        // Who came without waiting may be gone.
-        let gone = |arrived: u32| self.exited.get() > arrived;
-        if expected == all && gone(self.barriers.borrow()[id as usize].arrived) {
+        if expected == all && self.exited.get() > 0 {
             return Err(format!(
                 "waits at barrier {id} for all {all} threads of the block, but {} have exited",
                 self.exited.get()
             ));
         }
-        // Who waits for nobody counts among those that wait for all.
-        let goes_on = kind == BarrierKind::Arrive;
-        let kind = if goes_on { BarrierKind::Sync } else { kind };
         let mut barriers = self.barriers.borrow_mut();
         let barrier = &mut barriers[id as usize];
-        if barrier.waiting.len() as u32 + barrier.arrived > 0 {
+        if let Some(first) = barrier.waiting.first() {
             if barrier.expected != expected || barrier.kind != Some(kind) {
-                let first = barrier.waiting.first();
                 return Err(format!(
-                    "barrier {id}: this thread arrives for {kind:?} of {expected} threads, {} for {:?} of {}",
-                    match first {
-                        Some(first) =>
-                            format!("thread {:?} waits", self.threads[*first as usize].index),
-                        None => "others have come".to_owned(),
-                    },
+                    "barrier {id}: this thread arrives for {kind:?} of {expected} threads, thread {:?} waits for {:?} of {}",
+                    self.threads[*first as usize].index,
                     barrier.kind.unwrap_or(BarrierKind::Sync),
                     barrier.expected
                 ));
@@ -343,23 +329,18 @@ impl Block {
             barrier.true_predicates = 0;
         }
         barrier.true_predicates += u32::from(predicate);
-        if barrier.waiting.len() as u32 + barrier.arrived + 1 < expected {
-            if goes_on {
-                barrier.arrived += 1;
-                return Ok(true);
-            }
+        if barrier.waiting.len() as u32 + 1 < expected {
             barrier.waiting.push(thread.linear);
             thread.state.set(State::Barrier(id));
             return Ok(false);
         }
         let result = match kind {
-            BarrierKind::Sync | BarrierKind::Arrive => 0,
+            BarrierKind::Sync => 0,
             BarrierKind::Count => barrier.true_predicates,
             BarrierKind::Or => u32::from(barrier.true_predicates > 0),
             BarrierKind::And => u32::from(barrier.true_predicates == expected),
         };
         let waiting = std::mem::take(&mut barrier.waiting);
-        barrier.arrived = 0;
         thread.barrier_result.set(result);
         for other in waiting {
             self.threads[other as usize].barrier_result.set(result);
@@ -376,7 +357,6 @@ impl Block {
         for (id, barrier) in self.barriers.borrow().iter().enumerate() {
             if let Some(first) = barrier.waiting.first()
                 && barrier.expected as usize == all
-                && self.exited.get() > barrier.arrived
             {
                 return Err(format!(
                     "exited while thread {:?} waits at barrier {id} for all {all} threads of the block",

@@ -75,36 +75,6 @@ pub unsafe fn reductions(x: *const f32, floats: *mut f32, words: *mut u32) {
         warp::reduce_max_i32(-(i as i32)) as u32 ^ warp::reduce_max_u32(i as u32);
 }
 
-/// The second half of a block takes what the first leaves, which goes on without waiting: two places in turn, each with a barrier
-/// that says it is full and one that says it is empty.
-#[kernel]
-pub unsafe fn arrivals(out: *mut u32) {
-    let (i, n) = (thread::thread_idx_x(), thread::block_dim_x());
-    let half = n / 2;
-    let slots = shared::at::<u32>(0);
-    if i < half {
-        for round in 0..6 {
-            let place = round % 2;
-            thread::bar_sync(1 + place, n);
-            slots.add(place * half + i).store(100 * round + i);
-            thread::bar_arrive(3 + place, n);
-        }
-    } else {
-        thread::bar_arrive(1, n);
-        thread::bar_arrive(2, n);
-        let mut sum = 0;
-        for round in 0..6 {
-            let place = round % 2;
-            thread::bar_sync(3 + place, n);
-            sum += slots.add(place * half + (i + 1) % half).load();
-            if round < 4 {
-                thread::bar_arrive(1 + place, n);
-            }
-        }
-        *out.add((i - half) as usize) = sum;
-    }
-}
-
 /// Block-wide predicates, and two halves of a block at barriers of their own.
 #[kernel]
 pub unsafe fn barriers(out: *mut u32) {
@@ -350,7 +320,6 @@ pub unsafe fn ring(x: *const u32, out: *mut u32, rounds: u32, bulk: u32) {
             } else if lane == 0 {
                 #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
                 {
-                    mbarrier::fence_copies();
                     mbarrier::arrive_expecting(come, 512);
                     mbarrier::copy_bulk(words(place).cast(), from.cast(), 512, come);
                 }
