@@ -346,7 +346,7 @@ pub unsafe fn prefetch_l2<T>(pointer: *const T) {
 }
 
 /// Loads four words that other blocks may write meanwhile: each is whole, their order is free. In a loop
-/// that waits, call [`crate::thread::nanosleep`] or [`crate::thread::wait_since`].
+/// that waits, call [`crate::thread::nanosleep`] or [`crate::thread::spin`].
 ///
 /// # Safety
 /// `pointer` is valid for 16 bytes and 16-byte aligned.

@@ -163,17 +163,12 @@ pub fn clock() -> u32 {
     }
 }
 
-/// Spins until `cycles` after [`clock`] was `start`: finer than [`nanosleep`]. In the emulator it lets others run
-/// once, as that does.
+/// Belongs into loops that look for what another thread writes: in the emulator it lets others run once. A card has no
+/// use for it.
 #[inline(always)]
-pub fn wait_since(start: u32, cycles: u32) {
-    #[cfg(target_arch = "nvptx64")]
-    while clock().wrapping_sub(start) < cycles {}
+pub fn spin() {
     #[cfg(not(target_arch = "nvptx64"))]
-    {
-        let _ = (start, cycles);
-        emulator::spin();
-    }
+    emulator::spin();
 }
 
 /// Nanoseconds of the GPU's global timer.

@@ -10,7 +10,7 @@
 //! A warp's running softmax (arXiv:2205.14135) goes from tile to tile; warps merge in shared memory, splits in
 //! [`merge`].
 
-use super::seal::{Seal, pause};
+use super::seal::Seal;
 use super::{Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, blocks, get, lane, sync, thread};
 use crate::attention::NONE;
 use crate::rows::BLOCK_TOKENS;
@@ -19,7 +19,7 @@ use cuda_std::half::{F16, pack_f16x2};
 use cuda_std::int::{here, prmt, quotient};
 use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_f32, ldg_u32, ldg_v4_u32, st_global_v2};
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::block_idx_x;
+use cuda_std::thread::{block_idx_x, spin};
 use cuda_std::{float, mma, warp};
 
 /// Query heads of a piece: the columns of a product.
@@ -79,7 +79,7 @@ impl Piece {
     unsafe fn of(a: &DecodeArgs, op: Current, index: u32) -> Piece {
         unsafe {
             let (splits, head_dim) = (get!(op, splits), get!(op, cache.head_dim));
-            let group = quotient(get!(op, heads), get!(op, cache.kv_heads));
+            let group = get!(op, group);
             let whole = quotient(index, splits);
             let split = index - whole * splits;
             let (parts, pieces) = (head_dim.div_ceil(WIDTH), group.div_ceil(HEADS));
@@ -189,7 +189,7 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current) {
 #[inline(always)]
 unsafe fn pieces(op: Current) -> u32 {
     unsafe {
-        let group = quotient(get!(op, heads), get!(op, cache.kv_heads));
+        let group = get!(op, group);
         attend_pieces(get!(op, cache.kv_heads), group, get!(op, cache.head_dim)) * get!(op, splits)
     }
 }
@@ -321,13 +321,13 @@ unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: 
             if warp::all(all) {
                 break;
             }
-            pause();
+            spin();
         }
         let mut v = words.map(|w| seal.open(w));
         if get!(op, late) != 0 && warp <= HEADS {
             v = turn(a, op, v, !query);
             // Of the pieces with this key, the first keeps it.
-            let group = quotient(get!(op, heads), get!(op, cache.kv_heads));
+            let group = get!(op, group);
             let first = piece.element == 0 && piece.head == piece.kv_head * group;
             if !query && active && first {
                 let base = here(a.position) - here(a.position) % TOKENS;
@@ -638,7 +638,7 @@ pub unsafe fn merge(a: &DecodeArgs, op: Current) {
                 if warp::all(all) {
                     break;
                 }
-                pause();
+                spin();
             }
             let mut peak = NONE;
             for i in 0..EACH {

@@ -6,7 +6,7 @@
 
 use super::product::{batch_of, parts_of};
 use super::row::{norm_scale, sum_of};
-use super::seal::{Seal, pause};
+use super::seal::Seal;
 use super::task::{EIGHT, ROWS, TaskRow, block_tasks};
 use super::{
     Current, DecodeArgs, FINISHERS, PLAIN, SCRATCH_AT, Source, WARPS, Warp, blocks, get, kind,
@@ -20,7 +20,7 @@ use cuda_std::memory::{
     ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
 };
 use cuda_std::shared;
-use cuda_std::thread::block_idx_x;
+use cuda_std::thread::{block_idx_x, spin};
 use cuda_std::{float, half, warp};
 
 /// An output that a lane brings to an end.
@@ -125,6 +125,9 @@ pub unsafe fn finish(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 output = Output::of(a, op, index + mine);
             }
             let ends = Ends::of(a, op);
+            if mine < count {
+                clear_rest(w, mine, get!(op, team));
+            }
             w.end_step();
             if mine & !1 < count {
                 best = max_u64(best, finish_two(a, op, w, &output, &ends, mine));
@@ -148,7 +151,6 @@ struct Ends {
     seal: Seal,
     before: Seal,
     kind: u32,
-    team: u32,
     /// Whether there is a norm, and what it takes.
     norm: bool,
     inverse_len: f32,
@@ -168,11 +170,22 @@ impl Ends {
                 seal: Seal::of(a, number).here(),
                 before: Seal::of(a, get!(op, add_from)).here(),
                 kind: get!(op, kind),
-                team: get!(op, team),
                 norm: !get!(op, input.norm).is_null(),
                 inverse_len: get!(op, input.inverse_len),
                 eps: get!(op, input.eps),
             }
+        }
+    }
+}
+
+/// Zeros in the place of parts that smaller teams leave out, of this lane's row of task `task` of the current step: so that
+/// behind its barrier all are added up without a question.
+#[inline(always)]
+unsafe fn clear_rest(w: &Warp, task: u32, team: u32) {
+    let parts = parts_of(w.step, task, lane() % ROWS);
+    for warp in 1..WARPS {
+        if warp >= team {
+            unsafe { parts.add(warp).store(0.0) }
         }
     }
 }
@@ -198,44 +211,39 @@ unsafe fn finish_two(
 ) -> u64 {
     unsafe {
         let scale = norm_scale(w.index, ends.inverse_len, ends.eps);
-        let mut v = sum_of(parts_of(w.step - 1, task, lane() % ROWS), ends.team);
+        let mut v = sum_of(parts_of(w.step - 1, task, lane() % ROWS));
         let seal = ends.seal;
         // Without a branch: one goes beside the other.
         v = v * if ends.norm { scale } else { 1.0 } + output.bias;
-        match ends.kind {
-            kind::PRODUCT => {
-                if output.is(Output::WRITES) {
-                    if output.is(Output::ADDS) {
-                        v += ends.before.await_word(output.to, output.turn.0.to_bits());
-                    }
+        // One question after the other: a jump by number takes longer.
+        if ends.kind == kind::GATE_UP {
+            let up = warp::shuffle_xor(v, EIGHT);
+            if output.is(Output::WRITES) {
+                seal.write(output.to, silu(v) * up);
+            }
+        } else if ends.kind == kind::QKV {
+            let apart = get!(op, rotation.halves) != 0;
+            let other = warp::shuffle_idx(v, lane() ^ if apart { EIGHT } else { 1 });
+            if output.is(Output::WRITES) {
+                if output.is(Output::ROTATES) {
+                    let (cos, sin) = output.turn;
+                    let sin = if output.is(Output::SECOND) { sin } else { -sin };
+                    v = v * cos + other * sin;
+                }
+                if output.m() == 0 {
                     seal.write(output.to, v);
-                    if get!(op, choose) != 0 {
-                        let bytes = output.to as usize - get!(op, out) as usize;
-                        return rank(v, bytes / 4);
-                    }
+                } else {
+                    write_cache(a, op, output, v, seal);
                 }
             }
-            kind::GATE_UP => {
-                let up = warp::shuffle_xor(v, EIGHT);
-                if output.is(Output::WRITES) {
-                    seal.write(output.to, silu(v) * up);
-                }
+        } else if output.is(Output::WRITES) {
+            if output.is(Output::ADDS) {
+                v += ends.before.await_word(output.to, output.turn.0.to_bits());
             }
-            _ => {
-                let apart = get!(op, rotation.halves) != 0;
-                let other = warp::shuffle_idx(v, lane() ^ if apart { EIGHT } else { 1 });
-                if output.is(Output::WRITES) {
-                    if output.is(Output::ROTATES) {
-                        let (cos, sin) = output.turn;
-                        let sin = if output.is(Output::SECOND) { sin } else { -sin };
-                        v = v * cos + other * sin;
-                    }
-                    if output.m() == 0 {
-                        seal.write(output.to, v);
-                    } else {
-                        write_cache(a, op, output, v, seal);
-                    }
-                }
+            seal.write(output.to, v);
+            if get!(op, choose) != 0 {
+                let bytes = output.to as usize - get!(op, out) as usize;
+                return rank(v, bytes / 4);
             }
         }
         0
@@ -294,7 +302,7 @@ unsafe fn choose(a: &DecodeArgs, best: u64) {
                     let p = a.ranks.add((2 * block + half) as usize);
                     let mut v = ld_relaxed_u64(p);
                     while v >> 32 != u64::from(a.sequence) {
-                        pause();
+                        spin();
                         v = ld_relaxed_u64(p);
                     }
                     u64::from(v as u32)

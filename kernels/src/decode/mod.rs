@@ -30,10 +30,11 @@ mod seal;
 mod task;
 
 use crate::rows::{CacheLayer, Rotation};
-use crate::types::{Matrix, NO_MATRIX, type_bit};
+use crate::types::{LAYOUTS, Matrix, NO_MATRIX, type_bit};
 use cuda_std::int::here;
 use cuda_std::kernel;
-use cuda_std::memory::{cp_async_16, cp_async_wait_all, ldg_u32, ldg_v2_u32};
+use cuda_std::memory::{cp_async_16, cp_async_commit, cp_async_wait, ldg_u32, ldg_v2_u32};
+use cuda_std::settled::settled;
 use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{
     bar_sync, block_idx_x, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
@@ -61,23 +62,29 @@ pub const TYPES: u32 = 0;
 /// Whether a gate and its up may be of two types, beside those of [`TYPES`].
 pub const MIXED: u32 = 1 << 31;
 
+/// Whether launches may be asked for a [`trace`](DecodeArgs::trace), likewise: even the question takes time on the path from
+/// one operation's output to the next one's.
+pub const TRACED: u32 = 1 << 30;
+
+const _: () = assert!(LAYOUTS.len() < 30, "types have the bits below");
+
 /// What an [`Op`] does.
 pub mod kind {
-    /// `out = table[token] * scale`.
-    pub const EMBED: u32 = 0;
     /// `out = W norm(x) + b`, or `out += …`.
-    pub const PRODUCT: u32 = 1;
+    pub const PRODUCT: u32 = 0;
     /// `out = silu(Wg norm(x) + bg) * (Wu norm(x) + bu)`.
-    pub const GATE_UP: u32 = 2;
+    pub const GATE_UP: u32 = 1;
     /// `out = rope(Wq norm(x) + bq)`; keys, rotated, and values go to the f16 cache and to `fresh`. With `late` nothing
     /// rotates, and keys go to `fresh` alone.
-    pub const QKV: u32 = 3;
+    pub const QKV: u32 = 2;
     /// Attention of the row over the cache, `input.x` being the queries. With `late`, the heads of these and the keys in
     /// `fresh` are normed and rotated first, and the keys go to the cache. `out` is a row of heads or, in several
     /// splits, f32 `[heads][head_dim / WIDTH][splits][PART]`: sums not yet normalised, their peak and mass, two unused.
-    pub const ATTEND: u32 = 4;
+    pub const ATTEND: u32 = 3;
     /// A row of heads from what an attention in several splits left at `input.x`.
-    pub const MERGE: u32 = 5;
+    pub const MERGE: u32 = 4;
+    /// `out = table[token] * scale`.
+    pub const EMBED: u32 = 5;
 }
 
 /// The input row of an operation.
@@ -111,11 +118,18 @@ pub struct Op {
     pub add: u32,
     /// The number that the words of `out` carry before the addition, or [`PLAIN`].
     pub add_from: u32,
-    /// Warps that share a task out.
+    /// Warps that share a task out, a *team*; how many teams there are, and by what a warp's number is multiplied for that of
+    /// its team, in [`INVERSE_UNIT`]s.
     pub team: u32,
+    pub teams: u32,
+    pub inverse_team: u32,
+    /// Turns of a task.
+    pub turns: u32,
     /// Whether `out` are logits, the greatest of which is the step's choice.
     pub choose: u32,
     pub heads: u32,
+    /// Query heads of each key-value head.
+    pub group: u32,
     /// Parts that the tokens are cut into, at most [`MAX_SPLITS`]: a block takes one at a time.
     pub splits: u32,
     /// Of the attention scores, or of the embedding.
@@ -145,10 +159,15 @@ impl Op {
     pub fn types(&self) -> u32 {
         let [first, second, _] = self.matrices;
         let mixed = self.kind == kind::GATE_UP && first.ty != second.ty;
-        let all = self.matrices.iter().map(|m| type_bit(m.ty));
+        // An absent one's type is a number like any other.
+        let matrices = self.matrices.iter().filter(|m| m.rows > 0);
+        let all = matrices.map(|m| type_bit(m.ty));
         all.fold(if mixed { MIXED } else { 0 }, |all, ty| all | ty)
     }
 }
+
+/// See [`Op::inverse_team`].
+pub const INVERSE_UNIT: u32 = 256;
 
 /// Bytes of an [`Op`].
 pub const OP_BYTES: u32 = size_of::<Op>() as u32;
@@ -209,6 +228,9 @@ pub mod point {
 /// Notes the time in this thread of block 0, if it is asked for.
 #[inline(always)]
 unsafe fn note(a: &DecodeArgs, index: u32, point: usize) {
+    if settled::<TYPES>() & TRACED == 0 {
+        return;
+    }
     // Not known beforehand, for which it would take a register: no memory of a device lies in the first four gigabytes.
     if here(block_idx_x()) == 0 && here((a.trace as u64 >> 32) as u32) != 0 {
         let at = here(index) as usize * point::COUNT + point;
@@ -226,7 +248,7 @@ unsafe fn first_note(a: &DecodeArgs, index: u32, point: usize) {
 
 /// Operations in shared memory: the one before, which slow warps still read, the current one, and those to come.
 const WINDOW: u32 = 4;
-/// How far the window reaches beyond the current operation, whose barrier has shown its last.
+/// How far the window reaches beyond the current operation: its last is on its way, and shown by the next one's barrier.
 const AHEAD: u32 = WINDOW - 2;
 
 /// Shared memory: sums of squares, scratch, the ring's barriers, parts of outputs, the window, the row, the ring, and as much
@@ -358,8 +380,8 @@ impl<T> Field for *mut T {
     }
 }
 
-/// Starts to copy operation `index` into the window, by a warp that has no part of short rows. [`await_op`] and a
-/// barrier must follow.
+/// Starts to copy operation `index` into the window, by a warp that has no part of short rows. [`await_op`] in the operation
+/// after this one, and a barrier, must follow.
 #[inline(always)]
 unsafe fn copy_op(a: &DecodeArgs, index: u32) {
     let (warp, at) = (thread() / 32, 16 * lane());
@@ -370,12 +392,13 @@ unsafe fn copy_op(a: &DecodeArgs, index: u32) {
             cp_async_16(to, from.add(at as usize));
         }
     }
+    cp_async_commit();
 }
 
-/// Waits for what [`copy_op`] began.
+/// Waits for what [`copy_op`] began in the operation before this one.
 #[inline(always)]
 fn await_op() {
-    cp_async_wait_all();
+    cp_async_wait::<1>();
 }
 
 /// What a warp carries from operation to operation.
@@ -398,6 +421,14 @@ impl Warp {
         bar_sync(3, 32 * (WARPS + FINISHERS));
         // A number, not whether it is odd: that would be a predicate, which takes more instructions to keep.
         self.step = here(self.step + 1);
+    }
+
+    /// Ends an operation that is no product, in the warps that compute.
+    #[inline(always)]
+    unsafe fn end_op(&mut self, a: &DecodeArgs) {
+        unsafe { first_note(a, self.index, point::OUTPUT) }
+        await_op();
+        self.end_step();
     }
 }
 
@@ -454,7 +485,7 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
             copy_op(&a, i);
             i += 1;
         }
-        await_op();
+        cp_async_wait::<0>();
         sync_threads();
         let mut w = Warp {
             index: 0,
@@ -478,17 +509,20 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
                 let op = Current::at(w.index);
                 first_note(&a, w.index, point::BEGIN);
                 copy_op(&a, w.index + AHEAD);
-                match get!(op, kind) {
-                    kind::EMBED => embed::embed(&a, op),
-                    kind::ATTEND => attend::attend(&a, op),
-                    kind::MERGE => attend::merge(&a, op),
-                    _ => product::product(&a, op, &mut w),
+                // One question after the other, the usual first: a jump by number takes longer.
+                let kind = get!(op, kind);
+                if is_product(kind) {
+                    product::product(&a, op, &mut w);
+                } else {
+                    if kind == kind::ATTEND {
+                        attend::attend(&a, op);
+                    } else if kind == kind::MERGE {
+                        attend::merge(&a, op);
+                    } else {
+                        embed::embed(&a, op);
+                    }
+                    w.end_op(&a);
                 }
-                if !is_product(get!(op, kind)) {
-                    first_note(&a, w.index, point::OUTPUT);
-                }
-                await_op();
-                w.end_step();
                 w.index += 1;
             }
         }
@@ -508,8 +542,12 @@ pub const NO_OP: Op = Op {
     add: 0,
     add_from: PLAIN,
     team: WARPS,
+    teams: 1,
+    inverse_team: 0,
+    turns: 0,
     choose: 0,
     heads: 0,
+    group: 0,
     splits: 0,
     scale: 0.0,
     input: Input {

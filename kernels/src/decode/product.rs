@@ -11,13 +11,13 @@ use super::row::{GROUPS, Kept, Part, ask, fill, parts};
 use super::seal::Seal;
 use super::task::{BlockTasks, EIGHT, ROWS, block_tasks, matrix_field};
 use super::{
-    Current, DecodeArgs, FINISHERS, MIXED, PARTS_AT, TYPES, WARPS, Warp, first_note, get, lane,
-    point, sync, thread,
+    Current, DecodeArgs, FINISHERS, INVERSE_UNIT, MIXED, PARTS_AT, TRACED, TYPES, WARPS, Warp,
+    await_op, first_note, get, lane, point, sync, thread,
 };
 use crate::types::*;
 use crate::{for_each_type, unrolled};
 use core::mem::offset_of;
-use cuda_std::int::{here, opaque, quotient};
+use cuda_std::int::{here, opaque};
 use cuda_std::settled::settled;
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::{mma, warp};
@@ -264,7 +264,7 @@ unsafe fn dot_float<T: Sixteen>(op: Current, turn: &Turn, parts: Parts) -> ([f32
 
 /// Whether a matrix may be of one of the types of a set.
 #[inline(always)]
-fn may_be(types: u32) -> bool {
+pub(super) fn may_be(types: u32) -> bool {
     settled::<TYPES>() & types != 0
 }
 
@@ -272,7 +272,7 @@ fn may_be(types: u32) -> bool {
 #[inline(always)]
 fn is_type<const T: u32>(ty: u32) -> bool {
     let bit = const { type_bit(T) };
-    may_be(bit) && (ty == T || settled::<TYPES>() & !MIXED == bit)
+    may_be(bit) && (ty == T || settled::<TYPES>() & !(MIXED | TRACED) == bit)
 }
 
 macro_rules! turn_by_type {
@@ -373,10 +373,12 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             end,
         } = block_tasks(op);
         if index >= end {
+            await_op();
+            w.end_step();
             return;
         }
         let asked = ask(op, thread() / 32);
-        let team = Team::of(a, op);
+        let team = Team::of(op);
         let mut count = batch_of(index, end);
         // What is not this team's passes by.
         let mut task = team.pass(w, 0, team.number, count);
@@ -389,6 +391,8 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         sync();
         first_note(a, w.index, point::INPUT);
         loop {
+            // Tasks before it are done, or have passed by.
+            let mut done = task;
             while task < count {
                 let sums = team.dot(a, op, w, &first);
                 first.ready = false;
@@ -404,13 +408,23 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
                     let row = lane() / 4 + if odd { EIGHT } else { 0 };
                     parts_of(w.step, task, row).add(team.warp).store(sum);
                 }
-                task = team.pass(w, task + 1, team.teams - 1, count);
+                done = task + 1;
+                task += team.teams;
+                if task < count {
+                    done = team.pass(w, done, team.teams - 1, count);
+                }
             }
             index += count;
-            if index >= end {
-                break;
+            let last = index >= end;
+            if last {
+                await_op();
             }
             w.end_step();
+            // What else there is to do comes when nobody waits for it any more.
+            team.pass(w, done, count - done, count);
+            if last {
+                break;
+            }
             count = batch_of(index, end);
             task = team.pass(w, 0, team.number, count);
         }
@@ -453,21 +467,18 @@ impl First {
 
 impl Team {
     #[inline(always)]
-    unsafe fn of(a: &DecodeArgs, op: Current) -> Team {
+    unsafe fn of(op: Current) -> Team {
         unsafe {
             let warps = get!(op, team);
-            let number = quotient(thread() / 32, warps);
+            let number = thread() / 32 * get!(op, inverse_team) / INVERSE_UNIT;
             let groups = matrix_field(op, 0, offset_of!(Matrix, cols)) / GROUP as u32;
             Team {
                 number,
-                teams: quotient(WARPS, warps),
+                teams: get!(op, teams),
                 warp: thread() / 32 - number * warps,
                 warps,
                 groups,
-                turns: quotient(
-                    groups.div_ceil(TILE as u32) + a.turn_tiles - 1,
-                    a.turn_tiles,
-                ),
+                turns: get!(op, turns),
             }
         }
     }

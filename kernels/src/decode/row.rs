@@ -5,12 +5,14 @@
 //! columns, `2 g` has the high bytes of group `g`, `2 g + 1` the low ones, so that a fragment's sums of a group end in the
 //! lanes `t = g`.
 
-use super::seal::{Seal, pause};
+use super::product::may_be;
+use super::seal::Seal;
 use super::{Current, ROWS_AT, WARPS, get, lane, thread};
-use crate::types::GROUP;
-use cuda_std::int::{opaque, prmt};
+use crate::types::{FLOATS, GROUP};
+use cuda_std::int::{here, opaque, prmt};
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
 use cuda_std::shared::{self, SharedPtr};
+use cuda_std::thread::spin;
 use cuda_std::{float, mma, warp};
 
 /// Groups of a part: all in one tile.
@@ -34,8 +36,9 @@ pub const fn parts(groups: u32) -> u32 {
     groups.div_ceil(GROUPS)
 }
 
-/// Places for each warp's sum of squares of its parts of an operation's row: whole vectors.
-pub const SQUARES: u32 = WARPS.next_multiple_of(4);
+/// Places for each warp's sum of squares of its parts of an operation's row.
+pub const SQUARES: u32 = WARPS;
+const _: () = assert!(WARPS.is_multiple_of(4), "whole vectors");
 
 /// Each warp's sum of squares of its part of an operation's row.
 #[inline(always)]
@@ -47,24 +50,19 @@ fn squares_of(index: u32) -> SharedPtr<f32> {
 /// values are.
 #[inline(always)]
 pub unsafe fn norm_scale(index: u32, inverse_len: f32, eps: f32) -> f32 {
-    let sum = unsafe { sum_of(squares_of(index), WARPS) };
+    let sum = unsafe { sum_of(squares_of(index)) };
     float::rsqrt_approx(sum * inverse_len + eps)
 }
 
-/// The sum of the first `count` of [`WARPS`] words.
+/// The sum of [`WARPS`] words.
 #[inline(always)]
-pub unsafe fn sum_of(words: SharedPtr<f32>, count: u32) -> f32 {
-    let mut sums = [0.0f32; (SQUARES / 4) as usize];
-    for i in 0..SQUARES / 4 {
-        let mut v = unsafe { words.add(4 * i).load_v4() };
-        for k in 0..4 {
-            if 4 * i + k >= count {
-                v[k as usize] = 0.0;
-            }
-        }
-        sums[i as usize] = (v[0] + v[1]) + (v[2] + v[3]);
+pub unsafe fn sum_of(words: SharedPtr<f32>) -> f32 {
+    let mut sum = 0.0;
+    for i in 0..WARPS / 4 {
+        let v = unsafe { words.add(4 * i).load_v4() };
+        sum += (v[0] + v[1]) + (v[2] + v[3]);
     }
-    sums.iter().fold(0.0, |sum, v| sum + v)
+    sum
 }
 
 /// Parts of a long row that a warp awaits and quantises at once: both take about as long for several as for one.
@@ -135,7 +133,7 @@ impl Asked {
                     if warp::all(all) {
                         break;
                     }
-                    pause();
+                    spin();
                 }
                 for c in 0..C {
                     for k in 0..4 {
@@ -189,57 +187,68 @@ impl Asked {
     }
 }
 
-/// Waits for the input of `op`, multiplies it by the norm weight, quantises it and leaves it in shared memory. A barrier of
-/// the warps that compute must follow.
+/// Waits for the input of `op`, multiplies it by the norm weight, quantises it and leaves it in shared memory, as it does the
+/// sum of this warp's squares. A barrier of the warps that compute must follow.
 #[inline(always)]
 pub unsafe fn fill(op: Current, seal: Seal, index: u32, groups: u32, asked: Asked) {
     unsafe {
-        let squares = if parts(groups) <= WARPS {
-            fill_parts::<1>(op, seal, groups, asked)
-        } else {
-            fill_parts::<SEVERAL>(op, seal, groups, asked)
-        };
-        if !get!(op, input.norm).is_null() {
-            let squares = warp::reduce_sum_f32(squares);
-            if lane() == 0 {
-                squares_of(index).add(thread() / 32).store(squares);
+        let mut asked = asked;
+        let mut part = thread() / 32;
+        let mut squares = 0.0;
+        if parts(groups) <= WARPS {
+            if part < parts(groups) {
+                let (v, squared) = asked.come::<1>(op, seal, part);
+                [squares] = keep(op, part, groups, v, [squared]);
             }
+        } else {
+            while part < parts(groups) {
+                let (v, squared) = asked.come::<SEVERAL>(op, seal, part);
+                squares += squared;
+                let this = part;
+                part += SEVERAL as u32 * WARPS;
+                // What has come is out of its registers by now: else these would be copied, which waits for what is to come.
+                asked = ask(op, part);
+                keep(op, this, groups, v, []);
+            }
+            if !get!(op, input.norm).is_null() {
+                squares = warp::reduce_sum_f32(squares);
+            }
+        }
+        // Known before the question, which takes no branch that way.
+        let to = SharedPtr::<f32>::from_addr(here(squares_of(index).add(thread() / 32).addr()));
+        if lane() == 0 {
+            to.store(squares);
         }
     }
 }
 
-/// The same, `C` parts at a time; the sum of this lane's squares.
+/// Quantises a warp's values of part `part` and of every [`WARPS`]th after it, and leaves them in shared memory. Beside that,
+/// since both wait for shuffles most of the time, it adds up `sums` of all lanes.
 #[inline(always)]
-unsafe fn fill_parts<const C: usize>(op: Current, seal: Seal, groups: u32, asked: Asked) -> f32 {
+unsafe fn keep<const C: usize, const S: usize>(
+    op: Current,
+    part: u32,
+    groups: u32,
+    v: [[f32; 4]; C],
+    sums: [f32; S],
+) -> [f32; S] {
     unsafe {
-        let mut asked = asked;
-        let mut squares = 0.0;
-        let mut part = thread() / 32;
-        while part < parts(groups) {
-            let (v, squared) = asked.come::<C>(op, seal, part);
-            squares += squared;
-            let this = part;
-            part += C as u32 * WARPS;
-            // What has come is out of its registers by now: else these would be copied, which waits for what is to come.
-            if C > 1 {
-                asked = ask(op, part);
-            }
-            let (bytes, metas) = quantise(v);
-            for c in 0..C {
-                let part = this + c as u32 * WARPS;
-                if part < parts(groups) {
-                    let kept = Kept::new(op, part);
-                    if kept.float {
-                        kept.values().add(4 * lane()).store_v4(v[c]);
-                    }
-                    kept.bytes().store_v2(bytes[c]);
-                    if lane() < 4 {
-                        kept.meta().store_v4(metas[c]);
-                    }
+        let mut sums = sums;
+        let (bytes, metas) = quantise(v, &mut sums);
+        for c in 0..C {
+            let part = part + c as u32 * WARPS;
+            if part < parts(groups) {
+                let kept = Kept::new(op, part);
+                if kept.float {
+                    kept.values().add(4 * lane()).store_v4(v[c]);
+                }
+                kept.bytes().store_v2(bytes[c]);
+                if lane() < 4 {
+                    kept.meta().store_v4(metas[c]);
                 }
             }
         }
-        squares
+        sums
     }
 }
 
@@ -264,7 +273,7 @@ impl Kept {
     /// Of part `part`.
     #[inline(always)]
     pub unsafe fn new(op: Current, part: u32) -> Kept {
-        let float = unsafe { get!(op, input.keep_f32) } != 0;
+        let float = may_be(FLOATS) && unsafe { get!(op, input.keep_f32) } != 0;
         let bytes = if float { FLOAT_PART_BYTES } else { PART_BYTES };
         Kept {
             at: shared::at::<u8>(ROWS_AT + part * bytes).addr(),
@@ -302,10 +311,21 @@ impl Kept {
     }
 }
 
-/// Quantises a warp's values of some parts: of lane `8 g + 4 h + t` those of half `h` of group `g`, from the `4 t`th on.
-/// This lane's bytes, and `d` and the halves' sums of group `lane % 4`.
+/// Adds to each sum that of the lane `width` away.
 #[inline(always)]
-fn quantise<const C: usize>(v: [[f32; 4]; C]) -> ([[u32; 2]; C], [[f32; 4]; C]) {
+fn add_over<const S: usize>(sums: &mut [f32; S], width: u32) {
+    for i in 0..S {
+        sums[i] += warp::shuffle_xor(sums[i], width);
+    }
+}
+
+/// Quantises a warp's values of some parts: of lane `8 g + 4 h + t` those of half `h` of group `g`, from the `4 t`th on.
+/// This lane's bytes, and `d` and the halves' sums of group `lane % 4`. Adds up `sums` of all lanes beside it.
+#[inline(always)]
+fn quantise<const C: usize, const S: usize>(
+    v: [[f32; 4]; C],
+    sums: &mut [f32; S],
+) -> ([[u32; 2]; C], [[f32; 4]; C]) {
     /// The greatest level: 127 high, no low.
     const MOST: f32 = 16256.0;
     /// Added to a value below 2^22, it leaves this rounded in the low bits.
@@ -320,11 +340,15 @@ fn quantise<const C: usize>(v: [[f32; 4]; C]) -> ([[u32; 2]; C], [[f32; 4]; C]) 
         for c in 0..C {
             peaks[c] = peaks[c].max(warp::shuffle_xor(peaks[c], width));
         }
+        add_over(sums, width);
     }
     // The first half's lanes take the high bytes of both halves, the second's the low ones.
     let second = lane() & 4 != 0;
     for c in 0..C {
         metas[c][0] = warp::shuffle_idx(peaks[c] * (1.0 / MOST), lane() % 4 * 8);
+        if c == 0 {
+            add_over(sums, 8);
+        }
         // A peak so small that its inverse is infinite stands for nothing.
         let inverse = MOST * float::rcp_approx(peaks[c].max(1e-30));
         let (mut high, mut low) = ([0; 4], [0; 4]);
@@ -342,6 +366,7 @@ fn quantise<const C: usize>(v: [[f32; 4]; C]) -> ([[u32; 2]; C], [[f32; 4]; C]) 
         let other = warp::shuffle_xor(opaque(pass), 4);
         all_bytes[c] = if second { [other, low] } else { [high, other] };
     }
+    add_over(sums, 16);
     // Sums of all columns by a product with ones: they end where those of weights will.
     for c in 0..C {
         for half in 0..2 {

@@ -9,7 +9,7 @@
 use super::DecodeArgs;
 use cuda_std::int::here;
 use cuda_std::memory::{ld_relaxed_u32, st_relaxed_u32, st_relaxed_v4_u32};
-use cuda_std::thread::{clock, wait_since};
+use cuda_std::thread::spin;
 
 const BITS: u32 = 4;
 /// How many numbers there are. Two operations that write the same buffer, with none that does between
@@ -17,9 +17,6 @@ const BITS: u32 = 4;
 pub const NUMBERS: u32 = (1 << BITS) - 1;
 /// The number of words that an earlier launch wrote: whole f32.
 pub const PLAIN: u32 = u32::MAX;
-
-/// Cycles between two looks. Looking more often slows down what is waited for.
-const PAUSE: u32 = 150;
 
 /// What the words of a buffer carry.
 #[derive(Clone, Copy)]
@@ -79,7 +76,7 @@ impl Seal {
     pub unsafe fn await_word(self, p: *const f32, word: u32) -> f32 {
         let mut word = word;
         while !self.on(word) {
-            pause();
+            spin();
             word = unsafe { ld_relaxed_u32(p.cast()) };
         }
         self.open(word)
@@ -101,10 +98,4 @@ impl Seal {
         // Without branches: all lanes of a warp look again together.
         (a | b | c | d) & self.mask == 0
     }
-}
-
-/// Between two looks.
-#[inline(always)]
-pub fn pause() {
-    wait_since(clock(), PAUSE);
 }

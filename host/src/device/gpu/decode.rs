@@ -13,7 +13,8 @@ use super::{Address, Allocation, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
 use kernels::decode::{
-    CHOSEN, DecodeArgs, MAX_SEGMENTS, MAX_SPLITS, NO_OP, NUMBERS, Op, Segment, THREADS, kind, point,
+    CHOSEN, DecodeArgs, MAX_SEGMENTS, MAX_SPLITS, NO_OP, NUMBERS, Op, Segment, THREADS, TRACED,
+    kind, point,
 };
 use std::collections::HashMap;
 
@@ -463,6 +464,7 @@ impl<D: Driver> Gpu<D> {
         let Some(trace) = self.decode.trace.as_ref().map(|t| t.address) else {
             let bytes = point_bytes * longest(&self.decode.programs).unwrap_or(0) as usize;
             if bytes > 0 {
+                self.driver.settle(TRACED)?;
                 self.decode.trace = Some(self.driver.alloc(bytes)?);
             }
             return Ok(Vec::new());

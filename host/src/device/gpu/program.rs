@@ -3,7 +3,7 @@
 
 use super::Driver;
 use crate::error::{Error, Result};
-use kernels::decode::{self, BATCH, MAX_TURNS, Op, Segment, Shares, WARPS, kind};
+use kernels::decode::{self, BATCH, INVERSE_UNIT, MAX_TURNS, Op, Segment, Shares, WARPS, kind};
 use kernels::types::{GROUP, Matrix, TILE};
 
 /// Gives `ops`, which one launch carries with so much shared memory, the fields that follow from others; what that has room
@@ -21,6 +21,10 @@ pub(super) fn plan<D: Driver>(
     for op in &mut *ops {
         let tasks = op.count_tasks();
         op.team = team(op, tasks.div_ceil(blocks - op.shares.skip), &room);
+        op.teams = WARPS / op.team;
+        op.inverse_team = INVERSE_UNIT.div_ceil(op.team);
+        op.turns = turns(op, &room);
+        op.group = op.heads / op.cache.kv_heads.max(1);
         op.shares = Shares::of(tasks, blocks, op.shares.skip);
         op.input.inverse_len = 1.0 / op.input.len as f32;
     }
@@ -28,11 +32,17 @@ pub(super) fn plan<D: Driver>(
     Ok(room)
 }
 
+/// Turns of a task.
+fn turns(op: &Op, room: &Room) -> u32 {
+    let groups = op.input.len.div_ceil(GROUP as u32);
+    groups.div_ceil(TILE as u32 * room.turn_tiles)
+}
+
 /// Warps for a task where a block has so many.
 fn team(op: &Op, tasks: u32, room: &Room) -> u32 {
     let groups = op.input.len.div_ceil(GROUP as u32);
     let parts = decode::parts(groups);
-    let turns = groups.div_ceil(TILE as u32 * room.turn_tiles);
+    let turns = turns(op, room);
     // What else there is to do for a task takes as long as a part of it.
     let takes = |warps: u32| tasks.min(BATCH).div_ceil(WARPS / warps) * (1 + parts.div_ceil(warps));
     // All teams' turns have to be there at the same time, or they wait for each other for ever; and at the ring's end
