@@ -108,7 +108,7 @@ mod tests {
         for capability in [80, 90] {
             let (_, text) = for_capability(capability).unwrap();
             let (_, decode) = part(text, "decode");
-            assert_ne!(settle(&decode, kernels::decode::TYPES, 1), decode);
+            assert_ne!(settle(&decode, kernels::decode::NEEDS, 1), decode);
         }
     }
 }

@@ -11,7 +11,10 @@
 //! [`merge`].
 
 use super::seal::Seal;
-use super::{Current, DecodeArgs, PLAIN, ROWS_AT, WARPS, blocks, get, lane, sync, thread};
+use super::{
+    Current, DecodeArgs, LATE, NARROW, PLAIN, ROWS_AT, WARPS, WIDE, blocks, get, lane, may_be,
+    sync, thread,
+};
 use crate::attention::NONE;
 use crate::rows::BLOCK_TOKENS;
 use crate::unrolled;
@@ -33,6 +36,8 @@ const TOKENS: u32 = 16;
 /// Elements of a lane at a time, 16 bytes of the cache; four lanes take a chunk.
 const EIGHT: u32 = 8;
 const CHUNK: u32 = 4 * EIGHT;
+/// Heads up to so many elements wide are of two chunks at most, others of four.
+pub const NARROW_DIM: u32 = 2 * CHUNK;
 
 /// Two f16.
 const ONES: u32 = 0x3c00_3c00;
@@ -172,9 +177,10 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current) {
         let mut index = block_idx_x();
         while index < pieces(op) {
             let (place, piece) = (Place::here(), Piece::of(a, op, index));
-            if get!(op, cache.head_dim) <= 2 * CHUNK {
+            let narrow = get!(op, cache.head_dim) <= NARROW_DIM;
+            if may_be(NARROW) && (narrow || !may_be(WIDE)) {
                 walk::<2>(a, op, place, piece);
-            } else {
+            } else if may_be(WIDE) {
                 walk::<4>(a, op, place, piece);
             }
             sync();
@@ -324,7 +330,7 @@ unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: 
             spin();
         }
         let mut v = words.map(|w| seal.open(w));
-        if get!(op, late) != 0 && warp <= HEADS {
+        if may_be(LATE) && get!(op, late) != 0 && warp <= HEADS {
             v = turn(a, op, v, !query);
             // Of the pieces with this key, the first keeps it.
             let group = get!(op, group);

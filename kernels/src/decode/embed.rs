@@ -1,8 +1,9 @@
 //! The embedding of the step's token.
 
 use super::seal::Seal;
-use super::{CHOSEN, Current, DecodeArgs, blocks, get, matrix_at, thread};
-use crate::types::{GROUP, Matrix, unpack_four};
+use super::{CHOSEN, Current, DecodeArgs, blocks, get, is_type, matrix_at, thread};
+use crate::for_each_type;
+use crate::types::*;
 use cuda_std::int::here;
 use cuda_std::memory::ld_relaxed_u32;
 use cuda_std::shared::SharedPtr;
@@ -42,3 +43,24 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current) {
         }
     }
 }
+
+macro_rules! four_by_type {
+    ($($ty:literal => $name:ident, $kind:ident;)*) => {
+        /// Weights `4 w .. 4 w + 4` of group `g` of row `r`, of the types that a step may have.
+        #[inline(always)]
+        unsafe fn unpack_four(m: &Matrix, r: usize, g: usize, w: usize) -> [f32; 4] {
+            unsafe {
+                $(if is_type::<$ty>(m.ty) {
+                    return four_by_type!(@$kind $name, m, r, g, w);
+                })*
+                [f32::NAN; 4]
+            }
+        }
+    };
+    (@float $name:ident, $m:expr, $r:expr, $g:expr, $w:expr) => { $name::unpack_four($m, $r, $g, $w) };
+    ($(@quantised)? $(@looked_up)? $name:ident, $m:expr, $r:expr, $g:expr, $w:expr) => {{
+        let raw = $name::load(&$m.row::<$name>($r), $g);
+        four_weights($name::levels(raw), $name::affine(raw, $g), $w)
+    }};
+}
+for_each_type!(four_by_type);

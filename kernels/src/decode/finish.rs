@@ -9,8 +9,8 @@ use super::row::{norm_scale, sum_of};
 use super::seal::Seal;
 use super::task::{EIGHT, ROWS, TaskRow, block_tasks};
 use super::{
-    Current, DecodeArgs, FINISHERS, PLAIN, SCRATCH_AT, Source, WARPS, Warp, blocks, get, kind,
-    lane, note, point, sync_finishers, thread,
+    Current, DecodeArgs, FINISHERS, LATE, PLAIN, SCRATCH_AT, Source, WARPS, Warp, blocks, get,
+    kind, lane, may_be, note, point, sync_finishers, thread,
 };
 use crate::rows::BLOCK_TOKENS;
 use crate::sample::{max_u64, rank, warp_max};
@@ -264,7 +264,7 @@ unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal
         let head = quotient(r, head_dim);
         let bits = to_f16(v);
         let fresh = get!(op, fresh);
-        let late = which == 0 && get!(op, late) != 0;
+        let late = may_be(LATE) && which == 0 && get!(op, late) != 0;
         if !fresh.is_null() {
             let at = which * kv_heads * head_dim + r;
             let rounded = half::F16::from_bits(bits).to_f32();

@@ -41,7 +41,7 @@ use cuda_std::thread::{
 };
 use ring::Place;
 
-pub use attend::{MAX_HEAD_DIM, MAX_SPLITS, PART, WIDTH, attend_bytes, attend_pieces};
+pub use attend::{MAX_HEAD_DIM, MAX_SPLITS, NARROW_DIM, PART, WIDTH, attend_bytes, attend_pieces};
 pub use product::BATCH;
 pub use ring::MAX_TURNS;
 pub use row::{parts, row_bytes};
@@ -55,18 +55,44 @@ const FINISHERS: u32 = 3;
 /// Threads per block, one block per multiprocessor; the last warp brings weights.
 pub const THREADS: u32 = 32 * (WARPS + FINISHERS + 1);
 
-/// The number ([`settled`](cuda_std::settled::settled)) of the set of types that matrices of a module's steps may have, by
-/// [`type_bit`](crate::types::type_bit), and [`MIXED`].
-pub const TYPES: u32 = 0;
+/// The number ([`settled`](cuda_std::settled::settled)) of what a module's steps may need: the set of the types of their
+/// matrices, by [`type_bit`](crate::types::type_bit), and what follows here. A module has no code for what its steps
+/// cannot need; and the less code there is, the faster is the rest of it.
+pub const NEEDS: u32 = 0;
 
-/// Whether a gate and its up may be of two types, beside those of [`TYPES`].
+/// A gate and its up of two types.
 pub const MIXED: u32 = 1 << 31;
 
-/// Whether launches may be asked for a [`trace`](DecodeArgs::trace), likewise: even the question takes time on the path from
-/// one operation's output to the next one's.
+/// A [`trace`](DecodeArgs::trace): even the question takes time on the path from one operation's output to the next one's.
 pub const TRACED: u32 = 1 << 30;
 
-const _: () = assert!(LAYOUTS.len() < 30, "types have the bits below");
+/// Heads of more than [`NARROW_DIM`] elements.
+pub const WIDE: u32 = 1 << 29;
+
+/// Heads of fewer.
+pub const NARROW: u32 = 1 << 28;
+
+/// Queries and keys that are normed head by head.
+pub const LATE: u32 = 1 << 27;
+
+/// Rows whose lengths are no multiples of four.
+pub const UNEVEN: u32 = 1 << 26;
+
+const _: () = assert!(LAYOUTS.len() < 26, "types have the bits below");
+const ALL_TYPES: u32 = (1 << LAYOUTS.len()) - 1;
+
+/// Whether a step may need any of `needs`.
+#[inline(always)]
+fn may_be(needs: u32) -> bool {
+    settled::<NEEDS>() & needs != 0
+}
+
+/// Whether `ty` is `T`: no question where no other may be.
+#[inline(always)]
+fn is_type<const T: u32>(ty: u32) -> bool {
+    let bit = const { type_bit(T) };
+    may_be(bit) && (ty == T || settled::<NEEDS>() & ALL_TYPES == bit)
+}
 
 /// What an [`Op`] does.
 pub mod kind {
@@ -155,14 +181,21 @@ pub struct Op {
 }
 
 impl Op {
-    /// What of [`TYPES`] it needs.
-    pub fn types(&self) -> u32 {
+    /// What of [`NEEDS`] it is.
+    pub fn needs(&self) -> u32 {
         let [first, second, _] = self.matrices;
-        let mixed = self.kind == kind::GATE_UP && first.ty != second.ty;
+        let flag = |is: bool, flag: u32| if is { flag } else { 0 };
+        let attends = self.kind == kind::ATTEND;
+        let late = self.late != 0;
         // An absent one's type is a number like any other.
         let matrices = self.matrices.iter().filter(|m| m.rows > 0);
-        let all = matrices.map(|m| type_bit(m.ty));
-        all.fold(if mixed { MIXED } else { 0 }, |all, ty| all | ty)
+        let types = matrices.fold(0, |all, m| all | type_bit(m.ty));
+        types
+            | flag(self.kind == kind::GATE_UP && first.ty != second.ty, MIXED)
+            | flag(attends && self.cache.head_dim > NARROW_DIM, WIDE)
+            | flag(attends && self.cache.head_dim <= NARROW_DIM, NARROW)
+            | flag(late, LATE)
+            | flag(!self.input.len.is_multiple_of(4), UNEVEN)
     }
 }
 
@@ -228,7 +261,7 @@ pub mod point {
 /// Notes the time in this thread of block 0, if it is asked for.
 #[inline(always)]
 unsafe fn note(a: &DecodeArgs, index: u32, point: usize) {
-    if settled::<TYPES>() & TRACED == 0 {
+    if !may_be(TRACED) {
         return;
     }
     // Not known beforehand, for which it would take a register: no memory of a device lies in the first four gigabytes.

@@ -11,14 +11,13 @@ use super::row::{GROUPS, Kept, Part, ask, fill, parts};
 use super::seal::Seal;
 use super::task::{BlockTasks, EIGHT, ROWS, block_tasks, matrix_field};
 use super::{
-    Current, DecodeArgs, FINISHERS, INVERSE_UNIT, MIXED, PARTS_AT, TRACED, TYPES, WARPS, Warp,
-    await_op, first_note, get, lane, point, sync, thread,
+    Current, DecodeArgs, FINISHERS, INVERSE_UNIT, MIXED, PARTS_AT, WARPS, Warp, await_op,
+    first_note, get, is_type, lane, may_be, point, sync, thread,
 };
 use crate::types::*;
 use crate::{for_each_type, unrolled};
 use core::mem::offset_of;
 use cuda_std::int::{here, opaque};
-use cuda_std::settled::settled;
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::{mma, warp};
 
@@ -260,19 +259,6 @@ unsafe fn dot_float<T: Sixteen>(op: Current, turn: &Turn, parts: Parts) -> ([f32
         }
         (sums, part)
     }
-}
-
-/// Whether a matrix may be of one of the types of a set.
-#[inline(always)]
-pub(super) fn may_be(types: u32) -> bool {
-    settled::<TYPES>() & types != 0
-}
-
-/// Whether `ty` is `T`: no question where no other may be.
-#[inline(always)]
-fn is_type<const T: u32>(ty: u32) -> bool {
-    let bit = const { type_bit(T) };
-    may_be(bit) && (ty == T || settled::<TYPES>() & !(MIXED | TRACED) == bit)
 }
 
 macro_rules! turn_by_type {

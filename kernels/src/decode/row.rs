@@ -5,9 +5,8 @@
 //! columns, `2 g` has the high bytes of group `g`, `2 g + 1` the low ones, so that a fragment's sums of a group end in the
 //! lanes `t = g`.
 
-use super::product::may_be;
 use super::seal::Seal;
-use super::{Current, ROWS_AT, WARPS, get, lane, thread};
+use super::{Current, ROWS_AT, UNEVEN, WARPS, get, lane, may_be, thread};
 use crate::types::{FLOATS, GROUP};
 use cuda_std::int::{here, opaque, prmt};
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
@@ -94,7 +93,7 @@ pub unsafe fn ask(op: Current, part: u32) -> Asked {
         };
         for c in 0..SEVERAL {
             let i = value_of(part, c);
-            if i < len && len % 4 == 0 {
+            if i < len && !(may_be(UNEVEN) && len % 4 != 0) {
                 asked.words[c] = ld_relaxed_v4_u32(x.add(i as usize));
                 if !norm.is_null() {
                     asked.weights[c] = ldg_v4_u32(norm.add(i as usize)).map(f32::from_bits);
@@ -117,7 +116,7 @@ impl Asked {
         unsafe {
             let (x, len) = (get!(op, input.x), get!(op, input.len));
             let mut v = [[0.0; 4]; C];
-            if len % 4 != 0 {
+            if may_be(UNEVEN) && len % 4 != 0 {
                 self.come_singly(op, seal, part, &mut v);
             } else {
                 loop {

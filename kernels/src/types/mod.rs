@@ -500,14 +500,8 @@ macro_rules! by_type {
                         _ => [0.0; 4],
                     };
                 }
-                let (levels, a) = levels(m, r, g);
-                // Not indexed, for which they would go to local memory.
-                let mut word = levels[0];
-                for i in 1..8 {
-                    word = if i == w { levels[i] } else { word };
-                }
-                let (d, m) = if w < 4 { (a.d[0], a.m[0]) } else { (a.d[1], a.m[1]) };
-                unrolled!(4, |i| d * ((word >> (8 * i)) & 0xff) as f32 + m)
+                let (levels, affine) = levels(m, r, g);
+                four_weights(levels, affine, w)
             }
         }
 
@@ -537,6 +531,22 @@ macro_rules! by_type {
     ($(@quantised)? $(@looked_up)? $unpack:ident $name:ident, $m:expr, $r:expr, $g:expr, $none:expr) => { $none };
 }
 for_each_type!(by_type);
+
+/// Weights `4 w .. 4 w + 4` of a group.
+#[inline(always)]
+pub(crate) fn four_weights(levels: [u32; 8], a: Affine, w: usize) -> [f32; 4] {
+    // Not indexed, for which they would go to local memory.
+    let mut word = levels[0];
+    for i in 1..8 {
+        word = if i == w { levels[i] } else { word };
+    }
+    let (d, m) = if w < 4 {
+        (a.d[0], a.m[0])
+    } else {
+        (a.d[1], a.m[1])
+    };
+    unrolled!(4, |i| d * ((word >> (8 * i)) & 0xff) as f32 + m)
+}
 
 /// Arguments of [`repack_kernel`].
 #[repr(C)]

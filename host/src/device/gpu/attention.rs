@@ -136,6 +136,9 @@ impl<D: Driver> Gpu<D> {
     ) -> Result<()> {
         let h = op.heads;
         self.heads = h.heads;
+        if op.q_norm.is_some() {
+            self.decode.needs |= decode::LATE;
+        }
         let group = (h.heads / h.kv_heads) as u32;
         self.pieces = decode::attend_pieces(h.kv_heads as u32, group, h.head_dim as u32);
         let len = op.q.weight.cols;

@@ -148,8 +148,8 @@ pub(super) struct Decode {
     /// The next launch's first number.
     numbers: u64,
     splits: u32,
-    /// Types of all weights on the device.
-    pub(super) types: u32,
+    /// What steps of the model on the device will need, as far as that is known (`kernels::decode::NEEDS`).
+    pub(super) needs: u32,
     /// An operation that runs alone.
     single: Allocation,
     ranks: Address,
@@ -184,7 +184,7 @@ impl Decode {
             numbered: HashMap::new(),
             numbers: 0,
             splits: 1,
-            types: 0,
+            needs: 0,
             single,
             ranks: ranks_on.address,
             chosen: driver.alloc_mapped(2 * CHOICE_BYTES)?,
@@ -386,8 +386,8 @@ impl<D: Driver> Gpu<D> {
 
     /// Sees to it that the kernel can carry `ops`, and has as little beyond them as the weights allow.
     fn settle(&mut self, ops: &[Op]) -> Result<()> {
-        let needed = ops.iter().fold(0, |all, op| all | op.types());
-        self.driver.settle(needed | self.decode.types)
+        let needed = ops.iter().fold(0, |all, op| all | op.needs());
+        self.driver.settle(needed | self.decode.needs)
     }
 
     fn run_shape(&mut self, shape: Shape, token: u32, position: u32) -> Result<()> {

@@ -26,6 +26,7 @@ use super::{GateUp, Head, Linear, Qkv, Residual, SampleRow};
 use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
 use cuda_std::tensor::{TensorMap, Tiling};
+use kernels::decode::{NARROW, NARROW_DIM, WIDE};
 use kernels::types::type_bit;
 use std::collections::HashMap;
 use std::io::Write;
@@ -97,9 +98,9 @@ pub trait Driver: Send + Sized + 'static {
         args: &A,
     ) -> Result<()>;
 
-    /// Says that steps of the kernel `decode` need no more than `types` (`kernels::decode::TYPES`), from now on, in
+    /// Says that steps of the kernel `decode` need no more than `needs` (`kernels::decode::NEEDS`), from now on, in
     /// addition to what was said before. Only their speed depends on it.
-    fn settle(&mut self, _types: u32) -> Result<()> {
+    fn settle(&mut self, _needs: u32) -> Result<()> {
         Ok(())
     }
 
@@ -462,7 +463,7 @@ impl<D: Driver> Device for Gpu<D> {
         file: &Arc<gguf::Gguf>,
     ) -> Result<Weight> {
         let weight = weights::load(&mut self.driver, tensor, rows, file)?;
-        self.decode.types |= type_bit(weight.matrix.ty);
+        self.decode.needs |= type_bit(weight.matrix.ty);
         Ok(weight)
     }
 
@@ -492,6 +493,11 @@ impl<D: Driver> Device for Gpu<D> {
     fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache> {
         check_cache(shape)?;
         self.narrow = shape.head_dim <= kernels::decode::MAX_HEAD_DIM as usize;
+        self.decode.needs |= if shape.head_dim <= NARROW_DIM as usize {
+            NARROW
+        } else {
+            WIDE
+        };
         let keys = self.driver.alloc(shape.bytes())?;
         let values = self.driver.alloc(shape.bytes())?;
         self.current.table_stride = shape.blocks;

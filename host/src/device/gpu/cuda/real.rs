@@ -13,7 +13,7 @@ use cust::event::{Event, EventFlags};
 use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
 use cust::sys;
-use kernels::decode::TYPES;
+use kernels::decode::NEEDS;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, c_void};
 use std::ops::Range;
@@ -611,18 +611,18 @@ impl Driver for Cuda {
         .map_err(|e| self.fail(&format!("launching {kernel}"), e))
     }
 
-    fn settle(&mut self, types: u32) -> Result<()> {
-        let types = self.settled | types;
-        if types == self.settled {
+    fn settle(&mut self, needs: u32) -> Result<()> {
+        let needs = self.settled | needs;
+        if needs == self.settled {
             return Ok(());
         }
         self.enter()?;
-        let text = ptx::settle(&self.decode, TYPES, types);
+        let text = ptx::settle(&self.decode, NEEDS, needs);
         let module = cubin::load(&text, self.versions.0, self.versions.1)
             .map_err(|e| self.fail("compiling the kernel decode", e))?;
         self.decode_modules.push(module);
         self.functions.remove(DECODE);
-        self.settled = types;
+        self.settled = needs;
         Ok(())
     }
 
