@@ -151,6 +151,9 @@ pub struct Op {
     pub inverse_team: u32,
     /// Turns of a task.
     pub turns: u32,
+    /// Whether a warp multiplies with no other part of the row than the one that it has brought: there is one team, and a part
+    /// at most for each of its warps.
+    pub alone: u32,
     /// Whether `out` are logits, the greatest of which is the step's choice.
     pub choose: u32,
     pub heads: u32,
@@ -578,6 +581,7 @@ pub const NO_OP: Op = Op {
     teams: 1,
     inverse_team: 0,
     turns: 0,
+    alone: 0,
     choose: 0,
     heads: 0,
     group: 0,

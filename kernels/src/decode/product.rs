@@ -363,6 +363,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             w.end_step();
             return;
         }
+        let alone = here(get!(op, alone)) != 0;
         let asked = ask(op, thread() / 32);
         let team = Team::of(op);
         let mut count = batch_of(index, end);
@@ -374,7 +375,11 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         }
         let seal = Seal::of(a, get!(op, input.from));
         fill(op, seal, w.index, team.groups, asked);
-        sync();
+        if alone {
+            warp::sync_warp();
+        } else {
+            sync();
+        }
         first_note(a, w.index, point::INPUT);
         loop {
             // Tasks before it are done, or have passed by.

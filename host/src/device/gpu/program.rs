@@ -24,6 +24,8 @@ pub(super) fn plan<D: Driver>(
         op.teams = WARPS / op.team;
         op.inverse_team = INVERSE_UNIT.div_ceil(op.team);
         op.turns = turns(op, &room);
+        let parts = decode::parts(op.input.len.div_ceil(GROUP as u32));
+        op.alone = u32::from(op.teams == 1 && parts <= WARPS);
         op.group = op.heads / op.cache.kv_heads.max(1);
         op.shares = Shares::of(tasks, blocks, op.shares.skip);
         op.input.inverse_len = 1.0 / op.input.len as f32;
