@@ -12,15 +12,15 @@
 
 use super::seal::Seal;
 use super::{
-    Current, DecodeArgs, LATE, NARROW, PLAIN, ROWS_AT, WARPS, WIDE, blocks, get, lane, may_be,
-    sync, thread,
+    Current, DecodeArgs, LATE, NARROW, PLAIN, ROWS_AT, WARPS, WIDE, blocks, cache_block, get, lane,
+    may_be, sync, thread,
 };
 use crate::attention::NONE;
 use crate::rows::BLOCK_TOKENS;
 use crate::unrolled;
 use cuda_std::half::{F16, pack_f16x2};
 use cuda_std::int::{here, prmt, quotient};
-use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_f32, ldg_u32, ldg_v4_u32, st_global_v2};
+use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_f32, ldg_v4_u32, st_global_v2};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::{block_idx_x, spin};
 use cuda_std::{float, mma, warp};
@@ -63,6 +63,12 @@ pub const fn attend_pieces(kv_heads: u32, group: u32, head_dim: u32) -> u32 {
 /// Words of a part: the elements' sums, their peak and mass, two unused.
 pub const PART: u32 = WIDTH + 4;
 
+/// `n / d`: most often `d` is 1, and a division takes long.
+#[inline(always)]
+unsafe fn share(n: u32, d: u32) -> u32 {
+    if d == 1 { n } else { unsafe { quotient(n, d) } }
+}
+
 /// What a block takes at a time.
 #[derive(Clone, Copy)]
 struct Piece {
@@ -85,16 +91,17 @@ impl Piece {
         unsafe {
             let (splits, head_dim) = (get!(op, splits), get!(op, cache.head_dim));
             let group = get!(op, group);
-            let whole = quotient(index, splits);
+            let whole = share(index, splits);
             let split = index - whole * splits;
             let (parts, pieces) = (head_dim.div_ceil(WIDTH), group.div_ceil(HEADS));
-            let piece = quotient(whole, parts);
+            const { assert!(MAX_HEAD_DIM == 2 * WIDTH, "one part or two") };
+            let piece = whole >> (parts - 1);
             let element = (whole - piece * parts) * WIDTH;
-            let kv_head = quotient(piece, pieces);
+            let kv_head = share(piece, pieces);
             let first = (piece - kv_head * pieces) * HEADS;
             // Whole tiles, which lie in one block of the cache.
             let tokens = here(a.position) + 1;
-            let chunk = quotient(tokens + splits - 1, splits).next_multiple_of(TOKENS);
+            let chunk = share(tokens + splits - 1, splits).next_multiple_of(TOKENS);
             let from = if split * chunk < tokens {
                 split * chunk
             } else {
@@ -222,7 +229,7 @@ fn value_token(i: u32) -> u32 {
 unsafe fn tile_at(a: &DecodeArgs, op: Current, kv_head: u32, base: u32) -> usize {
     unsafe {
         let tokens = BLOCK_TOKENS as u32;
-        let block = ldg_u32(a.table.add((base / tokens) as usize));
+        let block = cache_block(a, base);
         let row = (block * get!(op, cache.kv_heads) + kv_head) * tokens + base % tokens;
         row as usize * get!(op, cache.head_dim) as usize * 2
     }

@@ -9,15 +9,15 @@ use super::row::{norm_scale, sum_of};
 use super::seal::Seal;
 use super::task::{EIGHT, ROWS, TaskRow, block_tasks};
 use super::{
-    Current, DecodeArgs, FINISHERS, LATE, PLAIN, SCRATCH_AT, Source, WARPS, Warp, blocks, get,
-    kind, lane, may_be, note, point, sync_finishers, thread,
+    Current, DecodeArgs, FINISHERS, LATE, PLAIN, SCRATCH_AT, Source, WARPS, Warp, blocks,
+    cache_block, get, kind, lane, may_be, note, point, sync_finishers, thread,
 };
 use crate::rows::BLOCK_TOKENS;
 use crate::sample::{max_u64, rank, warp_max};
 use cuda_std::half::to_f16;
 use cuda_std::int::{here, quotient};
 use cuda_std::memory::{
-    ld_relaxed_u32, ld_relaxed_u64, ldg_f32, ldg_u32, st_relaxed_u64, threadfence_system,
+    ld_relaxed_u32, ld_relaxed_u64, ldg_f32, st_relaxed_u64, threadfence_system,
 };
 use cuda_std::shared;
 use cuda_std::thread::{block_idx_x, spin};
@@ -275,7 +275,7 @@ unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal
         }
         let tokens = BLOCK_TOKENS as u32;
         let position = here(a.position);
-        let block = ldg_u32(a.table.add((position / tokens) as usize));
+        let block = cache_block(a, position);
         let at = (block * kv_heads + head) * tokens + position % tokens;
         let to = base.cast::<u16>().add(at as usize * head_dim as usize);
         to.add((r - head * head_dim) as usize).write(bits);

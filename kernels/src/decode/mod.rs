@@ -29,11 +29,13 @@ mod row;
 mod seal;
 mod task;
 
-use crate::rows::{CacheLayer, Rotation};
+use crate::rows::{BLOCK_TOKENS, CacheLayer, Rotation};
 use crate::types::{LAYOUTS, Matrix, NO_MATRIX, type_bit};
 use cuda_std::int::here;
 use cuda_std::kernel;
-use cuda_std::memory::{cp_async_16, cp_async_commit, cp_async_wait, ldg_u32, ldg_v2_u32};
+use cuda_std::memory::{
+    cp_async_4, cp_async_16, cp_async_commit, cp_async_wait, ldg_u32, ldg_v2_u32,
+};
 use cuda_std::settled::settled;
 use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{
@@ -287,14 +289,44 @@ const WINDOW: u32 = 4;
 /// How far the window reaches beyond the current operation: its last is on its way, and shown by the next one's barrier.
 const AHEAD: u32 = WINDOW - 2;
 
-/// Shared memory: sums of squares, scratch, the ring's barriers, parts of outputs, the window, the row, the ring, and as much
+/// Shared memory: sums of squares, scratch, the ring's barriers, parts of outputs, the window, the cache's table, the row, the ring, and as much
 /// as a part of a row may be read past a tile's end.
 const SCRATCH_AT: u32 = 2 * 4 * row::SQUARES;
 const BARRIERS_AT: u32 = (SCRATCH_AT + 8 * FINISHERS).next_multiple_of(16);
 const PARTS_AT: u32 = BARRIERS_AT + ring::BARRIERS_BYTES;
 const WINDOW_AT: u32 = PARTS_AT + product::PARTS_BYTES;
+const TABLE_AT: u32 = WINDOW_AT + WINDOW * OP_BYTES;
 /// Whole lines of the memory: copies of weights that begin within one take longer.
-const ROWS_AT: u32 = (WINDOW_AT + WINDOW * OP_BYTES).next_multiple_of(128);
+const ROWS_AT: u32 = (TABLE_AT + 4 * TABLE).next_multiple_of(128);
+
+/// So many of the sequence's first cache blocks are kept in shared memory: who reads keys and values would else wait for the
+/// number of their block first.
+const TABLE: u32 = 256;
+
+/// Starts to copy them. A wait and a barrier must follow.
+#[inline(always)]
+unsafe fn copy_table(a: &DecodeArgs) {
+    let blocks = a.position / BLOCK_TOKENS as u32 + 1;
+    let i = thread_idx_x();
+    if !a.table.is_null() && i < blocks && i < TABLE {
+        unsafe { cp_async_4(shared::at::<u32>(TABLE_AT + 4 * i), a.table.add(i as usize)) }
+    }
+}
+
+const _: () = assert!(TABLE <= THREADS, "a thread copies one");
+
+/// The cache block of token `token` of the sequence.
+#[inline(always)]
+unsafe fn cache_block(a: &DecodeArgs, token: u32) -> u32 {
+    let i = token / BLOCK_TOKENS as u32;
+    unsafe {
+        if i < TABLE {
+            shared::at::<u32>(TABLE_AT + 4 * i).load()
+        } else {
+            ldg_u32(a.table.add(i as usize))
+        }
+    }
+}
 
 /// Of a launch whose operations need at most `row` bytes for a row ([`row_bytes`]) and `attend` for attention
 /// ([`attend_bytes`]), with so much shared memory: what to pass as [`DecodeArgs::row_bytes`], and as
@@ -521,6 +553,8 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
             copy_op(&a, i);
             i += 1;
         }
+        copy_table(&a);
+        cp_async_commit();
         cp_async_wait::<0>();
         sync_threads();
         let mut w = Warp {
