@@ -12,8 +12,8 @@
 
 use super::seal::Seal;
 use super::{
-    Current, DecodeArgs, LATE, NARROW, PLAIN, ROWS_AT, WARPS, WIDE, blocks, cache_block, get, lane,
-    may_be, sync, thread,
+    Current, DecodeArgs, LATE, PLAIN, ROWS_AT, WARPS, WIDE, blocks, cache_block, get, lane, may_be,
+    sync, thread,
 };
 use crate::attention::NONE;
 use crate::rows::BLOCK_TOKENS;
@@ -184,10 +184,9 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current) {
         let mut index = block_idx_x();
         while index < pieces(op) {
             let (place, piece) = (Place::here(), Piece::of(a, op, index));
-            let narrow = get!(op, cache.head_dim) <= NARROW_DIM;
-            if may_be(NARROW) && (narrow || !may_be(WIDE)) {
+            if get!(op, cache.head_dim) <= NARROW_DIM || !may_be(WIDE) {
                 walk::<2>(a, op, place, piece);
-            } else if may_be(WIDE) {
+            } else {
                 walk::<4>(a, op, place, piece);
             }
             sync();

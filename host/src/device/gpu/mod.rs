@@ -26,7 +26,7 @@ use super::{GateUp, Head, Linear, Qkv, Residual, SampleRow};
 use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
 use cuda_std::tensor::{TensorMap, Tiling};
-use kernels::decode::{NARROW, NARROW_DIM, WIDE};
+use kernels::decode::{NARROW_DIM, WIDE};
 use kernels::types::type_bit;
 use std::collections::HashMap;
 use std::io::Write;
@@ -493,11 +493,9 @@ impl<D: Driver> Device for Gpu<D> {
     fn alloc_cache(&mut self, shape: CacheShape) -> Result<Cache> {
         check_cache(shape)?;
         self.narrow = shape.head_dim <= kernels::decode::MAX_HEAD_DIM as usize;
-        self.decode.needs |= if shape.head_dim <= NARROW_DIM as usize {
-            NARROW
-        } else {
-            WIDE
-        };
+        if shape.head_dim > NARROW_DIM as usize {
+            self.decode.needs |= WIDE;
+        }
         let keys = self.driver.alloc(shape.bytes())?;
         let values = self.driver.alloc(shape.bytes())?;
         self.current.table_stride = shape.blocks;
