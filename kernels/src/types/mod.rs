@@ -22,6 +22,7 @@ mod read;
 mod write;
 
 pub use float::Sixteen;
+pub(crate) use read::four_weights;
 
 /// An array of 1 to 32 elements (a power of two, or 5), each written out with its index: what goes through a closure and a
 /// loop, as with `core::array::from_fn`, may end up in local memory instead of registers.
@@ -531,22 +532,6 @@ macro_rules! by_type {
     ($(@quantised)? $(@looked_up)? $unpack:ident $name:ident, $m:expr, $r:expr, $g:expr, $none:expr) => { $none };
 }
 for_each_type!(by_type);
-
-/// Weights `4 w .. 4 w + 4` of a group.
-#[inline(always)]
-pub(crate) fn four_weights(levels: [u32; 8], a: Affine, w: usize) -> [f32; 4] {
-    // Not indexed, for which they would go to local memory.
-    let mut word = levels[0];
-    for i in 1..8 {
-        word = if i == w { levels[i] } else { word };
-    }
-    let (d, m) = if w < 4 {
-        (a.d[0], a.m[0])
-    } else {
-        (a.d[1], a.m[1])
-    };
-    unrolled!(4, |i| d * ((word >> (8 * i)) & 0xff) as f32 + m)
-}
 
 /// Arguments of [`repack_kernel`].
 #[repr(C)]

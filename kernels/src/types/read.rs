@@ -107,3 +107,19 @@ pub fn header_k4(h: [u32; 4], g: usize) -> Affine {
         m: [m, m],
     }
 }
+
+/// Weights `4 w .. 4 w + 4` of a group.
+#[inline(always)]
+pub fn four_weights(levels: [u32; 8], a: Affine, w: usize) -> [f32; 4] {
+    // Not indexed, for which they would go to local memory.
+    let mut word = levels[0];
+    for i in 1..8 {
+        word = if i == w { levels[i] } else { word };
+    }
+    let (d, m) = if w < 4 {
+        (a.d[0], a.m[0])
+    } else {
+        (a.d[1], a.m[1])
+    };
+    unrolled!(4, |i| d * ((word >> (8 * i)) & 0xff) as f32 + m)
+}
