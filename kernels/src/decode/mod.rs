@@ -286,8 +286,8 @@ const WINDOW: u32 = 4;
 /// How far the window reaches beyond the current operation: its last is on its way, and shown by the next one's barrier.
 const AHEAD: u32 = WINDOW - 2;
 
-/// Shared memory: sums of squares, scratch, the ring's barriers, parts of outputs, the window, the cache's table, the row, the ring, and as much
-/// as a part of a row may be read past a tile's end.
+/// Shared memory: sums of squares, scratch, the ring's barriers, parts of outputs, the window, the cache's table, the row, the
+/// ring, and as much as a part of a row may be read past a tile's end.
 const SCRATCH_AT: u32 = 2 * 4 * row::SQUARES;
 const BARRIERS_AT: u32 = (SCRATCH_AT + 8 * FINISHERS).next_multiple_of(16);
 const PARTS_AT: u32 = BARRIERS_AT + ring::BARRIERS_BYTES;
