@@ -441,7 +441,8 @@ fn measure(common: &Common, column: Column, file: &Arc<Gguf>, golden: &Golden) -
         }
         for (step, &id) in prompt.greedy.iter().enumerate() {
             measured.greedy += 1;
-            if direct.sample_greedy_ahead()? == id {
+            let left = prompt.greedy.len() - step;
+            if direct.sample_greedy_ahead(left)? == id {
                 measured.equal += 1;
             } else {
                 let margin = prompt.margins.get(step);

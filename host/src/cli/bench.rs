@@ -107,9 +107,9 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
             }
             let mut id = ids(1)[0];
             let started = Instant::now();
-            for _ in 1..args.generate {
+            for left in (1..args.generate).rev() {
                 direct.feed(&[id])?;
-                id = direct.sample_greedy_ahead()?;
+                id = direct.sample_greedy_ahead(left)?;
             }
             direct.feed(&[id])?;
             direct.sample_greedy()?;

@@ -388,9 +388,9 @@ pub struct SampleRow<'a> {
     pub u: f32,
     /// Distinct token ids of the prompt and of what was generated, for the repetition penalty.
     pub seen: &'a [u32],
-    /// That the sequence's next step is most likely that of the chosen token, and that nobody asks for this one's
-    /// logits again: a device may begin before it is told to.
-    pub ahead: bool,
+    /// That the sequence's next steps, so many at most, are most likely those of the chosen tokens, and that nobody asks for this
+    /// one's logits again: a device may begin them before it is told to.
+    pub ahead: usize,
 }
 
 /// What one operation of a decode step took, by the device's own clock.

@@ -152,19 +152,19 @@ impl Direct {
     /// # Errors
     /// The device's failure.
     pub fn sample_greedy(&mut self) -> Result<u32> {
-        self.likeliest(false)
+        self.likeliest(0)
     }
 
-    /// As [`Direct::sample_greedy`], for a token that will be fed next: the device need not wait for that. The logits
-    /// are not to be read after it.
+    /// As [`Direct::sample_greedy`], for a token that will be fed next, as will be those that follow from it for `steps` steps:
+    /// the device need not wait for that. The logits are not to be read after it.
     ///
     /// # Errors
     /// The device's failure.
-    pub fn sample_greedy_ahead(&mut self) -> Result<u32> {
-        self.likeliest(true)
+    pub fn sample_greedy_ahead(&mut self, steps: usize) -> Result<u32> {
+        self.likeliest(steps)
     }
 
-    fn likeliest(&mut self, ahead: bool) -> Result<u32> {
+    fn likeliest(&mut self, ahead: usize) -> Result<u32> {
         let params = SamplingParams::greedy();
         let ids = self.runner.sample(&[SampleRow {
             params: &params,

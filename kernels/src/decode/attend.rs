@@ -20,7 +20,7 @@ use crate::rows::BLOCK_TOKENS;
 use crate::unrolled;
 use cuda_std::half::{F16, pack_f16x2};
 use cuda_std::int::{here, prmt, quotient};
-use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_f32, ldg_v4_u32, st_global_v2};
+use cuda_std::memory::{ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32, st_global_v2};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::{block_idx_x, spin};
 use cuda_std::{float, mma, warp};
@@ -87,7 +87,7 @@ struct Piece {
 
 impl Piece {
     #[inline(always)]
-    unsafe fn of(a: &DecodeArgs, op: Current, index: u32) -> Piece {
+    unsafe fn of(op: Current, index: u32) -> Piece {
         unsafe {
             let (splits, head_dim) = (get!(op, splits), get!(op, cache.head_dim));
             let group = get!(op, group);
@@ -100,7 +100,7 @@ impl Piece {
             let kv_head = share(piece, pieces);
             let first = (piece - kv_head * pieces) * HEADS;
             // Whole tiles, which lie in one block of the cache.
-            let tokens = here(a.position) + 1;
+            let tokens = get!(op, now.position) + 1;
             let chunk = share(tokens + splits - 1, splits).next_multiple_of(TOKENS);
             let from = if split * chunk < tokens {
                 split * chunk
@@ -183,14 +183,14 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current) {
     unsafe {
         let mut index = block_idx_x();
         while index < pieces(op) {
-            let (place, piece) = (Place::here(), Piece::of(a, op, index));
+            let (place, piece) = (Place::here(), Piece::of(op, index));
             if get!(op, cache.head_dim) <= NARROW_DIM || !may_be(WIDE) {
                 walk::<2>(a, op, place, piece);
             } else {
                 walk::<4>(a, op, place, piece);
             }
             sync();
-            join(a, op, place.parts, piece);
+            join(op, place.parts, piece);
             sync();
             index += blocks();
         }
@@ -248,7 +248,7 @@ unsafe fn load_keys<const K: usize>(op: Current, at: usize, tokens: u32) -> Keys
             let from = from.wrapping_add(((token * head_dim + t * EIGHT) * 2) as usize);
             for c in 0..K {
                 if c as u32 * CHUNK + t * EIGHT < head_dim && token < tokens {
-                    keys[c][r] = ld_v4_u32(from.wrapping_add(c * 2 * CHUNK as usize));
+                    keys[c][r] = ld_relaxed_v4_u32(from.wrapping_add(c * 2 * CHUNK as usize));
                 }
             }
         }
@@ -267,7 +267,8 @@ unsafe fn load_values(op: Current, at: usize, tokens: u32, element: u32) -> Valu
         for i in 0..4 {
             let token = value_token(i as u32);
             if element < head_dim && token < tokens {
-                values[i] = ld_v4_u32(from.add(((token * head_dim + element) * 2) as usize));
+                values[i] =
+                    ld_relaxed_v4_u32(from.add(((token * head_dim + element) * 2) as usize));
             }
         }
         values
@@ -310,14 +311,14 @@ unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: 
         }
         let head_dim = get!(op, cache.head_dim);
         let fresh = get!(op, fresh);
-        let seal = Seal::of(a, get!(op, input.from));
+        let seal = Seal::of(op, get!(op, input.from));
         let query = warp < HEADS;
         let (from, exists);
         if query {
             exists = warp < piece.heads;
             from = get!(op, input.x).wrapping_add(((piece.head + warp) * head_dim) as usize);
         } else {
-            exists = !fresh.is_null() && here(a.position) < piece.to;
+            exists = !fresh.is_null() && get!(op, now.position) < piece.to;
             let first = (warp - HEADS) * get!(op, cache.kv_heads) + piece.kv_head;
             from = fresh.cast_const().wrapping_add((first * head_dim) as usize);
         }
@@ -337,14 +338,14 @@ unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: 
         }
         let mut v = words.map(|w| seal.open(w));
         if may_be(LATE) && get!(op, late) != 0 && warp <= HEADS {
-            v = turn(a, op, v, !query);
+            v = turn(op, v, !query);
             // Of the pieces with this key, the first keeps it.
             let group = get!(op, group);
             let first = piece.element == 0 && piece.head == piece.kv_head * group;
             if !query && active && first {
-                let base = here(a.position) - here(a.position) % TOKENS;
+                let base = get!(op, now.position) - get!(op, now.position) % TOKENS;
                 let at = tile_at(a, op, piece.kv_head, base)
-                    + (here(a.position) % TOKENS * head_dim + element) as usize * 2;
+                    + (get!(op, now.position) % TOKENS * head_dim + element) as usize * 2;
                 let words = [pack_f16x2(v[0], v[1]), pack_f16x2(v[2], v[3])];
                 st_global_v2(get!(op, cache.keys).add(at), words);
             }
@@ -370,7 +371,7 @@ unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: 
 
 /// Norms a head, four elements a lane, and rotates it.
 #[inline(always)]
-unsafe fn turn(a: &DecodeArgs, op: Current, v: [f32; 4], key: bool) -> [f32; 4] {
+unsafe fn turn(op: Current, v: [f32; 4], key: bool) -> [f32; 4] {
     unsafe {
         let (lane, head_dim) = (lane(), get!(op, cache.head_dim));
         let element = 4 * lane;
@@ -398,7 +399,7 @@ unsafe fn turn(a: &DecodeArgs, op: Current, v: [f32; 4], key: bool) -> [f32; 4] 
         if element >= dims {
             return v;
         }
-        let table = get!(op, rotation.table).add((here(a.position) * dims) as usize);
+        let table = get!(op, rotation.table).add((get!(op, now.position) * dims) as usize);
         let mut turned = [0.0; 4];
         for k in 0..4 {
             let e = element + k as u32;
@@ -431,7 +432,7 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
         let mut base = piece.from + warp * TOKENS;
         // What the cache holds: the step's own is still on its way.
         let fresh = !get!(op, fresh).is_null();
-        let cached = here(a.position) + u32::from(!fresh);
+        let cached = get!(op, now.position) + u32::from(!fresh);
         let end = if piece.to < cached { piece.to } else { cached };
         let any = base < piece.to;
         let (mut keys, mut values) = ([[[0; 4]; 2]; K], [[0; 4]; 4]);
@@ -453,8 +454,8 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
         // The weights' own, by a product with ones: the same in every lane of a head.
         let mut mass = [0.0f32; 4];
         loop {
-            if fresh && here(a.position) - base < TOKENS {
-                let (token, head_dim) = (here(a.position) - base, get!(op, cache.head_dim));
+            if fresh && get!(op, now.position) - base < TOKENS {
+                let (token, head_dim) = (get!(op, now.position) - base, get!(op, cache.head_dim));
                 put_key(&mut keys, place, token, head_dim);
                 put_value(&mut values, place, token, piece.element, head_dim);
             }
@@ -545,7 +546,7 @@ const HALF: u32 = WARPS / 2;
 
 /// Merges the warps' parts of the block's piece and writes what comes of it, a thread for four elements.
 #[inline(always)]
-unsafe fn join(a: &DecodeArgs, op: Current, parts: SharedPtr<f32>, piece: Piece) {
+unsafe fn join(op: Current, parts: SharedPtr<f32>, piece: Piece) {
     unsafe {
         let i = thread();
         if i >= piece.heads * (WIDTH / 4) {
@@ -556,7 +557,7 @@ unsafe fn join(a: &DecodeArgs, op: Current, parts: SharedPtr<f32>, piece: Piece)
         } else {
             PLAIN
         };
-        let seal = Seal::of(a, number);
+        let seal = Seal::of(op, number);
         let (warps, out) = (piece.warps(), get!(op, out));
         let (head, e) = (i / (WIDTH / 4), i % (WIDTH / 4) * 4);
         let at = |w: u32| parts.add((w * piece.heads + head) * PART);
@@ -621,10 +622,10 @@ const EACH: usize = 3;
 ///
 /// `Σ 2^(pₛ - p) sumₛ / Σ 2^(pₛ - p) massₛ`, with `p` the greatest of the peaks `pₛ` (arXiv:2205.14135, section 3.1).
 #[inline(always)]
-pub unsafe fn merge(a: &DecodeArgs, op: Current) {
+pub unsafe fn merge(op: Current) {
     unsafe {
         let (head_dim, splits) = (get!(op, cache.head_dim), get!(op, splits));
-        let seal = Seal::of(a, get!(op, input.from));
+        let seal = Seal::of(op, get!(op, input.from));
         // Neighbours in different blocks.
         let mut task = block_idx_x() + thread() / 32 * blocks();
         while task < get!(op, heads) * (head_dim / 4) {
@@ -680,7 +681,7 @@ pub unsafe fn merge(a: &DecodeArgs, op: Current) {
             }
             if lane() < 4 {
                 let to = get!(op, out).add((head * head_dim + element + lane()) as usize);
-                Seal::of(a, get!(op, number)).write(to, mine);
+                Seal::of(op, get!(op, number)).write(to, mine);
             }
             task += blocks() * WARPS;
         }

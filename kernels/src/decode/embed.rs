@@ -5,9 +5,9 @@ use super::{CHOSEN, Current, DecodeArgs, blocks, get, is_type, matrix_at, thread
 use crate::for_each_type;
 use crate::types::*;
 use cuda_std::int::here;
-use cuda_std::memory::ld_relaxed_u32;
+use cuda_std::memory::ld_relaxed_u64;
 use cuda_std::shared::SharedPtr;
-use cuda_std::thread::block_idx_x;
+use cuda_std::thread::{block_idx_x, spin};
 
 /// [`kind::EMBED`](super::kind::EMBED): a thread for each four weights, neighbours in different blocks.
 #[inline(always)]
@@ -16,7 +16,7 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current) {
         let table: *const Matrix = SharedPtr::<Matrix>::from_addr(op.0 + matrix_at(0)).as_ptr();
         let groups = (*table).cols / GROUP as u32;
         let seal = Seal::of(
-            a,
+            op,
             if get!(op, sealed) != 0 {
                 get!(op, number)
             } else {
@@ -24,11 +24,7 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current) {
             },
         );
         let (len, scale, out) = (get!(op, input.len), get!(op, scale), get!(op, out));
-        let token = if here(a.token) == CHOSEN {
-            ld_relaxed_u32(a.choice)
-        } else {
-            a.token
-        };
+        let token = token(a, op);
         let mut i = thread() * blocks() + block_idx_x();
         while i < groups * (GROUP as u32 / 4) {
             let (g, word) = (i as usize / (GROUP / 4), i as usize % (GROUP / 4));
@@ -41,6 +37,23 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current) {
             }
             i += 32 * super::WARPS * blocks();
         }
+    }
+}
+
+/// The step's token.
+#[inline(always)]
+unsafe fn token(a: &DecodeArgs, op: Current) -> u32 {
+    let later = unsafe { get!(op, now.sequence) } - here(a.sequence);
+    if later == 0 && here(a.token) != CHOSEN {
+        return a.token;
+    }
+    loop {
+        let choice = unsafe { ld_relaxed_u64(a.choice) };
+        // Of the launch before, if that is what it is.
+        if later == 0 || (choice >> 32) as u32 == a.sequence + later - 1 {
+            return choice as u32;
+        }
+        spin();
     }
 }
 

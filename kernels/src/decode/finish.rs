@@ -9,16 +9,14 @@ use super::row::{norm_scale, sum_of};
 use super::seal::Seal;
 use super::task::{EIGHT, ROWS, TaskRow, block_tasks};
 use super::{
-    Current, DecodeArgs, FINISHERS, LATE, PLAIN, SCRATCH_AT, Source, WARPS, Warp, blocks,
-    cache_block, get, kind, lane, may_be, note, point, sync_finishers, thread,
+    CHOICES, Current, DecodeArgs, FINISHERS, LATE, PLAIN, SCRATCH_AT, Source, WARPS, Warp,
+    await_op, blocks, cache_block, get, kind, lane, may_be, note, point, sync_finishers, thread,
 };
 use crate::rows::BLOCK_TOKENS;
 use crate::sample::{max_u64, rank, warp_max};
 use cuda_std::half::to_f16;
-use cuda_std::int::{here, quotient};
-use cuda_std::memory::{
-    ld_relaxed_u32, ld_relaxed_u64, ldg_f32, st_relaxed_u64, threadfence_system,
-};
+use cuda_std::int::quotient;
+use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_u64, ldg_f32, st_relaxed_u64, threadfence};
 use cuda_std::shared;
 use cuda_std::thread::{block_idx_x, spin};
 use cuda_std::{float, half, warp};
@@ -64,7 +62,7 @@ impl Output {
 
     /// Of this lane's row of task `index`. What it asks for comes while the input is awaited.
     #[inline(always)]
-    unsafe fn of(a: &DecodeArgs, op: Current, index: u32) -> Output {
+    unsafe fn of(op: Current, index: u32) -> Output {
         unsafe {
             let row = TaskRow::of(op, index, lane());
             // Of a gate and its up the first writes.
@@ -90,8 +88,9 @@ impl Output {
                 }
                 if row.rotates {
                     let table = get!(op, rotation.table);
-                    let at =
-                        (here(a.position) * (get!(op, rotation.dims) / 2) + row.pair) as usize * 2;
+                    let at = (get!(op, now.position) * (get!(op, rotation.dims) / 2) + row.pair)
+                        as usize
+                        * 2;
                     output.turn = (ldg_f32(table.add(at)), ldg_f32(table.add(at + 1)));
                 } else if get!(op, add) != 0 {
                     output.flags |= Output::ADDS;
@@ -113,6 +112,10 @@ fn silu(x: f32) -> f32 {
 #[inline(always)]
 pub unsafe fn finish(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
+        if get!(op, choose) != 0 {
+            // The next step begins with the choice, and reads the keys and values of this one.
+            threadfence();
+        }
         let mut best = 0;
         // Two tasks a warp, a row a lane.
         let mine = (thread() / 32 - WARPS) * 2 + lane() / ROWS;
@@ -122,11 +125,14 @@ pub unsafe fn finish(a: &DecodeArgs, op: Current, w: &mut Warp) {
             let count = if index < end { batch_of(index, end) } else { 0 };
             let mut output = Output::NONE;
             if mine < count {
-                output = Output::of(a, op, index + mine);
+                output = Output::of(op, index + mine);
             }
-            let ends = Ends::of(a, op);
+            let ends = Ends::of(op);
             if mine < count {
                 clear_rest(w, mine, get!(op, team));
+            }
+            if index + count >= end {
+                await_op();
             }
             w.end_step();
             if mine & !1 < count {
@@ -139,7 +145,7 @@ pub unsafe fn finish(a: &DecodeArgs, op: Current, w: &mut Warp) {
             }
         }
         if get!(op, choose) != 0 {
-            choose(a, best);
+            choose(a, op, best);
             note_output(a, w.index);
         }
     }
@@ -159,7 +165,7 @@ struct Ends {
 
 impl Ends {
     #[inline(always)]
-    unsafe fn of(a: &DecodeArgs, op: Current) -> Ends {
+    unsafe fn of(op: Current) -> Ends {
         unsafe {
             let number = if get!(op, sealed) != 0 {
                 get!(op, number)
@@ -167,8 +173,8 @@ impl Ends {
                 PLAIN
             };
             Ends {
-                seal: Seal::of(a, number).here(),
-                before: Seal::of(a, get!(op, add_from)).here(),
+                seal: Seal::of(op, number).here(),
+                before: Seal::of(op, get!(op, add_from)).here(),
                 kind: get!(op, kind),
                 norm: !get!(op, input.norm).is_null(),
                 inverse_len: get!(op, input.inverse_len),
@@ -274,7 +280,7 @@ unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal
             return;
         }
         let tokens = BLOCK_TOKENS as u32;
-        let position = here(a.position);
+        let position = get!(op, now.position);
         let block = cache_block(a, position);
         let at = (block * kv_heads + head) * tokens + position % tokens;
         let to = base.cast::<u16>().add(at as usize * head_dim as usize);
@@ -284,11 +290,12 @@ unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal
 
 /// Publishes the greatest of all blocks' ranks: block 0 waits for those of all.
 #[inline(always)]
-unsafe fn choose(a: &DecodeArgs, best: u64) {
+unsafe fn choose(a: &DecodeArgs, op: Current, best: u64) {
     unsafe {
         let best = block_max(best);
         let t = thread() - 32 * WARPS;
-        let high = u64::from(a.sequence) << 32;
+        let sequence = get!(op, now.sequence);
+        let high = u64::from(sequence) << 32;
         if t < 2 {
             let half = if t == 0 { best >> 32 } else { best } as u32;
             let to = a.ranks.add((2 * block_idx_x() + t) as usize);
@@ -301,7 +308,7 @@ unsafe fn choose(a: &DecodeArgs, best: u64) {
                 let read = |half: u32| {
                     let p = a.ranks.add((2 * block + half) as usize);
                     let mut v = ld_relaxed_u64(p);
-                    while v >> 32 != u64::from(a.sequence) {
+                    while (v >> 32) as u32 != sequence {
                         spin();
                         v = ld_relaxed_u64(p);
                     }
@@ -313,9 +320,11 @@ unsafe fn choose(a: &DecodeArgs, best: u64) {
             let best = block_max(best);
             if t == 0 {
                 let id = !(best as u32);
-                a.choice.write(id);
-                threadfence_system();
-                a.chosen.write_volatile(high | u64::from(id));
+                let choice = high | u64::from(id);
+                st_relaxed_u64(a.choice, choice);
+                a.chosen
+                    .add((sequence % CHOICES) as usize)
+                    .write_volatile(choice);
             }
         }
     }

@@ -1,9 +1,9 @@
-//! A decode step: one persistent kernel that carries a list of operations over one row.
+//! Decode steps: one persistent kernel that carries a list of operations over one row, and over what it chooses.
 //!
 //! Decoding reads every weight once and computes little, so a step's time is that of the reads, plus what
 //! lies between two operations. Both are kept small and apart from each other:
 //!
-//! - The whole step is one cooperative launch of a block per multiprocessor. Nothing but activations passes
+//! - A whole step, or several, is one cooperative launch of a block per multiprocessor. Nothing but activations passes
 //!   between blocks, and there is no barrier: every word carries in its low bits the number of the operation
 //!   that wrote it ([`seal`]), and who needs a word looks until it is there. That costs about half of a
 //!   barrier over the grid and the read behind it.
@@ -31,6 +31,7 @@ mod task;
 
 use crate::rows::{BLOCK_TOKENS, CacheLayer, Rotation};
 use crate::types::{LAYOUTS, Matrix, NO_MATRIX, type_bit};
+use crate::unrolled;
 use cuda_std::int::here;
 use cuda_std::kernel;
 use cuda_std::memory::{
@@ -41,6 +42,7 @@ use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{
     bar_sync, block_idx_x, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
 };
+use cuda_std::warp;
 use ring::Place;
 
 pub use attend::{MAX_HEAD_DIM, MAX_SPLITS, NARROW_DIM, PART, WIDTH, attend_bytes, attend_pieces};
@@ -131,10 +133,25 @@ pub struct Input {
     pub keep_f32: u32,
 }
 
+/// What an operation in the window knows of the step that it belongs to; in the program it is anything.
+#[repr(C, align(16))]
+#[derive(Clone, Copy)]
+pub struct Now {
+    /// The token's position in the sequence.
+    pub position: u32,
+    /// See [`DecodeArgs::base`].
+    pub base: u32,
+    /// The number that the host knows the step's choice by.
+    pub sequence: u32,
+    /// The operation's index in the program.
+    pub index: u32,
+}
+
 /// One operation. What its `kind` has no use for may be anything.
 #[repr(C, align(16))]
 #[derive(Clone, Copy)]
 pub struct Op {
+    pub now: Now,
     pub kind: u32,
     /// Its place among a program's operations, modulo [`NUMBERS`].
     pub number: u32,
@@ -220,12 +237,16 @@ pub struct DecodeArgs {
     pub segments: *const Segment,
     pub segment_count: u32,
     pub count: u32,
-    /// Added to every number of this launch's operations; below [`NUMBERS`].
+    /// How many steps there are, each with the token that the one before it has chosen.
+    pub steps: u32,
+    /// Added to every number of the first step's operations, below [`NUMBERS`]; and by how much more to those of the next.
     pub base: u32,
-    /// The step's token, or [`CHOSEN`].
+    pub stride: u32,
+    /// The first step's token, or [`CHOSEN`].
     pub token: u32,
+    /// Of the first step; the next ones' follow.
     pub position: u32,
-    /// The number that the host knows this step's choice by.
+    /// Likewise the number that the host knows a step's choice by.
     pub sequence: u32,
     /// Bytes of the ring: room for any turn, and for all that teams wait for at the same time.
     pub ring_bytes: u32,
@@ -239,11 +260,15 @@ pub struct DecodeArgs {
     pub ranks: *mut u64,
     /// Null, or where to write when block 0 came how far: [`globaltimer`] for each operation and [`point`].
     pub trace: *mut u64,
-    /// Where the chosen id is written, `sequence` above it: memory that the host can read.
+    /// Where the id that a step chooses is written, its number above it: at that number modulo [`CHOICES`], in memory that the
+    /// host can read.
     pub chosen: *mut u64,
-    /// Where the launch before left the id that it chose, and this one leaves its own.
-    pub choice: *mut u32,
+    /// Where each step leaves the same for the next one.
+    pub choice: *mut u64,
 }
+
+/// Places for the choices of as many steps, before the first is overwritten.
+pub const CHOICES: u32 = 32;
 
 /// Stands for the token that the launch before has chosen.
 pub const CHOSEN: u32 = u32::MAX;
@@ -303,7 +328,7 @@ const TABLE: u32 = 256;
 /// Starts to copy them. A wait and a barrier must follow.
 #[inline(always)]
 unsafe fn copy_table(a: &DecodeArgs) {
-    let blocks = a.position / BLOCK_TOKENS as u32 + 1;
+    let blocks = (a.position + a.steps - 1) / BLOCK_TOKENS as u32 + 1;
     let i = thread_idx_x();
     if !a.table.is_null() && i < blocks && i < TABLE {
         unsafe { cp_async_4(shared::at::<u32>(TABLE_AT + 4 * i), a.table.add(i as usize)) }
@@ -445,20 +470,68 @@ impl<T> Field for *mut T {
     }
 }
 
-/// Starts to copy operation `index` into the window, by a warp that has no part of short rows. [`await_op`] in the operation
-/// after this one, and a barrier, must follow.
+/// Starts to copy operation `index` of the launch into the window, by the last finisher, which has the least to do.
+/// [`await_op`] in the operation after this one, and a barrier, must follow.
 #[inline(always)]
 unsafe fn copy_op(a: &DecodeArgs, index: u32) {
-    let (warp, at) = (thread() / 32, 16 * lane());
-    if warp == WARPS - 2 && index < a.count && at < OP_BYTES {
-        let to = SharedPtr::<u8>::from_addr(Current::at(index).0 + at);
+    if thread() / 32 == COPIER && index < a.count * a.steps {
         unsafe {
-            let from = a.ops.add(index as usize).cast::<u8>();
-            cp_async_16(to, from.add(at as usize));
+            let now = if index == 0 {
+                Now {
+                    position: a.position,
+                    base: a.base,
+                    sequence: a.sequence,
+                    index: 0,
+                }
+            } else {
+                Now::after(Current::at(index - 1), a)
+            };
+            let to = SharedPtr::<u8>::from_addr(Current::at(index).0);
+            let at = 16 * lane();
+            if at == NOW_AT {
+                let words = [now.position, now.base, now.sequence, now.index];
+                SharedPtr::<u32>::from_addr(to.addr() + at).store_v4(words);
+            } else if at < OP_BYTES {
+                let from = a.ops.add(now.index as usize).cast::<u8>();
+                cp_async_16(
+                    SharedPtr::<u8>::from_addr(to.addr() + at),
+                    from.add(at as usize),
+                );
+            }
         }
     }
     cp_async_commit();
 }
+
+/// Where an operation's [`Op::now`] is.
+const NOW_AT: u32 = core::mem::offset_of!(Op, now) as u32;
+
+impl Now {
+    /// That of the operation after `op`.
+    #[inline(always)]
+    unsafe fn after(op: Current, a: &DecodeArgs) -> Now {
+        unsafe {
+            let now = Now {
+                position: get!(op, now.position),
+                base: get!(op, now.base),
+                sequence: get!(op, now.sequence),
+                index: get!(op, now.index) + 1,
+            };
+            if now.index < a.count {
+                return now;
+            }
+            let base = now.base + a.stride;
+            Now {
+                position: now.position + 1,
+                base: if base < NUMBERS { base } else { base - NUMBERS },
+                sequence: now.sequence + 1,
+                index: 0,
+            }
+        }
+    }
+}
+
+const COPIER: u32 = WARPS + FINISHERS - 1;
 
 /// Waits for what [`copy_op`] began in the operation before this one.
 #[inline(always)]
@@ -468,7 +541,7 @@ fn await_op() {
 
 /// What a warp carries from operation to operation.
 struct Warp {
-    /// Index of the current operation.
+    /// Index of the current operation, of all of the launch.
     index: u32,
     /// Where the next turn of the ring comes.
     place: Place,
@@ -492,7 +565,6 @@ impl Warp {
     #[inline(always)]
     unsafe fn end_op(&mut self, a: &DecodeArgs) {
         unsafe { first_note(a, self.index, point::OUTPUT) }
-        await_op();
         self.end_step();
     }
 }
@@ -545,11 +617,12 @@ pub unsafe fn decode_bulk(a: DecodeArgs) {
 unsafe fn run<const BULK: bool>(a: DecodeArgs) {
     unsafe {
         ring::init::<BULK>(thread_idx_x());
-        let mut i = 0;
-        while i < AHEAD {
-            copy_op(&a, i);
-            i += 1;
-        }
+        unrolled!(2, |i| {
+            const { assert!(AHEAD == 2) };
+            copy_op(&a, i as u32);
+            // The second follows from the first.
+            warp::sync_warp();
+        });
         copy_table(&a);
         cp_async_commit();
         cp_async_wait::<0>();
@@ -562,20 +635,21 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
         if thread_idx_x() >= 32 * (WARPS + FINISHERS) {
             ring::feed::<BULK>(&a);
         } else if thread_idx_x() >= 32 * WARPS {
-            while w.index < a.count {
+            while w.index < a.count * a.steps {
                 let op = Current::at(w.index);
+                copy_op(&a, w.index + AHEAD);
                 if is_product(get!(op, kind)) {
                     finish::finish(&a, op, &mut w);
                 } else {
+                    await_op();
                     w.end_step();
                 }
                 w.index += 1;
             }
         } else {
-            while w.index < a.count {
+            while w.index < a.count * a.steps {
                 let op = Current::at(w.index);
                 first_note(&a, w.index, point::BEGIN);
-                copy_op(&a, w.index + AHEAD);
                 // One question after the other, the usual first: a jump by number takes longer.
                 let kind = get!(op, kind);
                 if is_product(kind) {
@@ -584,7 +658,7 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
                     if kind == kind::ATTEND {
                         attend::attend(&a, op);
                     } else if kind == kind::MERGE {
-                        attend::merge(&a, op);
+                        attend::merge(op);
                     } else {
                         embed::embed(&a, op);
                     }
@@ -603,6 +677,12 @@ fn is_product(kind: u32) -> bool {
 
 /// An operation of no kind, for the fields that a kind has no use for.
 pub const NO_OP: Op = Op {
+    now: Now {
+        position: 0,
+        base: 0,
+        sequence: 0,
+        index: 0,
+    },
     kind: u32::MAX,
     number: 0,
     sealed: 0,

@@ -11,13 +11,14 @@ use super::row::{GROUPS, Kept, Part, ask, fill, parts};
 use super::seal::Seal;
 use super::task::{BlockTasks, EIGHT, ROWS, block_tasks, matrix_field};
 use super::{
-    Current, DecodeArgs, FINISHERS, INVERSE_UNIT, MIXED, PARTS_AT, WARPS, Warp, await_op,
-    first_note, get, is_type, lane, may_be, point, sync, thread,
+    Current, DecodeArgs, FINISHERS, INVERSE_UNIT, LATE, MIXED, PARTS_AT, WARPS, Warp, first_note,
+    get, is_type, lane, may_be, point, sync, thread,
 };
 use crate::types::*;
 use crate::{for_each_type, unrolled};
 use core::mem::offset_of;
 use cuda_std::int::{here, opaque};
+use cuda_std::memory::threadfence;
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::{mma, warp};
 
@@ -359,9 +360,12 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             end,
         } = block_tasks(op);
         if index >= end {
-            await_op();
             w.end_step();
             return;
+        }
+        if may_be(LATE) && get!(op, choose) != 0 {
+            // As finishers do of what they have written.
+            threadfence();
         }
         let alone = here(get!(op, alone)) != 0;
         let asked = ask(op, thread() / 32);
@@ -373,7 +377,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
         if task < count {
             first = team.first(a, w);
         }
-        let seal = Seal::of(a, get!(op, input.from));
+        let seal = Seal::of(op, get!(op, input.from));
         fill(op, seal, w.index, team.groups, asked);
         if alone {
             warp::sync_warp();
@@ -407,9 +411,6 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             }
             index += count;
             let last = index >= end;
-            if last {
-                await_op();
-            }
             w.end_step();
             // What else there is to do comes when nobody waits for it any more.
             team.pass(w, done, count - done, count);

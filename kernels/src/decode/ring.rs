@@ -392,12 +392,6 @@ type Coming = [[u32; 4]; SEGMENT_VECTORS];
 
 #[inline(always)]
 unsafe fn load(a: &DecodeArgs, index: u32) -> Coming {
-    // The list ends with a segment that has no tasks.
-    let index = if index < a.segment_count {
-        index
-    } else {
-        a.segment_count
-    };
     let p = unsafe { a.segments.add(index as usize).cast::<u8>() };
     unrolled!(5, |i| unsafe { ldg_v4_u32_here(p.add(16 * i)) })
 }
@@ -448,13 +442,23 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
         let late = lane / EIGHT % 2 != 0;
         let mut ring = Ring::new(a);
         let mut coming = load(a, 0);
+        let mut left = a.steps * a.segment_count;
         let mut index = 0;
         let mut prefetched = 0;
-        while index < a.segment_count {
+        while left > 0 {
+            left -= 1;
             // Twenty words, as the host wrote them.
             let s = core::mem::transmute::<Coming, Segment>(coming);
             index += 1;
+            if index == a.segment_count {
+                // The next step's first.
+                index = 0;
+            }
             coming = load(a, index);
+            if prefetched > s.op {
+                // The next step.
+                prefetched = 0;
+            }
             while prefetched < s.op {
                 prefetched += 1;
                 prefetch(Listed(a.ops.add(prefetched as usize)));

@@ -6,7 +6,7 @@
 //! no fence. Numbers run on from launch to launch, so that what an earlier operation left in a buffer is
 //! never taken for what is awaited; zero, as fresh memory has it, is none.
 
-use super::DecodeArgs;
+use super::{Current, get};
 use cuda_std::int::here;
 use cuda_std::memory::{ld_relaxed_u32, st_relaxed_u32, st_relaxed_v4_u32};
 use cuda_std::thread::spin;
@@ -26,13 +26,13 @@ pub struct Seal {
 }
 
 impl Seal {
-    /// Of words that operation `number` of this launch writes, or plain ones.
+    /// Of words that operation `number` of the step of `op` writes, or plain ones.
     #[inline(always)]
-    pub fn of(a: &DecodeArgs, number: u32) -> Seal {
+    pub unsafe fn of(op: Current, number: u32) -> Seal {
         if number == PLAIN {
             return Seal { mask: 0, number: 0 };
         }
-        let n = a.base + number;
+        let n = unsafe { get!(op, now.base) } + number;
         Seal {
             mask: (1 << BITS) - 1,
             number: 1 + if n >= NUMBERS { n - NUMBERS } else { n },

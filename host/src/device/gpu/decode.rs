@@ -1,8 +1,9 @@
 //! Decode steps: the operations of one row, recorded as a program that one launch of the kernel
 //! `decode` carries.
 //!
-//! A step costs the host one launch: token and position travel as arguments, the block table only when it
-//! grew, and the likeliest token comes back through memory that the host reads while the device runs.
+//! A step costs the host one launch at most: token and position travel as arguments, the block table only when it
+//! grew, and the likeliest token comes back through memory that the host reads while the device runs. Where what a step
+//! chooses is the next one's token, a launch may carry several.
 //!
 //! What operations hand each other lies in buffers of its own, whose words carry the number of their writer
 //! (`kernels::decode`). This module gives out the numbers, such that a word left over from an earlier operation
@@ -13,8 +14,8 @@ use super::{Address, Allocation, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
 use kernels::decode::{
-    CHOSEN, DecodeArgs, MAX_SEGMENTS, MAX_SPLITS, NO_OP, NUMBERS, Op, Segment, THREADS, TRACED,
-    kind, point,
+    CHOICES, CHOSEN, DecodeArgs, MAX_SEGMENTS, MAX_SPLITS, NO_OP, NUMBERS, Op, Segment, THREADS,
+    TRACED, kind, point,
 };
 use std::collections::HashMap;
 
@@ -58,13 +59,23 @@ struct Writes {
 /// Bytes of a choice as the host reads it.
 const CHOICE_BYTES: usize = 8;
 
-/// A step that goes on with the choice of the one before it.
+/// Most steps of a launch, and how many bytes of weights they may read together: who wants the device for something else waits for
+/// their end, a millisecond or so.
+const MAX_STEPS: u32 = 8;
+const STEPS_BYTES: u64 = 2 << 30;
+const _: () = assert!(
+    CHOICES > 2 * MAX_STEPS,
+    "the host reads one before it is overwritten"
+);
+
+/// Steps that have begun before the host knew their tokens: each goes on with the choice of the one before it.
 #[derive(Clone, Copy)]
 struct Ahead {
-    /// Its launch.
+    /// The number of the next one, its position, and how many there are from it on.
     sequence: u32,
     position: u32,
-    /// That choice, once the host knows it.
+    left: u32,
+    /// What the one before it chose, once the host knows it.
     token: Option<u32>,
 }
 
@@ -75,8 +86,11 @@ struct Program {
     count: u32,
     room: Room,
     writes: Vec<Writes>,
-    /// Numbers that it takes.
+    /// Numbers that it takes, and by how much more those of another step behind it are.
     numbers: u64,
+    stride: u64,
+    /// How many steps a launch may carry.
+    steps: u32,
     /// Of each operation.
     names: Vec<&'static str>,
     costs: Vec<Cost>,
@@ -129,9 +143,37 @@ impl Recording {
     }
 }
 
-/// Where launch `sequence` leaves its choice for the host, in bytes.
+/// Where step `sequence` leaves its choice for the host, in bytes.
 fn choice_offset(sequence: u32) -> usize {
-    sequence as usize % 2 * CHOICE_BYTES
+    (sequence % CHOICES) as usize * CHOICE_BYTES
+}
+
+/// A number from `from` on that operations may count from, without the first of any buffer looking like the last that it has
+/// now. There are fewer buffers than numbers.
+fn next_base(from: u64, writes: &[Writes], last: impl Fn(&Writes) -> Option<u64>) -> u64 {
+    let looks = |base: u64| {
+        let mut of = writes.iter();
+        of.any(|w| last(w).is_some_and(|last| alike(base + w.first, last)))
+    };
+    let mut base = from;
+    while looks(base) {
+        base += 1;
+    }
+    base
+}
+
+/// A program's launch.
+struct Run {
+    ops: Address,
+    segments: Segments,
+    count: u32,
+    room: Room,
+    /// See [`DecodeArgs`].
+    base: u32,
+    stride: u32,
+    token: u32,
+    position: u32,
+    steps: u32,
 }
 
 /// Whether two numbers are the same in a word.
@@ -153,7 +195,7 @@ pub(super) struct Decode {
     /// An operation that runs alone.
     single: Allocation,
     ranks: Address,
-    /// Two choices, of launches with even and odd numbers: one may be made before the host has read the last.
+    /// The last [`CHOICES`] choices: some may be made before the host has read the last.
     chosen: Mapped,
     /// The last choice, for a step that goes on with it.
     choice: Address,
@@ -163,11 +205,10 @@ pub(super) struct Decode {
     /// Where steps write their times, if they do, and the shape of the last that did, with its position.
     trace: Option<Allocation>,
     traced: Option<(Shape, u32)>,
-    /// The launch whose choice belongs to the current logits.
+    /// The step whose choice belongs to the current logits.
     chooser: Option<u32>,
-    /// A step that was begun before the host knew its token.
     ahead: Option<Ahead>,
-    /// The block table on the device; empty where that is another step's.
+    /// The block table on the device; empty where that is another step's. It may be longer than the sequence.
     pub(super) table: Vec<u32>,
 }
 
@@ -187,8 +228,8 @@ impl Decode {
             needs: 0,
             single,
             ranks: ranks_on.address,
-            chosen: driver.alloc_mapped(2 * CHOICE_BYTES)?,
-            choice: driver.alloc(4)?.address,
+            chosen: driver.alloc_mapped(CHOICES as usize * CHOICE_BYTES)?,
+            choice: driver.alloc(CHOICE_BYTES)?.address,
             sequence: 0,
             position: 0,
             trace: None,
@@ -300,21 +341,29 @@ impl<D: Driver> Gpu<D> {
             ));
         };
         let tokens = span.past + 1;
-        let table = &span.blocks[..tokens.div_ceil(BLOCK_TOKENS)];
+        let (needed, table) = (tokens.div_ceil(BLOCK_TOKENS), &span.blocks);
         self.current.rows = 1;
         self.current.outputs = batch.outputs.len();
         let ahead = self.decode.ahead.take().filter(|ahead| {
             let same = ahead.token == Some(token) && ahead.position as usize == span.past;
-            same && self.decode.table == table && batch.outputs.len() == 1
+            let known = self.decode.table.get(..needed) == table.get(..needed);
+            same && known && batch.outputs.len() == 1
         });
+        // Only launches to come read what it has grown by.
+        if self.decode.table != *table {
+            self.driver.write(tables, bytemuck::cast_slice(table))?;
+            self.decode.table.clone_from(table);
+        }
         if let Some(ahead) = ahead {
             self.decode.chooser = Some(ahead.sequence);
             self.decode.position = ahead.position;
+            self.decode.ahead = (ahead.left > 1).then_some(Ahead {
+                sequence: ahead.sequence + 1,
+                position: ahead.position + 1,
+                left: ahead.left - 1,
+                token: None,
+            });
             return Ok(());
-        }
-        if self.decode.table != table {
-            self.driver.write(tables, bytemuck::cast_slice(table))?;
-            self.decode.table = table.to_vec();
         }
         let shape = self.shape_for(tokens, batch.outputs.len());
         self.decode.splits = shape.splits;
@@ -324,7 +373,7 @@ impl<D: Driver> Gpu<D> {
         }
         self.decode.chooser = None;
         self.decode.position = span.past as u32;
-        self.run_shape(shape, token, span.past as u32)?;
+        self.run_shape(shape, token, span.past as u32, 1)?;
         if shape.outputs > 0 {
             self.decode.chooser = Some(self.decode.sequence);
         }
@@ -341,20 +390,33 @@ impl<D: Driver> Gpu<D> {
         Shape { outputs, splits }
     }
 
-    /// Begins the step that goes on with what the current one chooses, if that can be: where the sequence has a place
-    /// in the cache for it. It takes the place of the current logits. Should the next step be another, nothing comes
-    /// of it: what it writes into the cache lies behind the sequence's last token.
-    pub(super) fn step_ahead(&mut self) -> Result<()> {
-        let position = self.decode.position + 1;
-        let shape = self.shape_for(position as usize + 1, 1);
+    /// Begins steps that go on with what the current one chooses, `most` at most, if none has begun and that can be: where the
+    /// sequence has a place in the cache for them. They take the place of the current logits. Should the next step be another,
+    /// nothing comes of them: what they write into the cache lies behind the sequence's last token.
+    pub(super) fn step_ahead(&mut self, most: usize) -> Result<()> {
+        let position = self.decode.position as usize + 1;
+        let shape = self.shape_for(position + 1, 1);
         let room = self.decode.table.len() * BLOCK_TOKENS;
-        if position as usize >= room || !self.decode.programs.contains_key(&shape) {
+        let most = most.min(room.saturating_sub(position));
+        let Some(program) = self.decode.programs.get(&shape) else {
+            return Ok(());
+        };
+        let traced = self.decode.trace.is_some();
+        let all = if traced { 1 } else { program.steps as usize };
+        let all = std::env::var("KIGO_STEPS")
+            .ok()
+            .and_then(|v| v.parse().ok())
+            .unwrap_or(all);
+        let like = |step: &usize| self.shape_for(position + step + 1, 1) == shape;
+        let steps = (0..most.min(all)).take_while(like).count() as u32;
+        if steps == 0 || self.decode.ahead.is_some() {
             return Ok(());
         }
-        self.run_shape(shape, CHOSEN, position)?;
+        self.run_shape(shape, CHOSEN, position as u32, steps)?;
         self.decode.ahead = Some(Ahead {
-            sequence: self.decode.sequence,
-            position,
+            sequence: self.decode.sequence + 1 - steps,
+            position: position as u32,
+            left: steps,
             token: None,
         });
         Ok(())
@@ -372,12 +434,17 @@ impl<D: Driver> Gpu<D> {
         let (listing, segments) = listing(&ops);
         let memory = self.driver.alloc(listing.len())?;
         self.driver.write(memory.address, &listing)?;
+        let costs: Vec<Cost> = ops.iter().map(cost).collect();
+        let once = costs.iter().filter(|c| !c.each_token);
+        let bytes = once.map(|c| c.bytes).sum::<u64>().max(1);
         Ok(Program {
             ops: memory,
             segments,
             count: ops.len() as u32,
             room,
-            costs: ops.iter().map(cost).collect(),
+            costs,
+            stride: next_base(recording.numbers, &recording.writes, |w| Some(w.last)),
+            steps: (STEPS_BYTES / bytes).clamp(1, u64::from(MAX_STEPS)) as u32,
             writes: recording.writes,
             numbers: recording.numbers,
             names: recording.names,
@@ -390,62 +457,65 @@ impl<D: Driver> Gpu<D> {
         self.driver.settle(needed | self.decode.needs)
     }
 
-    fn run_shape(&mut self, shape: Shape, token: u32, position: u32) -> Result<()> {
+    /// Runs `steps` steps of a shape from `token` at `position` on.
+    fn run_shape(&mut self, shape: Shape, token: u32, position: u32, steps: u32) -> Result<()> {
         let decode = &mut self.decode;
         let Some(program) = decode.programs.get(&shape) else {
             return Ok(());
         };
-        // No buffer's first number may look like that of its last write. There are fewer buffers than numbers.
-        let mut base = decode.numbers;
-        while program.writes.iter().any(|w| {
-            let last = decode.numbered.get(&w.role).and_then(|n| n.last);
-            last.is_some_and(|last| alike(base + w.first, last))
-        }) {
-            base += 1;
-        }
+        let base = next_base(decode.numbers, &program.writes, |w| {
+            decode.numbered.get(&w.role).and_then(|n| n.last)
+        });
+        let last_base = base + u64::from(steps - 1) * program.stride;
         for w in &program.writes {
             if let Some(n) = decode.numbered.get_mut(&w.role) {
-                n.last = Some(base + w.last);
+                n.last = Some(last_base + w.last);
             }
         }
-        decode.numbers = base + program.numbers;
-        let base = (base % u64::from(NUMBERS)) as u32;
-        let (ops, count, room) = (program.ops.address, program.count, program.room);
-        let segments = program.segments;
+        decode.numbers = last_base + program.numbers;
         decode.traced = decode.trace.as_ref().map(|_| (shape, position));
-        self.run_program(ops, segments, count, room, base, token, position)
+        let run = Run {
+            ops: program.ops.address,
+            segments: program.segments,
+            count: program.count,
+            room: program.room,
+            base: (base % u64::from(NUMBERS)) as u32,
+            stride: (program.stride % u64::from(NUMBERS)) as u32,
+            token,
+            position,
+            steps,
+        };
+        self.run_program(run)
     }
 
-    fn run_program(
-        &mut self,
-        ops: Address,
-        segments: Segments,
-        count: u32,
-        room: Room,
-        base: u32,
-        token: u32,
-        position: u32,
-    ) -> Result<()> {
+    fn run_program(&mut self, run: Run) -> Result<()> {
+        let (ops, segments, room) = (run.ops, run.segments, run.room);
         let decode = &mut self.decode;
         // Zero is what fresh memory holds.
-        decode.sequence = decode.sequence.wrapping_add(1).max(1);
+        let first = match decode.sequence.checked_add(run.steps) {
+            Some(_) => decode.sequence + 1,
+            None => 1,
+        };
+        decode.sequence = first + run.steps - 1;
         let args = DecodeArgs {
             ops: ops as *const Op,
             segments: (ops + segments.offset as u64) as *const Segment,
             segment_count: segments.count,
-            count,
-            base,
-            token,
-            position,
-            sequence: decode.sequence,
+            count: run.count,
+            steps: run.steps,
+            base: run.base,
+            stride: run.stride,
+            token: run.token,
+            position: run.position,
+            sequence: first,
             ring_bytes: room.ring_bytes,
             turn_tiles: room.turn_tiles,
             row_bytes: room.row_bytes,
             table: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
             ranks: decode.ranks as *mut u64,
             trace: decode.trace.as_ref().map_or(0, |t| t.address) as *mut u64,
-            chosen: (decode.chosen.address + choice_offset(decode.sequence) as u64) as *mut u64,
-            choice: decode.choice as *mut u32,
+            chosen: decode.chosen.address as *mut u64,
+            choice: decode.choice as *mut u64,
         };
         self.driver.launch_cooperative(
             "decode",
@@ -516,17 +586,27 @@ impl<D: Driver> Gpu<D> {
         let address = self.decode.single.address;
         let (listing, segments) = listing(&ops);
         self.driver.write(address, &listing)?;
-        self.run_program(address, segments, 1, room, 0, 0, 0)?;
+        self.run_program(Run {
+            ops: address,
+            segments,
+            count: 1,
+            room,
+            base: 0,
+            stride: 0,
+            token: 0,
+            position: 0,
+            steps: 1,
+        })?;
         self.decode.chooser = (op.choose != 0).then_some(self.decode.sequence);
         Ok(())
     }
 
-    /// The launch that chooses the greatest of the current logits, if one does.
+    /// The step that chooses the greatest of the current logits, if one does.
     pub(super) fn chooser(&self) -> Option<u32> {
         self.decode.chooser
     }
 
-    /// What launch `sequence` chooses.
+    /// What step `sequence` chooses.
     pub(super) fn chosen(&mut self, sequence: u32) -> Result<u32> {
         /// Looks at the memory between two looks at the stream, which cost more.
         const LOOKS: usize = 2000;

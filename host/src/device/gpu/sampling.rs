@@ -28,9 +28,7 @@ impl<D: Driver> Gpu<D> {
             && plain(row)
             && let Some(sequence) = self.chooser()
         {
-            if row.ahead {
-                self.step_ahead()?;
-            }
+            self.step_ahead(row.ahead)?;
             let id = self.chosen(sequence)?;
             return self.within(vocabulary, vec![id]);
         }

@@ -51,7 +51,7 @@ impl Sequence<'_> {
                 params,
                 u: uniform(seed, index as u64),
                 seen: &self.seen.ids,
-                ahead: index + 1 < request.max_tokens,
+                ahead: request.max_tokens.saturating_sub(index + 1),
             };
             let ids = runner.sample(&[row])?;
             ids.first().copied().ok_or_else(|| {

@@ -26,7 +26,7 @@ fn samples_and_reads_logits() {
     let logits = cpu.upload(&[0.0, 3.0, 1.0, 5.0, 4.0, 5.0]).unwrap();
     let params = crate::sampling::SamplingParams::greedy();
     let row = SampleRow {
-        ahead: false,
+        ahead: 0,
         params: &params,
         u: 0.5,
         seen: &[],

@@ -8,7 +8,7 @@ use super::rows::{Paging, rms_norm, rotate, rotation_table, silu};
 use crate::error::Result;
 use gguf::GgmlType;
 use half::f16;
-use kernels::decode::{self, DecodeArgs, Input, NO_OP, Op, PLAIN, kind};
+use kernels::decode::{self, CHOICES, DecodeArgs, Input, NO_OP, Op, PLAIN, kind};
 use kernels::rows::Rotation;
 use kernels::types::{GROUP, NO_MATRIX};
 use std::ptr;
@@ -129,15 +129,17 @@ fn launch<D: Driver>(
     let (listing, segments) = listing(&ops);
     let ops_on = b.upload(&listing)?;
     let ranks = b.upload(&[0u64; 2 * BLOCKS as usize])?;
-    let chosen = b.upload(&[0u64])?;
-    let choice = b.upload(&[0u32])?;
+    let chosen = b.upload(&[0u64; CHOICES as usize])?;
+    let choice = b.upload(&[0u64])?;
     const SEQUENCE: u32 = 77;
     let args = DecodeArgs {
         ops: ops_on.ptr(),
         segments: ops_on.ptr::<u8>().wrapping_add(segments.offset).cast(),
         segment_count: segments.count,
         count: ops.len() as u32,
+        steps: 1,
         base,
+        stride: 0,
         token,
         position: position as u32,
         sequence: SEQUENCE,
@@ -155,9 +157,9 @@ fn launch<D: Driver>(
     b.take::<u8>("decode", ops_on)?;
     b.take::<u64>("decode", ranks)?;
     let chosen = b.take::<u64>("decode", chosen)?;
-    b.take::<u32>("decode", choice)?;
+    b.take::<u64>("decode", choice)?;
     Ok(chosen
-        .first()
+        .get((SEQUENCE % CHOICES) as usize)
         .filter(|v| (**v >> 32) as u32 == SEQUENCE)
         .map(|v| *v as u32))
 }
