@@ -20,7 +20,7 @@ use crate::rows::BLOCK_TOKENS;
 use crate::unrolled;
 use cuda_std::half::{F16, pack_f16x2};
 use cuda_std::int::{here, prmt, quotient};
-use cuda_std::memory::{ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32, st_global_v2};
+use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_f32, ldg_v4_u32, st_global_v2};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::{block_idx_x, spin};
 use cuda_std::{float, mma, warp};
@@ -248,7 +248,7 @@ unsafe fn load_keys<const K: usize>(op: Current, at: usize, tokens: u32) -> Keys
             let from = from.wrapping_add(((token * head_dim + t * EIGHT) * 2) as usize);
             for c in 0..K {
                 if c as u32 * CHUNK + t * EIGHT < head_dim && token < tokens {
-                    keys[c][r] = ld_relaxed_v4_u32(from.wrapping_add(c * 2 * CHUNK as usize));
+                    keys[c][r] = ld_v4_u32(from.wrapping_add(c * 2 * CHUNK as usize));
                 }
             }
         }
@@ -643,7 +643,7 @@ pub unsafe fn merge(op: Current) {
                         let split = lane() + 32 * i as u32;
                         let part = parts.add((split * PART) as usize);
                         stats[i] = ld_relaxed_v4_u32(part.add(WIDTH as usize));
-                        values[i] = ld_relaxed_v4_u32(part.add((element % WIDTH) as usize));
+                        values[i] = ld_v4_u32(part.add((element % WIDTH) as usize));
                         all &= seal.on(stats[i][0]) && seal.on(stats[i][1]);
                         all &= seal.all_on(values[i]);
                     }

@@ -7,9 +7,9 @@
 use super::product::{batch_of, parts_of};
 use super::row::{norm_scale, sum_of};
 use super::seal::Seal;
-use super::task::{EIGHT, ROWS, TaskRow, block_tasks};
+use super::task::{EIGHT, ROWS, TaskRow, block_tasks, rows};
 use super::{
-    CHOICES, Current, DecodeArgs, FINISHERS, LATE, PLAIN, SCRATCH_AT, Source, WARPS, Warp,
+    CHOICES, Current, DecodeArgs, FINISHERS, HALVES, LATE, PLAIN, SCRATCH_AT, Source, WARPS, Warp,
     await_op, blocks, cache_block, get, kind, lane, may_be, note, point, sync_finishers, thread,
 };
 use crate::rows::BLOCK_TOKENS;
@@ -29,7 +29,7 @@ struct Output {
     /// Its matrix, and what of [`Output::WRITES`] and so on is so.
     flags: u32,
     bias: f32,
-    /// Cosine and sine of a rotation's angle; or the bits of the word that is added to.
+    /// Cosine and sine of a rotation's angle; or the bits of the words that are added to.
     turn: (f32, f32),
 }
 
@@ -41,6 +41,8 @@ impl Output {
     const SECOND: u32 = 16;
     /// It is added to what is there.
     const ADDS: u32 = 32;
+    /// And to what lies so many words behind that.
+    const ADDS_HALVES: u32 = 64;
 
     const NONE: Output = Output {
         to: core::ptr::null_mut(),
@@ -95,6 +97,11 @@ impl Output {
                 } else if get!(op, add) != 0 {
                     output.flags |= Output::ADDS;
                     output.turn.0 = f32::from_bits(ld_relaxed_u32(output.to.cast()));
+                    if may_be(HALVES) && get!(op, add_halves) != 0 {
+                        output.flags |= Output::ADDS_HALVES;
+                        let second = output.to.add(rows(op, 0) as usize);
+                        output.turn.1 = f32::from_bits(ld_relaxed_u32(second.cast()));
+                    }
                 }
             }
             output
@@ -245,6 +252,10 @@ unsafe fn finish_two(
         } else if output.is(Output::WRITES) {
             if output.is(Output::ADDS) {
                 v += ends.before.await_word(output.to, output.turn.0.to_bits());
+                if may_be(HALVES) && output.is(Output::ADDS_HALVES) {
+                    let second = output.to.add(rows(op, 0) as usize);
+                    v += ends.before.await_word(second, output.turn.1.to_bits());
+                }
             }
             seal.write(output.to, v);
             if get!(op, choose) != 0 {

@@ -42,7 +42,7 @@ use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{
     bar_sync, block_idx_x, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
 };
-use cuda_std::warp;
+
 use ring::Place;
 
 pub use attend::{MAX_HEAD_DIM, MAX_SPLITS, NARROW_DIM, PART, WIDTH, attend_bytes, attend_pieces};
@@ -50,7 +50,7 @@ pub use product::BATCH;
 pub use ring::MAX_TURNS;
 pub use row::{parts, row_bytes};
 pub use seal::{NUMBERS, PLAIN};
-pub use task::{MAX_SEGMENTS, Segment, Shares};
+pub use task::{MAX_SEGMENTS, MOST_CUT, ROWS, Segment, Shares};
 
 /// Warps of a block that compute.
 pub const WARPS: u32 = 12;
@@ -76,6 +76,9 @@ pub const WIDE: u32 = 1 << 29;
 
 /// Queries and keys that are normed head by head.
 pub const LATE: u32 = 1 << 27;
+
+/// Products of halves of a row, whose outputs are added up by who reads them.
+pub const HALVES: u32 = 1 << 28;
 
 /// Rows whose lengths are no multiples of four.
 pub const UNEVEN: u32 = 1 << 26;
@@ -131,6 +134,8 @@ pub struct Input {
     pub inverse_len: f32,
     /// Whether f32 values are kept too, for matrices of float types.
     pub keep_f32: u32,
+    /// Whether each value is the sum of two words, the second `len` behind the first: what a product that is cut in two leaves.
+    pub halves: u32,
 }
 
 /// What an operation in the window knows of the step that it belongs to; in the program it is anything.
@@ -145,6 +150,9 @@ pub struct Now {
     pub sequence: u32,
     /// The operation's index in the program.
     pub index: u32,
+    /// The block's tasks: the first, and from bit 16 on the one behind the last.
+    pub tasks: u32,
+    pub unused: [u32; 3],
 }
 
 /// One operation. What its `kind` has no use for may be anything.
@@ -159,8 +167,15 @@ pub struct Op {
     pub sealed: u32,
     /// Whether to add to `out` instead of overwriting it.
     pub add: u32,
-    /// The number that the words of `out` carry before the addition, or [`PLAIN`].
+    /// The number that the words of `out` carry before the addition, or [`PLAIN`]; and whether that is to two words, as
+    /// [`Input::halves`] has it.
     pub add_from: u32,
+    pub add_halves: u32,
+    /// The index in the program of the operation after the next one, 0 for the next step's first; and the block from which on it is
+    /// another, the one behind it there: of two products with halves of a row, a block takes one. The first two of a program are
+    /// not of these.
+    pub after: u32,
+    pub after_second: u32,
     /// Warps that share a task out, a *team*; how many teams there are, and by what a warp's number is multiplied for that of
     /// its team, in [`INVERSE_UNIT`]s.
     pub team: u32,
@@ -196,6 +211,9 @@ pub struct Op {
     pub fresh: *mut f32,
     /// f32.
     pub out: *mut f32,
+    /// Tiles of the row that are a product of their own, for so many blocks, from bit 16 on; the rest is for the others. Zero where
+    /// it is not cut, and where it has been.
+    pub cut: u32,
     /// How the tasks fall to the blocks.
     pub shares: Shares,
 }
@@ -214,6 +232,7 @@ impl Op {
             | flag(self.kind == kind::GATE_UP && first.ty != second.ty, MIXED)
             | flag(attends && self.cache.head_dim > NARROW_DIM, WIDE)
             | flag(late, LATE)
+            | flag(self.input.halves | self.add_halves != 0, HALVES)
             | flag(!self.input.len.is_multiple_of(4), UNEVEN)
     }
 }
@@ -236,8 +255,11 @@ pub struct DecodeArgs {
     /// The operations' [segments](Op::segments), those with tasks, in order; one without after them.
     pub segments: *const Segment,
     pub segment_count: u32,
+    /// [`Now::tasks`] of each operation and block.
+    pub tasks: *const u32,
+    /// Operations that a block takes of it, a step.
     pub count: u32,
-    /// How many steps there are, each with the token that the one before it has chosen.
+    /// How many steps there are, each with the token that the one before it has chosen; of one operation only one.
     pub steps: u32,
     /// Added to every number of the first step's operations, below [`NUMBERS`]; and by how much more to those of the next.
     pub base: u32,
@@ -476,21 +498,26 @@ impl<T> Field for *mut T {
 unsafe fn copy_op(a: &DecodeArgs, index: u32) {
     if thread() / 32 == COPIER && index < a.count * a.steps {
         unsafe {
-            let now = if index == 0 {
+            let now = if index < AHEAD {
                 Now {
                     position: a.position,
                     base: a.base,
                     sequence: a.sequence,
-                    index: 0,
+                    index,
+                    ..NO_OP.now
                 }
             } else {
-                Now::after(Current::at(index - 1), a)
+                Now::after(Current::at(index - AHEAD), Current::at(index - 1), a)
             };
             let to = SharedPtr::<u8>::from_addr(Current::at(index).0);
             let at = 16 * lane();
             if at == NOW_AT {
                 let words = [now.position, now.base, now.sequence, now.index];
                 SharedPtr::<u32>::from_addr(to.addr() + at).store_v4(words);
+            } else if at == NOW_AT + 16 {
+                let place = now.index * grid_dim_x() + block_idx_x();
+                let to = SharedPtr::<u32>::from_addr(to.addr() + at);
+                cp_async_4(to, a.tasks.add(place as usize));
             } else if at < OP_BYTES {
                 let from = a.ops.add(now.index as usize).cast::<u8>();
                 cp_async_16(
@@ -503,21 +530,25 @@ unsafe fn copy_op(a: &DecodeArgs, index: u32) {
     cp_async_commit();
 }
 
-/// Where an operation's [`Op::now`] is.
+/// Where an operation's [`Op::now`] is, and the second vector of that, which has [`Now::tasks`].
 const NOW_AT: u32 = core::mem::offset_of!(Op, now) as u32;
+const _: () = assert!(core::mem::offset_of!(Now, tasks) == 16 && size_of::<Now>() == 32);
 
 impl Now {
-    /// That of the operation after `op`.
+    /// That of the operation behind the neighbours `op` and `next`. Of the latter no more may be there.
     #[inline(always)]
-    unsafe fn after(op: Current, a: &DecodeArgs) -> Now {
+    unsafe fn after(op: Current, next: Current, a: &DecodeArgs) -> Now {
         unsafe {
+            let after = get!(op, after);
+            let second = block_idx_x() >= get!(op, after_second);
             let now = Now {
-                position: get!(op, now.position),
-                base: get!(op, now.base),
-                sequence: get!(op, now.sequence),
-                index: get!(op, now.index) + 1,
+                position: get!(next, now.position),
+                base: get!(next, now.base),
+                sequence: get!(next, now.sequence),
+                index: after + u32::from(second),
+                ..NO_OP.now
             };
-            if now.index < a.count {
+            if after != 0 {
                 return now;
             }
             let base = now.base + a.stride;
@@ -526,6 +557,7 @@ impl Now {
                 base: if base < NUMBERS { base } else { base - NUMBERS },
                 sequence: now.sequence + 1,
                 index: 0,
+                ..NO_OP.now
             }
         }
     }
@@ -620,8 +652,6 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
         unrolled!(2, |i| {
             const { assert!(AHEAD == 2) };
             copy_op(&a, i as u32);
-            // The second follows from the first.
-            warp::sync_warp();
         });
         copy_table(&a);
         cp_async_commit();
@@ -682,12 +712,17 @@ pub const NO_OP: Op = Op {
         base: 0,
         sequence: 0,
         index: 0,
+        tasks: 0,
+        unused: [0; 3],
     },
     kind: u32::MAX,
     number: 0,
     sealed: 0,
     add: 0,
     add_from: PLAIN,
+    add_halves: 0,
+    after: 0,
+    after_second: u32::MAX,
     team: WARPS,
     teams: 1,
     inverse_team: 0,
@@ -706,6 +741,7 @@ pub const NO_OP: Op = Op {
         len: 0,
         inverse_len: 0.0,
         keep_f32: 0,
+        halves: 0,
     },
     matrices: [NO_MATRIX; 3],
     biases: [core::ptr::null(); 3],
@@ -724,5 +760,6 @@ pub const NO_OP: Op = Op {
     },
     fresh: core::ptr::null_mut(),
     out: core::ptr::null_mut(),
+    cut: 0,
     shares: Shares::NONE,
 };

@@ -463,7 +463,7 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                 prefetched += 1;
                 prefetch(Listed(a.ops.add(prefetched as usize)));
             }
-            let tasks = s.shares.of_block(block_idx_x(), grid_dim_x());
+            let tasks = s.shares.of_block(block_idx_x());
             let mut task = if tasks.first > s.first {
                 tasks.first
             } else {
@@ -483,7 +483,7 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                     s.bases[i].wrapping_add(offset as usize)
                 };
                 let mut from = [from(0), from(1)];
-                let mut left = s.row_bytes;
+                let mut left = s.lengths();
                 while left[0] != 0 {
                     let pieces = [0, 1].map(|i| piece_bytes(left[i], s.tiles[i], a.turn_tiles));
                     let pitch = turn_pitch(pieces, s.types);

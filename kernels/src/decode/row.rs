@@ -6,7 +6,7 @@
 //! lanes `t = g`.
 
 use super::seal::Seal;
-use super::{Current, ROWS_AT, UNEVEN, WARPS, get, lane, may_be, thread};
+use super::{Current, HALVES, ROWS_AT, UNEVEN, WARPS, get, lane, may_be, thread};
 use crate::types::{FLOATS, GROUP};
 use cuda_std::int::{here, opaque, prmt};
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
@@ -91,11 +91,18 @@ pub unsafe fn ask(op: Current, part: u32) -> Asked {
             words: [[0; 4]; SEVERAL],
             weights: [[1.0; 4]; SEVERAL],
         };
+        let halves = may_be(HALVES) && get!(op, input.halves) != 0;
         for c in 0..SEVERAL {
-            let i = value_of(part, c);
+            let (i, x) = if halves {
+                const { assert!(SEVERAL == 2) };
+                (value_of(part, 0), x.wrapping_add(c * len as usize))
+            } else {
+                (value_of(part, c), x)
+            };
             if i < len && !(may_be(UNEVEN) && len % 4 != 0) {
                 asked.words[c] = ld_relaxed_v4_u32(x.add(i as usize));
-                if !norm.is_null() {
+                let first = c == 0 || !halves;
+                if first && !norm.is_null() {
                     asked.weights[c] = ldg_v4_u32(norm.add(i as usize)).map(f32::from_bits);
                 }
             }
@@ -151,6 +158,37 @@ impl Asked {
         }
     }
 
+    /// Waits for both halves of one part's values; as [`Asked::come`].
+    #[inline(always)]
+    unsafe fn both(&mut self, op: Current, seal: Seal, part: u32) -> ([[f32; 4]; 1], f32) {
+        unsafe {
+            let (x, len) = (get!(op, input.x), get!(op, input.len));
+            let i = value_of(part, 0);
+            loop {
+                let mut all = true;
+                for c in 0..SEVERAL {
+                    if i < len && !seal.all_on(self.words[c]) {
+                        all = false;
+                        let x = x.wrapping_add(c * len as usize);
+                        self.words[c] = ld_relaxed_v4_u32(x.add(i as usize));
+                    }
+                }
+                if warp::all(all) {
+                    break;
+                }
+                spin();
+            }
+            let mut v = [0.0; 4];
+            let mut squares = 0.0;
+            for k in 0..4 {
+                let sum = seal.open(self.words[0][k]) + seal.open(self.words[1][k]);
+                squares += sum * sum;
+                v[k] = sum * self.weights[0][k];
+            }
+            ([v], squares)
+        }
+    }
+
     /// Rows of a length that vectors do not fit.
     #[inline(always)]
     unsafe fn come_singly<const C: usize>(
@@ -194,10 +232,24 @@ pub unsafe fn fill(op: Current, seal: Seal, index: u32, groups: u32, asked: Aske
         let mut asked = asked;
         let mut part = thread() / 32;
         let mut squares = 0.0;
-        if parts(groups) <= WARPS {
-            if part < parts(groups) {
-                let (v, squared) = asked.come::<1>(op, seal, part);
-                [squares] = keep(op, part, groups, v, [squared]);
+        let halves = may_be(HALVES) && get!(op, input.halves) != 0;
+        if halves || parts(groups) <= WARPS {
+            while part < parts(groups) {
+                let (v, squared) = if halves {
+                    asked.both(op, seal, part)
+                } else {
+                    asked.come::<1>(op, seal, part)
+                };
+                let this = part;
+                part += WARPS;
+                if halves && part < parts(groups) {
+                    asked = ask(op, part);
+                }
+                let [squared] = keep(op, this, groups, v, [squared]);
+                squares += squared;
+                if !may_be(HALVES) {
+                    break;
+                }
             }
         } else {
             while part < parts(groups) {

@@ -7,11 +7,10 @@
 
 use super::ring::{FLOAT_TURN, RAGGED_TURN, piece_bytes, turn_bytes};
 use super::row::GROUPS;
-use super::{Op, Source, get, kind, matrix_at};
+use super::{Current, Op, Source, get, kind, matrix_at};
 use crate::types::{FLOATS, GROUP, Matrix, type_bit};
 use core::mem::offset_of;
 use cuda_std::int::quotient;
-use cuda_std::thread::{block_idx_x, grid_dim_x};
 
 /// Rows of half a task.
 pub const EIGHT: u32 = 8;
@@ -40,7 +39,8 @@ pub struct Segment {
     /// Rows of a repeat, and how many before the second eight of the first step.
     pub span: u32,
     pub second: u32,
-    /// Types of either eight, a byte each, [`FLOAT_TURN`] and [`RAGGED_TURN`].
+    /// Types of either eight, a byte each, [`FLOAT_TURN`] and [`RAGGED_TURN`]; above them, where that is not all of a row, how much
+    /// of it is brought, in vectors of 16 bytes.
     pub types: u32,
     /// Index of the operation.
     pub op: u32,
@@ -70,9 +70,21 @@ impl Segment {
         shares: Shares::NONE,
     };
 
+    /// Bytes of either eight's rows that are brought.
+    #[inline(always)]
+    pub fn lengths(&self) -> [u32; 2] {
+        let vectors = self.types >> CUT_SHIFT;
+        if vectors == 0 {
+            self.row_bytes
+        } else {
+            [16 * vectors; 2]
+        }
+    }
+
     /// Bytes of a turn of whole tiles, of so many at most.
     pub fn turn_bytes(&self, turn_tiles: u32) -> u32 {
-        let pieces = [0, 1].map(|i| piece_bytes(self.row_bytes[i], self.tiles[i], turn_tiles));
+        let lengths = self.lengths();
+        let pieces = [0, 1].map(|i| piece_bytes(lengths[i], self.tiles[i], turn_tiles));
         turn_bytes(pieces, self.types)
     }
 
@@ -129,11 +141,22 @@ impl Segment {
     }
 }
 
+/// Where in [`Segment::types`] the length of a part of a row is.
+const CUT_SHIFT: u32 = 18;
+/// Most bytes of a part of a row.
+pub const MOST_CUT: u32 = 16 * ((1 << (32 - CUT_SHIFT)) - 1);
+
 fn types(first: &Matrix, second: &Matrix) -> u32 {
     let float = |m: &Matrix| type_bit(m.ty) & FLOATS != 0;
     let flag = |is: bool, flag: u32| if is { flag } else { 0 };
     let part = GROUPS * GROUP as u32;
+    let cut = if first.length() < first.row_bytes {
+        first.length() / 16
+    } else {
+        0
+    };
     first.ty
+        | (cut << CUT_SHIFT)
         | (second.ty << 8)
         | flag(float(first) && float(second), FLOAT_TURN)
         | flag(!first.cols.is_multiple_of(part), RAGGED_TURN)
@@ -309,9 +332,10 @@ impl TaskRow {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shares {
-    /// So many blocks have none: those that an attention before keeps longest.
-    pub skip: u32,
-    /// Tasks of each of the others.
+    /// The first block that has any, and above it, from bit [`Shares::SHIFT`] on, how many do: not those that an attention before
+    /// keeps longest.
+    pub span: u32,
+    /// Tasks of each of them.
     pub each: u32,
     /// How many of them have one more.
     pub extra: u32,
@@ -321,31 +345,44 @@ pub struct Shares {
 
 impl Shares {
     pub const NONE: Shares = Shares {
-        skip: 0,
+        span: 0,
         each: 0,
         extra: 0,
         turn: 0,
     };
 
-    /// Of `tasks` among `blocks`, the first `skip` of which have none.
-    pub const fn of(tasks: u32, blocks: u32, skip: u32) -> Shares {
-        let blocks = blocks - skip;
+    pub const SHIFT: u32 = 16;
+
+    /// Of `tasks` among `blocks` blocks from block `first` on.
+    pub const fn of(tasks: u32, first: u32, blocks: u32) -> Shares {
         Shares {
-            skip,
+            span: first | (blocks << Self::SHIFT),
             each: tasks / blocks,
             extra: tasks % blocks,
             turn: 0,
         }
     }
 
-    /// Tasks of block `block` of so many: `first .. end`.
+    /// The first block that has tasks.
     #[inline(always)]
-    pub const fn of_block(self, block: u32, blocks: u32) -> BlockTasks {
-        if block < self.skip {
+    pub const fn first(self) -> u32 {
+        self.span % (1 << Self::SHIFT)
+    }
+
+    /// How many blocks have.
+    #[inline(always)]
+    pub const fn blocks(self) -> u32 {
+        self.span >> Self::SHIFT
+    }
+
+    /// Tasks of block `block`: `first .. end`.
+    #[inline(always)]
+    pub const fn of_block(self, block: u32) -> BlockTasks {
+        let (first, with) = (self.first(), self.blocks());
+        if block < first || block >= first + with {
             return BlockTasks { first: 0, end: 0 };
         }
-        let with = blocks - self.skip;
-        let mut block = block - self.skip + with - self.turn;
+        let mut block = block - first + with - self.turn;
         if block >= with {
             block -= with;
         }
@@ -362,24 +399,27 @@ impl Shares {
     }
 }
 
-/// A block's tasks: `first .. end`.
+/// A block's tasks: `first .. end`, of fewer than 2^16.
 #[derive(Clone, Copy)]
 pub struct BlockTasks {
     pub first: u32,
     pub end: u32,
 }
 
+impl BlockTasks {
+    /// As [`Now::tasks`](super::Now::tasks) has them.
+    pub const fn word(self) -> u32 {
+        self.first | (self.end << 16)
+    }
+}
+
 /// This block's tasks of an operation.
 #[inline(always)]
-pub unsafe fn block_tasks(op: impl Source) -> BlockTasks {
-    unsafe {
-        let shares = Shares {
-            skip: get!(op, shares.skip),
-            each: get!(op, shares.each),
-            extra: get!(op, shares.extra),
-            turn: get!(op, shares.turn),
-        };
-        shares.of_block(block_idx_x(), grid_dim_x())
+pub unsafe fn block_tasks(op: Current) -> BlockTasks {
+    let word = unsafe { get!(op, now.tasks) };
+    BlockTasks {
+        first: word & 0xffff,
+        end: word >> 16,
     }
 }
 
@@ -389,6 +429,6 @@ pub unsafe fn matrix_field(op: impl Source, m: u32, offset: usize) -> u32 {
 }
 
 #[inline(always)]
-unsafe fn rows(op: impl Source, m: u32) -> u32 {
+pub unsafe fn rows(op: impl Source, m: u32) -> u32 {
     unsafe { matrix_field(op, m, offset_of!(Matrix, rows)) }
 }

@@ -91,6 +91,12 @@ impl Matrix {
         self.cols as usize / GROUP
     }
 
+    /// Bytes of a row's weights: less than [`Matrix::row_bytes`] where these are part of longer rows.
+    pub fn length(&self) -> u32 {
+        let layout = LAYOUTS.iter().find(|l| l.ty == self.ty);
+        layout.map_or(0, |l| l.row_bytes(self.cols as usize) as u32)
+    }
+
     /// Row `r`.
     #[inline(always)]
     unsafe fn start(&self, r: usize) -> *const u8 {

@@ -9,7 +9,7 @@
 //! (`kernels::decode`). This module gives out the numbers, such that a word left over from an earlier operation
 //! or launch never looks like the one that is awaited.
 
-use super::program::{Cost, Room, Segments, cost, listing, plan};
+use super::program::{Behind, Cost, Plan, Room, cost, listing, plan};
 use super::{Address, Allocation, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
@@ -35,17 +35,12 @@ struct Shape {
 pub(super) enum Role {
     /// What the plain buffer at this address would.
     Buffer(Address),
+    /// The second half of that, which only some of its writers write.
+    Second(Address),
     /// The step's keys and values of a layer that has so many.
     Fresh(usize),
     /// So many words of attention's parts.
     Parts(usize),
-}
-
-/// A buffer of numbered words.
-struct Numbered {
-    memory: Allocation,
-    /// The number of its last write, counted on from the first launch.
-    last: Option<u64>,
 }
 
 /// First and last write of a program to a buffer.
@@ -68,6 +63,9 @@ const _: () = assert!(
     "the host reads one before it is overwritten"
 );
 
+/// Elements of the cache that a multiprocessor keeps or does not keep together.
+const SECTOR: u32 = 16;
+
 /// Steps that have begun before the host knew their tokens: each goes on with the choice of the one before it.
 #[derive(Clone, Copy)]
 struct Ahead {
@@ -79,10 +77,10 @@ struct Ahead {
     token: Option<u32>,
 }
 
-/// Operations in device memory, and behind them their segments.
+/// Operations in device memory, and what lies behind them.
 struct Program {
     ops: Allocation,
-    segments: Segments,
+    behind: Behind,
     count: u32,
     room: Room,
     writes: Vec<Writes>,
@@ -165,7 +163,7 @@ fn next_base(from: u64, writes: &[Writes], last: impl Fn(&Writes) -> Option<u64>
 /// A program's launch.
 struct Run {
     ops: Address,
-    segments: Segments,
+    behind: Behind,
     count: u32,
     room: Room,
     /// See [`DecodeArgs`].
@@ -186,7 +184,9 @@ pub(super) struct Decode {
     programs: HashMap<Shape, Program>,
     /// Set while a step is recorded.
     recording: Option<Recording>,
-    numbered: HashMap<Role, Numbered>,
+    numbered: HashMap<Role, Allocation>,
+    /// The number of a buffer's last write, counted on from the first launch.
+    last: HashMap<Role, u64>,
     /// The next launch's first number.
     numbers: u64,
     splits: u32,
@@ -214,8 +214,8 @@ pub(super) struct Decode {
 
 impl Decode {
     pub(super) fn new<D: Driver>(driver: &mut D) -> Result<Self> {
-        let single =
-            driver.alloc(listing(&[NO_OP]).0.len() + MAX_SEGMENTS * size_of::<Segment>())?;
+        let single = listing(&[NO_OP], driver.multiprocessors()).0.len();
+        let single = driver.alloc(single + MAX_SEGMENTS * size_of::<Segment>())?;
         let ranks = vec![0; 16 * driver.multiprocessors() as usize];
         let ranks_on = driver.alloc(ranks.len())?;
         driver.write(ranks_on.address, &ranks)?;
@@ -223,6 +223,7 @@ impl Decode {
             programs: HashMap::new(),
             recording: None,
             numbered: HashMap::new(),
+            last: HashMap::new(),
             numbers: 0,
             splits: 1,
             needs: 0,
@@ -256,25 +257,29 @@ impl<D: Driver> Gpu<D> {
 
     /// The buffer of numbered words for `role`, at least `words` long.
     pub(super) fn numbered(&mut self, role: Role, words: usize) -> Result<*mut f32> {
-        // Whole vectors are read.
-        let bytes = 4 * words.next_multiple_of(4);
-        if let Some(n) = self.decode.numbered.get(&role)
-            && n.memory.bytes >= bytes
+        // Whole vectors are read; and there may be two halves of an output.
+        let halves = if matches!(role, Role::Buffer(_)) {
+            2
+        } else {
+            1
+        };
+        let bytes = 4 * (halves * words).next_multiple_of(4);
+        if let Some(memory) = self.decode.numbered.get(&role)
+            && memory.bytes >= bytes
         {
-            return Ok(n.memory.address as *mut f32);
+            return Ok(memory.address as *mut f32);
         }
         if let Some(old) = self.decode.numbered.remove(&role) {
             return Err(Error::Request(format!(
                 "a decode step's buffer of {} bytes cannot grow to {bytes}",
-                old.memory.bytes
+                old.bytes
             )));
         }
         let memory = self.driver.alloc(bytes)?;
         let address = memory.address;
         // No number is zero.
         self.driver.write(address, &vec![0; bytes])?;
-        let numbered = Numbered { memory, last: None };
-        self.decode.numbered.insert(role, numbered);
+        self.decode.numbered.insert(role, memory);
         Ok(address as *mut f32)
     }
 
@@ -403,10 +408,6 @@ impl<D: Driver> Gpu<D> {
         };
         let traced = self.decode.trace.is_some();
         let all = if traced { 1 } else { program.steps as usize };
-        let all = std::env::var("KIGO_STEPS")
-            .ok()
-            .and_then(|v| v.parse().ok())
-            .unwrap_or(all);
         let like = |step: &usize| self.shape_for(position + step + 1, 1) == shape;
         let steps = (0..most.min(all)).take_while(like).count() as u32;
         if steps == 0 || self.decode.ahead.is_some() {
@@ -428,23 +429,37 @@ impl<D: Driver> Gpu<D> {
         let recording = self.decode.recording.take().unwrap_or_default();
         recorded?;
         let blocks = self.driver.multiprocessors();
-        let mut ops = recording.ops;
-        let room = plan(&self.driver, &mut ops, blocks, self.driver.shared_limit())?;
+        let plan = plan(
+            &self.driver,
+            &recording.ops,
+            blocks,
+            self.driver.shared_limit(),
+        )?;
+        let Plan { ops, count, room } = plan;
         self.settle(&ops)?;
-        let (listing, segments) = listing(&ops);
+        let (listing, behind) = listing(&ops, self.driver.multiprocessors());
         let memory = self.driver.alloc(listing.len())?;
         self.driver.write(memory.address, &listing)?;
-        let costs: Vec<Cost> = ops.iter().map(cost).collect();
+        // Of the operations as they were recorded: one may be two by now.
+        let costs: Vec<Cost> = recording.ops.iter().map(cost).collect();
         let once = costs.iter().filter(|c| !c.each_token);
         let bytes = once.map(|c| c.bytes).sum::<u64>().max(1);
+        // What a step has written into the cache is read from memory by the next one, not from what a multiprocessor has kept of the
+        // sectors around it: each row is its own sectors.
+        let mut dims = ops.iter().map(|op| op.cache.head_dim);
+        let most = if dims.all(|dim| dim.is_multiple_of(SECTOR)) {
+            MAX_STEPS
+        } else {
+            1
+        };
         Ok(Program {
             ops: memory,
-            segments,
-            count: ops.len() as u32,
+            behind,
+            count,
             room,
             costs,
             stride: next_base(recording.numbers, &recording.writes, |w| Some(w.last)),
-            steps: (STEPS_BYTES / bytes).clamp(1, u64::from(MAX_STEPS)) as u32,
+            steps: (STEPS_BYTES / bytes).clamp(1, u64::from(most)) as u32,
             writes: recording.writes,
             numbers: recording.numbers,
             names: recording.names,
@@ -464,19 +479,17 @@ impl<D: Driver> Gpu<D> {
             return Ok(());
         };
         let base = next_base(decode.numbers, &program.writes, |w| {
-            decode.numbered.get(&w.role).and_then(|n| n.last)
+            decode.last.get(&w.role).copied()
         });
         let last_base = base + u64::from(steps - 1) * program.stride;
         for w in &program.writes {
-            if let Some(n) = decode.numbered.get_mut(&w.role) {
-                n.last = Some(last_base + w.last);
-            }
+            decode.last.insert(w.role, last_base + w.last);
         }
         decode.numbers = last_base + program.numbers;
         decode.traced = decode.trace.as_ref().map(|_| (shape, position));
         let run = Run {
             ops: program.ops.address,
-            segments: program.segments,
+            behind: program.behind,
             count: program.count,
             room: program.room,
             base: (base % u64::from(NUMBERS)) as u32,
@@ -489,7 +502,7 @@ impl<D: Driver> Gpu<D> {
     }
 
     fn run_program(&mut self, run: Run) -> Result<()> {
-        let (ops, segments, room) = (run.ops, run.segments, run.room);
+        let (ops, behind, room) = (run.ops, run.behind, run.room);
         let decode = &mut self.decode;
         // Zero is what fresh memory holds.
         let first = match decode.sequence.checked_add(run.steps) {
@@ -499,8 +512,9 @@ impl<D: Driver> Gpu<D> {
         decode.sequence = first + run.steps - 1;
         let args = DecodeArgs {
             ops: ops as *const Op,
-            segments: (ops + segments.offset as u64) as *const Segment,
-            segment_count: segments.count,
+            segments: (ops + behind.segments as u64) as *const Segment,
+            segment_count: behind.segment_count,
+            tasks: (ops + behind.tasks as u64) as *const u32,
             count: run.count,
             steps: run.steps,
             base: run.base,
@@ -575,20 +589,19 @@ impl<D: Driver> Gpu<D> {
 
     /// Runs one product by itself, outside a recorded step.
     pub(super) fn run_single(&mut self, op: Op) -> Result<()> {
-        let mut ops = [op];
-        let room = plan(
+        let Plan { ops, room, .. } = plan(
             &self.driver,
-            &mut ops,
+            &[op],
             self.driver.multiprocessors(),
             self.driver.shared_limit(),
         )?;
         self.settle(&ops)?;
         let address = self.decode.single.address;
-        let (listing, segments) = listing(&ops);
+        let (listing, behind) = listing(&ops, self.driver.multiprocessors());
         self.driver.write(address, &listing)?;
         self.run_program(Run {
             ops: address,
-            segments,
+            behind,
             count: 1,
             room,
             base: 0,

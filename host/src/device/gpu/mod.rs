@@ -26,7 +26,7 @@ use super::{GateUp, Head, Linear, Qkv, Residual, SampleRow};
 use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
 use cuda_std::tensor::{TensorMap, Tiling};
-use kernels::decode::{NARROW_DIM, WIDE};
+use kernels::decode::{HALVES, NARROW_DIM, WIDE};
 use kernels::types::type_bit;
 use std::collections::HashMap;
 use std::io::Write;
@@ -464,6 +464,9 @@ impl<D: Driver> Device for Gpu<D> {
     ) -> Result<Weight> {
         let weight = weights::load(&mut self.driver, tensor, rows, file)?;
         self.decode.needs |= type_bit(weight.matrix.ty);
+        if program::cut_of(&weight.matrix, self.driver.multiprocessors()) != 0 {
+            self.decode.needs |= HALVES;
+        }
         Ok(weight)
     }
 

@@ -11,6 +11,7 @@
 
 use super::decode::Role;
 use super::products::{Rows, Target, bias_ptr};
+use super::program::cut_of;
 use super::{Address, Buffer, Driver, Gpu, Scratch, Weight};
 use crate::device::{Activation, CachePart, GateUp, Head, Linear, Norm, NormKind, Residual};
 use crate::error::{Error, Result};
@@ -92,6 +93,7 @@ impl<D: Driver> Gpu<D> {
             len: len as u32,
             inverse_len: 0.0,
             keep_f32: u32::from(float),
+            halves: 0,
         };
         if !self.fused() {
             return Ok(plain);
@@ -250,16 +252,22 @@ impl<D: Driver> Gpu<D> {
             let add_from = self.number_of(role)?;
             let to = self.numbered(role, linear.weight.matrix.rows as usize)?;
             let (name, skip) = self.after_attention().unwrap_or(("down", 0));
+            let blocks = self.driver.multiprocessors();
+            let cut = if skip == 0 {
+                cut_of(&linear.weight.matrix, blocks)
+            } else {
+                0
+            };
             let op = Op {
-                shares: Shares {
-                    skip,
-                    ..Shares::NONE
-                },
+                shares: Shares::of(0, skip, blocks - skip),
                 add: 1,
                 add_from,
+                cut,
                 ..self.product_op(linear, input.ptr(), None, to)?
             };
-            self.push(name, op, &[role]);
+            let second = Role::Second(x.address);
+            let outputs = [role, second];
+            self.push(name, op, &outputs[..if cut == 0 { 1 } else { 2 }]);
             return Ok(());
         }
         let rows = self.current.rows;

@@ -3,35 +3,170 @@
 
 use super::Driver;
 use crate::error::{Error, Result};
-use kernels::decode::{self, BATCH, INVERSE_UNIT, MAX_TURNS, Op, Segment, Shares, WARPS, kind};
-use kernels::types::{GROUP, Matrix, TILE};
+use kernels::decode::{
+    self, BATCH, INVERSE_UNIT, MAX_TURNS, MOST_CUT, Op, ROWS, Segment, Shares, WARPS, kind,
+};
+use kernels::types::{FLOATS, GROUP, Matrix, TILE, type_bit};
 
-/// Gives `ops`, which one launch carries with so much shared memory, the fields that follow from others; what that has room
-/// for.
+/// What one launch carries, and with what shared memory.
+pub(super) struct Plan {
+    /// Those of a block follow from each other's [`Op::after`].
+    pub(super) ops: Vec<Op>,
+    /// How many a block takes.
+    pub(super) count: u32,
+    pub(super) room: Room,
+}
+
+/// Plans a launch of `ops`, one after the other: gives them the fields that follow from others, and cuts products in two.
 ///
 /// # Errors
-/// Where its shared memory has not even room for one turn of the weights beside a row.
-pub(super) fn plan<D: Driver>(
-    driver: &D,
-    ops: &mut [Op],
-    blocks: u32,
-    shared: usize,
-) -> Result<Room> {
-    let room = room(driver, ops, shared)?;
-    for op in &mut *ops {
+/// Where the shared memory has not even room for one turn of the weights beside a row, or a matrix is too tall.
+pub(super) fn plan<D: Driver>(driver: &D, ops: &[Op], blocks: u32, shared: usize) -> Result<Plan> {
+    let mut groups = cut(ops, blocks);
+    let count = groups.len() as u32;
+    let mut firsts = Vec::new();
+    let mut index = 0;
+    for group in &groups {
+        let second = group.get(1).map(|op| op.shares);
+        firsts.push((index, second.map_or(u32::MAX, Shares::first)));
+        index += group.len() as u32;
+    }
+    for (i, group) in groups.iter_mut().enumerate() {
+        let after = firsts.get((i + 2) % firsts.len());
+        for op in group {
+            (op.after, op.after_second) = after.copied().unwrap_or_default();
+        }
+    }
+    let mut ops = groups.concat();
+    let room = room(driver, &ops, shared)?;
+    for op in &mut ops {
         let tasks = op.count_tasks();
-        op.team = team(op, tasks.div_ceil(blocks - op.shares.skip), &room);
+        if tasks >= 1 << 16 {
+            return Err(Error::Device {
+                device: driver.info().name.clone(),
+                what: format!(
+                    "a matrix of {} rows in a decode step, too many",
+                    op.matrices[0].rows
+                ),
+            });
+        }
+        let shares = op.shares;
+        op.team = team(op, tasks.div_ceil(shares.blocks()), &room);
         op.teams = WARPS / op.team;
         op.inverse_team = INVERSE_UNIT.div_ceil(op.team);
         op.turns = turns(op, &room);
-        let parts = decode::parts(op.input.len.div_ceil(GROUP as u32));
+        let parts = parts(op.input.len);
         op.alone = u32::from(op.teams == 1 && parts <= WARPS);
         op.group = op.heads / op.cache.kv_heads.max(1);
-        op.shares = Shares::of(tasks, blocks, op.shares.skip);
+        op.shares = Shares::of(tasks, shares.first(), shares.blocks());
         op.input.inverse_len = 1.0 / op.input.len as f32;
     }
-    balance(ops, blocks);
-    Ok(room)
+    balance(&mut ops, blocks);
+    Ok(Plan { ops, count, room })
+}
+
+/// Parts of a row of so many values.
+fn parts(len: u32) -> u32 {
+    decode::parts(len.div_ceil(GROUP as u32))
+}
+
+/// `ops`, those with a [`Op::cut`] in two, each for some of the blocks; and which blocks the others are for.
+fn cut(ops: &[Op], blocks: u32) -> Vec<Vec<Op>> {
+    // Buffers whose words are halves.
+    let mut halved: Vec<*mut f32> = Vec::new();
+    let mut groups = Vec::new();
+    for op in ops {
+        let mut op = *op;
+        let is_halved = |x: *const f32| halved.iter().any(|h| h.cast_const() == x);
+        op.input.halves = u32::from(is_halved(op.input.x));
+        op.add_halves = u32::from(op.add != 0 && is_halved(op.out));
+        let skip = op.shares.first();
+        op.shares = Shares::of(0, skip, blocks - skip);
+        halved.retain(|h| *h != op.out);
+        if op.cut == 0 {
+            groups.push(vec![op]);
+        } else {
+            halved.push(op.out);
+            groups.push(halves(&op, blocks).to_vec());
+        }
+    }
+    groups
+}
+
+/// How a product is cut: so many tiles of the row for so many blocks, the rest for the others.
+#[derive(Clone, Copy)]
+struct Cut {
+    tiles: u32,
+    blocks: u32,
+}
+
+/// How a product without a norm that is added to its outputs is best cut in two, as [`Op::cut`] has it.
+///
+/// Where its tasks are long and few, a row takes longer to come than weights take to be multiplied: several looks for each warp, one
+/// after the other. A half takes fewer, and two are for twice as many blocks.
+pub(super) fn cut_of(matrix: &Matrix, blocks: u32) -> u32 {
+    /// A look takes as long as so many parts.
+    const LOOK: f64 = 3.0;
+    let tile = (TILE * GROUP) as u32;
+    let (cols, tasks) = (matrix.cols, matrix.rows.div_ceil(ROWS));
+    let warps = f64::from(WARPS);
+    // Of a block that has most: how long from the input to the output, and parts of weights; and the latter of all blocks.
+    let takes = |cols: u32, blocks: u32| {
+        let parts = parts(cols);
+        // Two parts at a time.
+        let looks = parts.div_ceil(2 * WARPS);
+        let most = f64::from(tasks.div_ceil(blocks) * parts) / warps;
+        let mean = f64::from(tasks * parts) / f64::from(blocks) / warps;
+        [LOOK * f64::from(looks) + most, most, mean]
+    };
+    // Weights that a block has more of than others hold all of them up, if later.
+    let cost = |[path, most, mean]: [f64; 3]| path + most + 0.01 * mean;
+    let cut_cost = |cut: &Cut| {
+        let first = takes(cut.tiles * tile, cut.blocks);
+        let second = takes(cols - cut.tiles * tile, blocks - cut.blocks);
+        cost([0, 1, 2].map(|i| first[i].max(second[i])))
+    };
+    // Who reads the outputs looks at two words; of long rows at one part at a time.
+    let long = parts(matrix.rows) > WARPS;
+    let reads = 1.0 + if long { LOOK } else { 0.0 };
+    let cuts = (1..cols.div_ceil(tile))
+        .flat_map(|tiles| (1..blocks).map(move |blocks| Cut { tiles, blocks }));
+    let best = cuts.min_by(|a, b| cut_cost(a).total_cmp(&cut_cost(b)));
+    // Floats are many bytes, and hold up who multiplies them.
+    let quantised = type_bit(matrix.ty) & FLOATS == 0;
+    let fits = quantised && matrix.row_bytes <= MOST_CUT && matrix.rows.is_multiple_of(4);
+    let better = |cut: &Cut| fits && cut_cost(cut) + reads < cost(takes(cols, blocks));
+    best.filter(better)
+        .map_or(0, |cut| cut.tiles | (cut.blocks << 16))
+}
+
+/// Both halves of a product: the first is added to its outputs, the second left behind them.
+fn halves(op: &Op, blocks: u32) -> [Op; 2] {
+    let [matrix, ..] = op.matrices;
+    let cut = Cut {
+        tiles: op.cut & 0xffff,
+        blocks: op.cut >> 16,
+    };
+    let cols = cut.tiles * (TILE * GROUP) as u32;
+    let op = Op { cut: 0, ..*op };
+    let (mut first, mut second) = (op, op);
+    first.matrices[0].cols = cols;
+    first.input.len = cols;
+    first.shares = Shares::of(0, 0, cut.blocks);
+    second.matrices[0] = Matrix {
+        base: matrix
+            .base
+            .wrapping_add((cut.tiles * matrix.tile_bytes) as usize),
+        cols: matrix.cols - cols,
+        ..matrix
+    };
+    second.input.x = op.input.x.wrapping_add(cols as usize);
+    second.input.len -= cols;
+    second.shares = Shares::of(0, cut.blocks, blocks - cut.blocks);
+    second.add = 0;
+    second.biases = [std::ptr::null(); 3];
+    second.out = op.out.wrapping_add(matrix.rows as usize);
+    [first, second]
 }
 
 /// Turns of a task.
@@ -71,10 +206,10 @@ fn balance(ops: &mut [Op], blocks: u32) {
     for op in ops {
         let bytes = product_bytes(op) / u64::from(op.count_tasks().max(1));
         let of = |shares: Shares, block: usize| {
-            let tasks = shares.of_block(block as u32, blocks);
+            let tasks = shares.of_block(block as u32);
             u64::from(tasks.end - tasks.first) * bytes
         };
-        let with = blocks - op.shares.skip;
+        let with = op.shares.blocks();
         let heaviest = |shares: Shares| {
             let loads = load.iter().enumerate();
             loads.map(|(i, load)| load + of(shares, i)).max()
@@ -96,7 +231,8 @@ fn product_bytes(op: &Op) -> u64 {
     if !is_product(op) {
         return 0;
     }
-    let bytes = |m: &Matrix| u64::from(m.rows) * u64::from(m.row_bytes);
+    // Of a half, its columns' share.
+    let bytes = |m: &Matrix| u64::from(m.rows) * u64::from(m.length());
     op.matrices.iter().map(bytes).sum()
 }
 
@@ -202,34 +338,48 @@ fn room<D: Driver>(driver: &D, ops: &[Op], shared: usize) -> Result<Room> {
     })
 }
 
-/// Segments that lie behind operations.
+/// What lies behind operations, in bytes from the first of these on.
 #[derive(Clone, Copy)]
-pub(super) struct Segments {
-    /// Bytes from the first operation to them.
-    pub(super) offset: usize,
-    pub(super) count: u32,
+pub(super) struct Behind {
+    /// Each block's tasks of each.
+    pub(super) tasks: usize,
+    /// Their segments, and how many.
+    pub(super) segments: usize,
+    pub(super) segment_count: u32,
 }
 
-/// What the device reads of a program: its operations, then their segments.
-pub(super) fn listing(ops: &[Op]) -> (Vec<u8>, Segments) {
+/// What the device reads of a program: its operations, each block's tasks, segments.
+pub(super) fn listing(ops: &[Op], blocks: u32) -> (Vec<u8>, Behind) {
     let segments = ops.iter().enumerate();
     let mut segments: Vec<Segment> = segments
         .flat_map(|(i, op)| op.segments(i as u32))
         .filter(|s| s.first < s.end)
         .collect();
-    let count = segments.len() as u32;
+    let segment_count = segments.len() as u32;
     segments.push(Segment {
         op: ops.len().saturating_sub(1) as u32,
         ..Segment::NONE
     });
+    let tasks: Vec<u32> = ops
+        .iter()
+        .flat_map(|op| (0..blocks).map(|block| op.shares.of_block(block).word()))
+        .collect();
     let mut listing = bytes(ops).to_vec();
-    let offset = listing.len();
+    let tasks_at = listing.len();
+    listing.extend_from_slice(bytes(&tasks));
+    listing.resize(listing.len().next_multiple_of(align_of::<Segment>()), 0);
+    let segments_at = listing.len();
     listing.extend_from_slice(bytes(&segments));
-    (listing, Segments { offset, count })
+    let behind = Behind {
+        tasks: tasks_at,
+        segments: segments_at,
+        segment_count,
+    };
+    (listing, behind)
 }
 
 /// The bytes of plain data, as the device reads them.
 fn bytes<T>(values: &[T]) -> &[u8] {
-    // Only of `Op` and `Segment`, whose padding is never read.
+    // Only of `Op`, `Segment` and numbers, whose padding is never read.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }

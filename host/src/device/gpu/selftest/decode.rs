@@ -1,11 +1,11 @@
 //! The kernel `decode`: each kind of operation, alone and after one another.
 
-use super::super::program::{listing, plan, turn_bytes};
+use super::super::program::{Plan, cut_of, listing, plan, turn_bytes};
 use super::Driver;
 use super::bench::{Bench, Guarded, TestMatrix, layout, nmse, nmse_at_least};
 use super::products::{F32_LIMIT, name};
 use super::rows::{Paging, rms_norm, rotate, rotation_table, silu};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use gguf::GgmlType;
 use half::f16;
 use kernels::decode::{self, CHOICES, DecodeArgs, Input, NO_OP, Op, PLAIN, kind};
@@ -101,6 +101,9 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             Some((dims, halves)),
         )?;
     }
+    for (rows, cols) in [(64, 8192), (1600, 14336)] {
+        halves(b, rows, cols)?;
+    }
     for vocabulary in [1, 33, 3000] {
         choice(b, vocabulary)?;
     }
@@ -116,17 +119,18 @@ fn launch<D: Driver>(
     position: usize,
     table: *const u32,
 ) -> Result<Option<u32>> {
-    let mut ops = ops.to_vec();
     let limit = b.driver.shared_limit();
-    let mut room = plan(&b.driver, &mut ops, BLOCKS, limit)?;
+    let mut planned = plan(&b.driver, ops, BLOCKS, limit)?;
     // Now and then a ring of no more than a few turns, which comes around.
     b.programs += 1;
     if b.programs.is_multiple_of(3) {
+        let room = planned.room;
         let turn = ops.iter().map(|op| turn_bytes(op, room.turn_tiles)).max();
         let less = room.ring_bytes.saturating_sub(4 * turn.unwrap_or(0) + 256);
-        room = plan(&b.driver, &mut ops, BLOCKS, limit - less as usize)?;
+        planned = plan(&b.driver, ops, BLOCKS, limit - less as usize)?;
     }
-    let (listing, segments) = listing(&ops);
+    let Plan { ops, count, room } = planned;
+    let (listing, behind) = listing(&ops, BLOCKS);
     let ops_on = b.upload(&listing)?;
     let ranks = b.upload(&[0u64; 2 * BLOCKS as usize])?;
     let chosen = b.upload(&[0u64; CHOICES as usize])?;
@@ -134,9 +138,10 @@ fn launch<D: Driver>(
     const SEQUENCE: u32 = 77;
     let args = DecodeArgs {
         ops: ops_on.ptr(),
-        segments: ops_on.ptr::<u8>().wrapping_add(segments.offset).cast(),
-        segment_count: segments.count,
-        count: ops.len() as u32,
+        segments: ops_on.ptr::<u8>().wrapping_add(behind.segments).cast(),
+        segment_count: behind.segment_count,
+        tasks: ops_on.ptr::<u8>().wrapping_add(behind.tasks).cast(),
+        count,
         steps: 1,
         base,
         stride: 0,
@@ -218,6 +223,7 @@ fn input(x: &Guarded, norm: Option<&Guarded>, eps: f32, len: usize, float: bool)
         len: len as u32,
         inverse_len: 0.0,
         keep_f32: u32::from(float),
+        halves: 0,
     }
 }
 
@@ -311,6 +317,91 @@ fn gate_up<D: Driver>(b: &mut Bench<'_, D>, gate: GgmlType, up: GgmlType) -> Res
     let case = format!("gate and up {} and {} {rows}×{cols}", gate.ty, up.ty);
     let limit = Q15_LIMIT.max(one_step_gated(&gate, &up, &normed, &g, &u));
     b.report(b.decode_kernel, case, nmse(&found, &expected), limit);
+    Ok(())
+}
+
+/// `h = W x`, `h += V y`, which is long enough to be cut in two, `z = U norm(h)` and `h += T y` behind it.
+fn halves<D: Driver>(b: &mut Bench<'_, D>, rows: usize, cols: usize) -> Result<()> {
+    let few = 64;
+    let first = b.matrix(GgmlType::Q8_0, rows, few)?;
+    let long = b.matrix(GgmlType::Q4_K, rows, cols)?;
+    let reader = b.matrix(GgmlType::Q5_0, few, rows)?;
+    let last = b.matrix(GgmlType::Q8_0, rows, few)?;
+    let (x, y, weight) = (
+        b.random.values(few),
+        b.random.values(cols),
+        b.random.values(rows),
+    );
+    let bias = b.random.values(rows);
+    let (x_on, y_on) = (b.upload(&x)?, b.upload(&y)?);
+    let (weight_on, bias_on) = (b.upload(&weight)?, b.upload(&bias)?);
+    let (h, z) = (b.alloc(2 * 4 * rows)?, b.alloc(4 * few)?);
+    let product = |m: &TestMatrix, input: Input, out: *mut f32| Op {
+        kind: kind::PRODUCT,
+        input,
+        matrices: [m.matrix, NO_MATRIX, NO_MATRIX],
+        out,
+        ..NO_OP
+    };
+    let normed = Input {
+        x: h.ptr(),
+        from: 4,
+        ..input(&x_on, Some(&weight_on), 1e-5, rows, false)
+    };
+    let cut = cut_of(&long.matrix, BLOCKS);
+    let ops = [
+        product(&last, input(&x_on, None, 0.0, few, false), h.ptr()),
+        Op {
+            number: 3,
+            sealed: 1,
+            ..product(&first, input(&x_on, None, 0.0, few, false), h.ptr())
+        },
+        Op {
+            number: 4,
+            sealed: 1,
+            add: 1,
+            add_from: 3,
+            cut,
+            biases: [bias_on.ptr(), ptr::null(), ptr::null()],
+            ..product(&long, input(&y_on, None, 0.0, cols, false), h.ptr())
+        },
+        product(&reader, normed, z.ptr()),
+        Op {
+            add: 1,
+            add_from: 4,
+            ..product(&last, input(&x_on, None, 0.0, few, false), h.ptr())
+        },
+    ];
+    if cut == 0 {
+        return Err(Error::Request(format!(
+            "the self-test's product of {cols} values is not cut in two"
+        )));
+    }
+    launch(b, &ops, 13, 0, 0, ptr::null())?;
+    let (found_h, found_z) = (b.take::<f32>("decode", h)?, b.take::<f32>("decode", z)?);
+    let sum =
+        |a: Vec<f64>, b: Vec<f64>| -> Vec<f64> { a.iter().zip(b).map(|(a, b)| a + b).collect() };
+    let biased = bias.iter().map(|v| f64::from(*v)).collect();
+    let middle = sum(
+        sum(first.times(&quantise(&x)), long.times(&quantise(&y))),
+        biased,
+    );
+    let narrow: Vec<f32> = middle.iter().map(|v| *v as f32).collect();
+    let seen = rms_norm(&narrow, &weight, 1e-5);
+    let expected_z = reader.times(&quantise(&seen));
+    let expected_h = sum(middle, last.times(&quantise(&x)));
+    for (what, found, expected, limit) in [
+        (
+            "read",
+            &found_z[..],
+            &expected_z,
+            Q15_LIMIT.max(one_step(&reader, &seen, &expected_z)),
+        ),
+        ("added to", &found_h[..rows], &expected_h, Q15_LIMIT),
+    ] {
+        let case = format!("halves of {rows}×{cols} {what}");
+        b.report(b.decode_kernel, case, nmse(found, expected), limit);
+    }
     Ok(())
 }
 
