@@ -267,8 +267,7 @@ unsafe fn load_values(op: Current, at: usize, tokens: u32, element: u32) -> Valu
         for i in 0..4 {
             let token = value_token(i as u32);
             if element < head_dim && token < tokens {
-                values[i] =
-                    ld_relaxed_v4_u32(from.add(((token * head_dim + element) * 2) as usize));
+                values[i] = ld_v4_u32(from.add(((token * head_dim + element) * 2) as usize));
             }
         }
         values
@@ -643,7 +642,7 @@ pub unsafe fn merge(op: Current) {
                         let split = lane() + 32 * i as u32;
                         let part = parts.add((split * PART) as usize);
                         stats[i] = ld_relaxed_v4_u32(part.add(WIDTH as usize));
-                        values[i] = ld_v4_u32(part.add((element % WIDTH) as usize));
+                        values[i] = ld_relaxed_v4_u32(part.add((element % WIDTH) as usize));
                         all &= seal.on(stats[i][0]) && seal.on(stats[i][1]);
                         all &= seal.all_on(values[i]);
                     }

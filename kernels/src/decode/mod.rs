@@ -176,11 +176,13 @@ pub struct Op {
     /// not of these.
     pub after: u32,
     pub after_second: u32,
-    /// Warps that share a task out, a *team*; how many teams there are, and by what a warp's number is multiplied for that of
-    /// its team, in [`INVERSE_UNIT`]s.
+    /// Warps that share a task out, a *team*; how many teams there are.
     pub team: u32,
     pub teams: u32,
-    pub inverse_team: u32,
+    /// By what a warp's number is divided: by the former for the number of its team, or by the latter for that which it has in its
+    /// team; the rest is the other. And its inverse, in [`INVERSE_UNIT`]s.
+    pub divisor: u32,
+    pub inverse: u32,
     /// Turns of a task.
     pub turns: u32,
     /// Whether a warp multiplies with no other part of the row than the one that it has brought: there is one team, and a part
@@ -237,7 +239,7 @@ impl Op {
     }
 }
 
-/// See [`Op::inverse_team`].
+/// See [`Op::inverse`].
 pub const INVERSE_UNIT: u32 = 256;
 
 /// Bytes of an [`Op`].
@@ -725,7 +727,8 @@ pub const NO_OP: Op = Op {
     after_second: u32::MAX,
     team: WARPS,
     teams: 1,
-    inverse_team: 0,
+    divisor: WARPS,
+    inverse: 0,
     turns: 0,
     alone: 0,
     choose: 0,

@@ -461,13 +461,19 @@ impl Team {
     #[inline(always)]
     unsafe fn of(op: Current) -> Team {
         unsafe {
-            let warps = get!(op, team);
-            let number = thread() / 32 * get!(op, inverse_team) / INVERSE_UNIT;
+            let (warps, teams, divisor) = (get!(op, team), get!(op, teams), get!(op, divisor));
+            let whole = thread() / 32 * get!(op, inverse) / INVERSE_UNIT;
+            let rest = thread() / 32 - whole * divisor;
+            let (number, warp) = if divisor == teams {
+                (rest, whole)
+            } else {
+                (whole, rest)
+            };
             let groups = matrix_field(op, 0, offset_of!(Matrix, cols)) / GROUP as u32;
             Team {
                 number,
-                teams: get!(op, teams),
-                warp: thread() / 32 - number * warps,
+                teams,
+                warp,
                 warps,
                 groups,
                 turns: get!(op, turns),

@@ -55,9 +55,9 @@ struct Writes {
 const CHOICE_BYTES: usize = 8;
 
 /// Most steps of a launch, and how many bytes of weights they may read together: who wants the device for something else waits for
-/// their end, a millisecond or so.
+/// their end, two milliseconds or so.
 const MAX_STEPS: u32 = 8;
-const STEPS_BYTES: u64 = 2 << 30;
+const STEPS_BYTES: u64 = 3 << 30;
 const _: () = assert!(
     CHOICES > 2 * MAX_STEPS,
     "the host reads one before it is overwritten"

@@ -51,9 +51,11 @@ pub(super) fn plan<D: Driver>(driver: &D, ops: &[Op], blocks: u32, shared: usize
             });
         }
         let shares = op.shares;
-        op.team = team(op, tasks.div_ceil(shares.blocks()), &room);
+        let most = tasks.div_ceil(shares.blocks());
+        op.team = team(op, most, &room);
         op.teams = WARPS / op.team;
-        op.inverse_team = INVERSE_UNIT.div_ceil(op.team);
+        op.divisor = divisor(op, most);
+        op.inverse = INVERSE_UNIT.div_ceil(op.divisor);
         op.turns = turns(op, &room);
         let parts = parts(op.input.len);
         op.alone = u32::from(op.teams == 1 && parts <= WARPS);
@@ -190,6 +192,30 @@ fn team(op: &Op, tasks: u32, room: &Room) -> u32 {
     };
     let teams = (1..=WARPS).rev().filter(fits);
     teams.min_by_key(|warps| takes(*warps)).unwrap_or(WARPS)
+}
+
+/// Whether neighbours are in one team or in different ones, as [`Op::divisor`] has it, where a block has so many tasks: what leaves
+/// the busiest of a multiprocessor's schedulers, each with every fourth warp, the least to do.
+fn divisor(op: &Op, tasks: u32) -> u32 {
+    const SCHEDULERS: u32 = 4;
+    let parts = parts(op.input.len);
+    let busiest = |divisor: &u32| {
+        let mut loads = [0; SCHEDULERS as usize];
+        for warp in 0..WARPS {
+            let (whole, rest) = (warp / divisor, warp % divisor);
+            let (number, member) = if *divisor == op.team {
+                (whole, rest)
+            } else {
+                (rest, whole)
+            };
+            let own = tasks.min(BATCH).saturating_sub(number).div_ceil(op.teams);
+            let each = parts.saturating_sub(member).div_ceil(op.team);
+            loads[(warp % SCHEDULERS) as usize] += own * each;
+        }
+        loads.into_iter().max()
+    };
+    let either = [op.team, op.teams];
+    either.into_iter().min_by_key(busiest).unwrap_or(op.team)
 }
 
 /// Bytes of the largest turn of an operation.
