@@ -1,8 +1,8 @@
 //! Attention: from normed rows to queries, keys and values, into the cache, and over it.
 
-use super::decode::Role;
 use super::ops::{ELEMENTWISE, NormRows, blocks};
 use super::products::{Rows, Target, bias_ptr, part};
+use super::recording::Role;
 use super::{Address, Buffer, Cache, Driver, Gpu, Scratch};
 use crate::device::{Attention, CachePlace, CacheType, HeadNorm, Heads, Qkv, RopeLayout};
 use crate::error::{Error, Result};

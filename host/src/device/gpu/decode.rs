@@ -6,10 +6,10 @@
 //! chooses is the next one's token, a launch may carry several.
 //!
 //! What operations hand each other lies in buffers of its own, whose words carry the number of their writer
-//! (`kernels::decode`). This module gives out the numbers, such that a word left over from an earlier operation
-//! or launch never looks like the one that is awaited.
+//! (`kernels::decode`, [`super::recording`]).
 
 use super::program::{Behind, Cost, Plan, Room, cost, listing, plan};
+use super::recording::{Recording, Role, Writes, next_base};
 use super::{Address, Allocation, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
@@ -28,27 +28,6 @@ const SPLIT_FROM: usize = 512;
 struct Shape {
     outputs: usize,
     splits: u32,
-}
-
-/// What a buffer of numbered words holds.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(super) enum Role {
-    /// What the plain buffer at this address would.
-    Buffer(Address),
-    /// The second half of that, which only some of its writers write.
-    Second(Address),
-    /// The step's keys and values of a layer that has so many.
-    Fresh(usize),
-    /// So many words of attention's parts.
-    Parts(usize),
-}
-
-/// First and last write of a program to a buffer.
-#[derive(Clone, Copy)]
-struct Writes {
-    role: Role,
-    first: u64,
-    last: u64,
 }
 
 /// Bytes of a choice as the host reads it.
@@ -94,70 +73,9 @@ struct Program {
     costs: Vec<Cost>,
 }
 
-/// Operations on their way into a program.
-#[derive(Default)]
-struct Recording {
-    ops: Vec<Op>,
-    names: Vec<&'static str>,
-    writes: Vec<Writes>,
-    numbers: u64,
-}
-
-// The addresses in an `Op` belong to the device, not to this thread.
-unsafe impl Send for Recording {}
-
-impl Recording {
-    fn writes_of(&mut self, role: Role) -> Option<&mut Writes> {
-        self.writes.iter_mut().find(|w| w.role == role)
-    }
-
-    /// Adds `op`, which writes the buffers `outputs`.
-    fn push(&mut self, name: &'static str, op: Op, outputs: &[Role]) {
-        // No buffer's next number may look like its last.
-        let mut number = self.numbers;
-        while outputs.iter().any(|&role| {
-            let last = self.writes_of(role).map(|w| w.last);
-            last.is_some_and(|last| alike(number, last))
-        }) {
-            number += 1;
-        }
-        self.numbers = number + 1;
-        for &role in outputs {
-            match self.writes_of(role) {
-                Some(w) => w.last = number,
-                None => self.writes.push(Writes {
-                    role,
-                    first: number,
-                    last: number,
-                }),
-            }
-        }
-        self.names.push(name);
-        self.ops.push(Op {
-            number: (number % u64::from(NUMBERS)) as u32,
-            sealed: u32::from(!outputs.is_empty()),
-            ..op
-        });
-    }
-}
-
 /// Where step `sequence` leaves its choice for the host, in bytes.
 fn choice_offset(sequence: u32) -> usize {
     (sequence % CHOICES) as usize * CHOICE_BYTES
-}
-
-/// A number from `from` on that operations may count from, without the first of any buffer looking like the last that it has
-/// now. There are fewer buffers than numbers.
-fn next_base(from: u64, writes: &[Writes], last: impl Fn(&Writes) -> Option<u64>) -> u64 {
-    let looks = |base: u64| {
-        let mut of = writes.iter();
-        of.any(|w| last(w).is_some_and(|last| alike(base + w.first, last)))
-    };
-    let mut base = from;
-    while looks(base) {
-        base += 1;
-    }
-    base
 }
 
 /// A program's launch.
@@ -172,11 +90,6 @@ struct Run {
     token: u32,
     position: u32,
     steps: u32,
-}
-
-/// Whether two numbers are the same in a word.
-fn alike(a: u64, b: u64) -> bool {
-    a % u64::from(NUMBERS) == b % u64::from(NUMBERS)
 }
 
 /// The state of decode steps.

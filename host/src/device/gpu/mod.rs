@@ -11,6 +11,7 @@ mod experts;
 mod ops;
 mod products;
 mod program;
+mod recording;
 mod sampling;
 mod selftest;
 mod weights;

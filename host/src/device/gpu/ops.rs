@@ -9,9 +9,9 @@
 //! [`Gpu::op_norm_gate_up`] to [`Gpu::op_linear_add`] lies in its buffer as f16, rows padded with zeros
 //! to whole groups: the form that products take.
 
-use super::decode::Role;
 use super::products::{Rows, Target, bias_ptr};
 use super::program::cut_of;
+use super::recording::Role;
 use super::{Address, Buffer, Driver, Gpu, Scratch, Weight};
 use crate::device::{Activation, CachePart, GateUp, Head, Linear, Norm, NormKind, Residual};
 use crate::error::{Error, Result};

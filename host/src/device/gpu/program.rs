@@ -409,3 +409,84 @@ fn bytes<T>(values: &[T]) -> &[u8] {
     // Only of `Op`, `Segment` and numbers, whose padding is never read.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gguf::GgmlType;
+    use kernels::types::LAYOUTS;
+
+    /// An H100's.
+    const BLOCKS: u32 = 132;
+
+    fn matrix(ty: GgmlType, rows: u32, cols: u32) -> Matrix {
+        let layout = LAYOUTS.iter().find(|l| l.ty == ty as u32).unwrap();
+        Matrix {
+            base: 0x10000 as *const u8,
+            rows,
+            cols,
+            row_bytes: layout.row_bytes(cols as usize) as u32,
+            tile_bytes: layout.tile_bytes(TILE) as u32,
+            ty: ty as u32,
+            unused: 0,
+        }
+    }
+
+    #[test]
+    fn long_products_of_few_rows_are_cut_and_others_are_not() {
+        let cut = |ty, rows, cols| cut_of(&matrix(ty, rows, cols), BLOCKS);
+        // The last products of a layer of Qwen 2.5 0.5B and 1.5B, and Llama 3 8B.
+        for (rows, cols) in [(896, 4864), (1536, 8960), (4096, 14336)] {
+            assert_ne!(cut(GgmlType::Q4_K, rows, cols), 0, "{rows}×{cols}");
+        }
+        // SmolLM2 135M's, of less than two looks; attention's, which others read; gates; floats.
+        assert_eq!(cut(GgmlType::Q4_1, 576, 1536), 0);
+        assert_eq!(cut(GgmlType::Q4_K, 4096, 4096), 0);
+        assert_eq!(cut(GgmlType::Q4_K, 14336, 4096), 0);
+        assert_eq!(cut(GgmlType::F16, 2048, 8192), 0);
+    }
+
+    #[test]
+    fn halves_cover_all_columns_and_every_task_once() {
+        for (rows, cols) in [(896, 4864), (1536, 8960), (4096, 14336)] {
+            let whole = matrix(GgmlType::Q6_K, rows, cols);
+            let op = Op {
+                kind: kind::PRODUCT,
+                add: 1,
+                matrices: [whole, kernels::types::NO_MATRIX, kernels::types::NO_MATRIX],
+                cut: cut_of(&whole, BLOCKS),
+                ..decode::NO_OP
+            };
+            let op = Op {
+                input: decode::Input {
+                    len: cols,
+                    ..op.input
+                },
+                ..op
+            };
+            let [first, second] = halves(&op, BLOCKS);
+            assert_eq!(first.input.len + second.input.len, cols);
+            let [a, b] = [first, second].map(|op| op.matrices[0]);
+            assert_eq!(a.length() + b.length(), whole.row_bytes);
+            assert_eq!(b.base as usize - a.base as usize, a.length() as usize);
+            assert_eq!((first.add, second.add), (1, 0));
+            let mut seen = [vec![0; first.count_tasks() as usize], vec![]];
+            seen[1] = seen[0].clone();
+            for block in 0..BLOCKS {
+                let mine = [first, second].map(|op| {
+                    let shares = op.shares;
+                    let shares = Shares::of(op.count_tasks(), shares.first(), shares.blocks());
+                    shares.of_block(block)
+                });
+                assert!(
+                    mine.iter().any(|tasks| tasks.first == tasks.end),
+                    "one half a block"
+                );
+                for (seen, tasks) in seen.iter_mut().zip(mine) {
+                    (tasks.first..tasks.end).for_each(|t| seen[t as usize] += 1);
+                }
+            }
+            assert!(seen.iter().flatten().all(|n| *n == 1), "{rows}×{cols}");
+        }
+    }
+}

@@ -3,6 +3,7 @@
 use super::super::program::{Plan, cut_of, listing, plan, turn_bytes};
 use super::Driver;
 use super::bench::{Bench, Guarded, TestMatrix, layout, nmse, nmse_at_least};
+use super::decode_attention::attend;
 use super::products::{F32_LIMIT, name};
 use super::rows::{Paging, rms_norm, rotate, rotation_table, silu};
 use crate::error::{Error, Result};
@@ -104,14 +105,14 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
     for (rows, cols) in [(64, 8192), (1600, 14336)] {
         halves(b, rows, cols)?;
     }
-    for vocabulary in [1, 33, 3000] {
-        choice(b, vocabulary)?;
+    for (vocabulary, steps) in [(1, 1), (33, 5), (3000, 1), (3000, 3)] {
+        choice(b, vocabulary, steps)?;
     }
     Ok(())
 }
 
-/// Runs `ops`; what they choose, if they do.
-fn launch<D: Driver>(
+/// Runs `ops` once; what they choose, if they do.
+pub(super) fn launch<D: Driver>(
     b: &mut Bench<'_, D>,
     ops: &[Op],
     base: u32,
@@ -119,6 +120,20 @@ fn launch<D: Driver>(
     position: usize,
     table: *const u32,
 ) -> Result<Option<u32>> {
+    let chosen = launch_steps(b, ops, base, token, position, table, 1)?;
+    Ok(chosen.first().copied())
+}
+
+/// Runs `ops` for so many steps; what they choose, if they do.
+fn launch_steps<D: Driver>(
+    b: &mut Bench<'_, D>,
+    ops: &[Op],
+    base: u32,
+    token: u32,
+    position: usize,
+    table: *const u32,
+    steps: u32,
+) -> Result<Vec<u32>> {
     let limit = b.driver.shared_limit();
     let mut planned = plan(&b.driver, ops, BLOCKS, limit)?;
     // Now and then a ring of no more than a few turns, which comes around.
@@ -136,15 +151,16 @@ fn launch<D: Driver>(
     let chosen = b.upload(&[0u64; CHOICES as usize])?;
     let choice = b.upload(&[0u64])?;
     const SEQUENCE: u32 = 77;
+    const STRIDE: u32 = 7;
     let args = DecodeArgs {
         ops: ops_on.ptr(),
         segments: ops_on.ptr::<u8>().wrapping_add(behind.segments).cast(),
         segment_count: behind.segment_count,
         tasks: ops_on.ptr::<u8>().wrapping_add(behind.tasks).cast(),
         count,
-        steps: 1,
+        steps,
         base,
-        stride: 0,
+        stride: STRIDE,
         token,
         position: position as u32,
         sequence: SEQUENCE,
@@ -163,10 +179,13 @@ fn launch<D: Driver>(
     b.take::<u64>("decode", ranks)?;
     let chosen = b.take::<u64>("decode", chosen)?;
     b.take::<u64>("decode", choice)?;
-    Ok(chosen
-        .get((SEQUENCE % CHOICES) as usize)
-        .filter(|v| (**v >> 32) as u32 == SEQUENCE)
-        .map(|v| *v as u32))
+    let of = |step: u32| {
+        let sequence = SEQUENCE + step;
+        let word = chosen.get((sequence % CHOICES) as usize);
+        word.filter(|v| (**v >> 32) as u32 == sequence)
+            .map(|v| *v as u32)
+    };
+    Ok((0..steps).filter_map(of).collect())
 }
 
 /// What a row of 15-bit activations stands for.
@@ -214,7 +233,13 @@ fn seen_by(m: &TestMatrix, x: &[f32]) -> Vec<f32> {
     }
 }
 
-fn input(x: &Guarded, norm: Option<&Guarded>, eps: f32, len: usize, float: bool) -> Input {
+pub(super) fn input(
+    x: &Guarded,
+    norm: Option<&Guarded>,
+    eps: f32,
+    len: usize,
+    float: bool,
+) -> Input {
     Input {
         x: x.ptr(),
         norm: norm.map_or(ptr::null(), |n| n.ptr()),
@@ -336,6 +361,7 @@ fn halves<D: Driver>(b: &mut Bench<'_, D>, rows: usize, cols: usize) -> Result<(
     let (x_on, y_on) = (b.upload(&x)?, b.upload(&y)?);
     let (weight_on, bias_on) = (b.upload(&weight)?, b.upload(&bias)?);
     let (h, z) = (b.alloc(2 * 4 * rows)?, b.alloc(4 * few)?);
+    let unread = b.alloc(4 * rows)?;
     let product = |m: &TestMatrix, input: Input, out: *mut f32| Op {
         kind: kind::PRODUCT,
         input,
@@ -350,7 +376,8 @@ fn halves<D: Driver>(b: &mut Bench<'_, D>, rows: usize, cols: usize) -> Result<(
     };
     let cut = cut_of(&long.matrix, BLOCKS);
     let ops = [
-        product(&last, input(&x_on, None, 0.0, few, false), h.ptr()),
+        // The first two are never cut.
+        product(&last, input(&x_on, None, 0.0, few, false), unread.ptr()),
         Op {
             number: 3,
             sealed: 1,
@@ -378,6 +405,7 @@ fn halves<D: Driver>(b: &mut Bench<'_, D>, rows: usize, cols: usize) -> Result<(
         )));
     }
     launch(b, &ops, 13, 0, 0, ptr::null())?;
+    b.take::<f32>("decode", unread)?;
     let (found_h, found_z) = (b.take::<f32>("decode", h)?, b.take::<f32>("decode", z)?);
     let sum =
         |a: Vec<f64>, b: Vec<f64>| -> Vec<f64> { a.iter().zip(b).map(|(a, b)| a + b).collect() };
@@ -476,211 +504,18 @@ fn qkv<D: Driver>(
     Ok(())
 }
 
-/// Attention, and the product that takes its parts, with a barrier between them.
-fn attend<D: Driver>(
-    b: &mut Bench<'_, D>,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    past: usize,
-    splits: u32,
-    late: Option<(usize, bool)>,
-) -> Result<()> {
-    const EPS: f32 = 1e-6;
-    let tokens = past + 1;
-    let paging = Paging::new(b, &[(past, 1)], kv_heads * head_dim * 2, &[0])?;
-    // Keys far from zero, as those of a model with large key biases are.
-    let mut cached = [Vec::new(), Vec::new()];
-    for token in 0..tokens {
-        for (kind, by_token) in cached.iter_mut().enumerate() {
-            let mut by_head = Vec::new();
-            for head in 0..kv_heads {
-                let offset = if kind == 0 { 3.0 } else { 0.0 };
-                let v: Vec<f32> = b
-                    .random
-                    .values(head_dim)
-                    .iter()
-                    .map(|v| f16::from_f32(v + offset).to_f32())
-                    .collect();
-                paging.write::<f16, D>(b, kv_heads, head_dim, kind == 1, head, 0, token, &v)?;
-                by_head.push(v);
-            }
-            by_token.push(by_head);
-        }
-    }
-    let len = heads * head_dim;
-    let q: Vec<f32> = b.random.values(len).iter().map(|v| v * 3.0).collect();
-    let q_on = b.upload(&q)?;
-    // The step's own key and value: as the cache is to have them, or the key before its norm.
-    let mut fresh = Vec::new();
-    for kind in &cached {
-        fresh.extend(kind[past].concat());
-    }
-    let (query_norm, key_norm) = (b.random.values(head_dim), b.random.values(head_dim));
-    let dims = late.map_or(0, |(dims, _)| dims);
-    let halves = late.is_some_and(|(_, halves)| halves);
-    let table = rotation_table(tokens, dims.max(2));
-    let turn = |head: &[f32], norm: &[f32]| -> Vec<f64> {
-        let mut y: Vec<f64> = rms_norm(head, norm, f64::from(EPS))
-            .iter()
-            .map(|v| f64::from(*v))
-            .collect();
-        rotate(&mut y, &table, past, dims, halves);
-        y
-    };
-    let mut q_seen: Vec<f64> = q.iter().map(|v| f64::from(*v)).collect();
-    if late.is_some() {
-        q_seen = q
-            .chunks(head_dim)
-            .flat_map(|head| turn(head, &query_norm))
-            .collect();
-        for head in &mut cached[0][past] {
-            let turned = turn(head, &key_norm);
-            *head = turned.iter().map(|v| f16::from_f64(*v).to_f32()).collect();
-        }
-    }
-    let (query_norm_on, key_norm_on) = (b.upload(&query_norm)?, b.upload(&key_norm)?);
-    let (table_on, fresh_on) = (b.upload(&table)?, b.upload(&fresh)?);
-    let parts = heads * head_dim.div_ceil(decode::WIDTH as usize);
-    let parts = b.alloc(4 * parts * splits as usize * decode::PART as usize)?;
-    let row = b.alloc(4 * len)?;
-    let m = b.matrix(GgmlType::F32, 9, len)?;
-    let out = b.alloc(4 * m.rows)?;
-    let scale = 1.0 / (head_dim as f32).sqrt();
-    let attention = Op {
-        kind: kind::ATTEND,
-        input: input(
-            &q_on,
-            late.is_some().then_some(&query_norm_on),
-            EPS,
-            len,
-            false,
-        ),
-        late: u32::from(late.is_some()),
-        key_norm: if late.is_some() {
-            key_norm_on.ptr()
-        } else {
-            ptr::null()
-        },
-        rotation: Rotation {
-            table: table_on.ptr(),
-            dims: dims as u32,
-            halves: u32::from(halves),
-        },
-        // Where nothing is normed the cache has it all.
-        fresh: if late.is_some() {
-            fresh_on.ptr()
-        } else {
-            ptr::null_mut()
-        },
-        cache: paging.layer(kv_heads, head_dim),
-        heads: heads as u32,
-        splits,
-        scale,
-        number: 3,
-        sealed: 1,
-        out: if splits == 1 { row.ptr() } else { parts.ptr() },
-        ..NO_OP
-    };
-    let merge = Op {
-        kind: kind::MERGE,
-        input: Input {
-            from: 3,
-            ..input(&parts, None, 0.0, len, false)
-        },
-        number: 4,
-        out: row.ptr(),
-        ..attention
-    };
-    let product = Op {
-        kind: kind::PRODUCT,
-        input: Input {
-            from: if splits == 1 { 3 } else { 4 },
-            ..input(&row, None, 0.0, len, true)
-        },
-        matrices: [m.matrix, NO_MATRIX, NO_MATRIX],
-        out: out.ptr(),
-        ..NO_OP
-    };
-    let all = [attention, merge, product];
-    let ops = if splits == 1 {
-        vec![attention, product]
-    } else {
-        all.to_vec()
-    };
-    launch(b, &ops, 9, 0, past, paging.step.tables)?;
-    b.take::<u32>("decode", parts)?;
-    b.take::<u32>("decode", row)?;
-    let found = b.take::<f32>("decode", out)?;
-    let mut attended = Vec::with_capacity(len);
-    for (head, q) in q_seen.chunks(head_dim).enumerate() {
-        let kv = head / (heads / kv_heads);
-        let scores: Vec<f64> = cached[0]
-            .iter()
-            .map(|keys| {
-                let dot: f64 = q
-                    .iter()
-                    .zip(&keys[kv])
-                    .map(|(q, k)| q * f64::from(*k))
-                    .sum();
-                dot * f64::from(scale)
-            })
-            .collect();
-        let peak = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let mass: f64 = scores.iter().map(|s| (s - peak).exp()).sum();
-        for e in 0..head_dim {
-            let sum: f64 = scores
-                .iter()
-                .zip(&cached[1])
-                .map(|(s, values)| (s - peak).exp() * f64::from(values[kv][e]))
-                .sum();
-            attended.push((sum / mass) as f32);
-        }
-    }
-    let turned = match late {
-        Some((dims, _)) => format!(", normed, {dims} rotate"),
-        None => String::new(),
-    };
-    let case = format!(
-        "attention, {heads}/{kv_heads} heads of {head_dim}, {tokens} tokens, {splits} splits{turned}"
-    );
-    // A key that is rounded the other way, to f16, for one of the tokens.
-    let limit = if late.is_some() { 1e-6 } else { 1e-9 };
-    let error = nmse(&found, &m.times(&attended));
-    b.report(b.decode_kernel, case, error, limit);
-    if late.is_some() {
-        // The cache has it for the steps to come.
-        let mut kept = Vec::new();
-        for head in 0..kv_heads {
-            kept.extend(paging.read::<f16, D>(b, kv_heads, head_dim, false, head, 0, past)?);
-        }
-        let expected: Vec<f64> = cached[0][past]
-            .concat()
-            .iter()
-            .map(|v| f64::from(*v))
-            .collect();
-        b.report(
-            b.decode_kernel,
-            format!("{heads}/{kv_heads} keys of {head_dim}, normed, {dims} rotate"),
-            nmse(&kept, &expected),
-            1e-6,
-        );
-    }
-    Ok(())
-}
-
-/// An embedding, then logits and the greatest of them.
-fn choice<D: Driver>(b: &mut Bench<'_, D>, vocabulary: usize) -> Result<()> {
+/// An embedding, then logits and the greatest of them, and the same with that for so many steps.
+fn choice<D: Driver>(b: &mut Bench<'_, D>, vocabulary: usize, steps: u32) -> Result<()> {
     let cols = 64;
-    let m = b.matrix(GgmlType::Q8_0, vocabulary, cols)?;
+    let table = b.matrix(GgmlType::Q8_0, vocabulary, cols)?;
+    let head = b.matrix(GgmlType::Q8_0, vocabulary, cols)?;
     let token = b.random.below(vocabulary);
     let (x, logits) = (b.alloc(4 * cols)?, b.alloc(4 * vocabulary)?);
-    let matrices = [m.matrix, NO_MATRIX, NO_MATRIX];
     let ops = [
         Op {
             kind: kind::EMBED,
             input: input(&x, None, 0.0, cols, false),
-            matrices,
+            matrices: [table.matrix, NO_MATRIX, NO_MATRIX],
             scale: 0.5,
             number: 2,
             sealed: 1,
@@ -694,17 +529,34 @@ fn choice<D: Driver>(b: &mut Bench<'_, D>, vocabulary: usize) -> Result<()> {
                 from: 2,
                 ..input(&x, None, 0.0, cols, false)
             },
-            matrices,
+            matrices: [head.matrix, NO_MATRIX, NO_MATRIX],
             out: logits.ptr(),
             ..NO_OP
         },
     ];
-    let chosen = launch(b, &ops, 14, token as u32, 0, ptr::null())?;
+    let chosen = launch_steps(b, &ops, 14, token as u32, 0, ptr::null(), steps)?;
+    let embedded = |token: usize| -> Vec<f32> {
+        let row = &table.values[token * cols..(token + 1) * cols];
+        row.iter().map(|v| v * 0.5).collect()
+    };
+    let complete = chosen.len() == steps as usize;
+    let before = std::iter::once(token).chain(chosen.iter().map(|id| *id as usize));
+    let tokens: Vec<usize> = before.take(chosen.len()).collect();
+    // By how much a step's choice is less than the greatest; the last one's is known to the bit.
+    let mut short = if complete { 0.0 } else { 1.0 };
+    for (&id, &token) in chosen.iter().zip(&tokens) {
+        let y = head.times(&quantise(&embedded(token)));
+        let greatest = y.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        short += match y.get(id as usize) {
+            Some(y) => (greatest - y) / greatest.abs().max(1e-30),
+            None => 1.0,
+        };
+    }
+    let case = format!("{steps} choices of {vocabulary}");
+    b.report(b.decode_kernel, case, short, 1e-4);
     let found = b.take::<f32>("decode", x)?;
-    let expected: Vec<f64> = m.values[token * cols..(token + 1) * cols]
-        .iter()
-        .map(|v| f64::from(*v) * 0.5)
-        .collect();
+    let expected = embedded(tokens.last().copied().unwrap_or(token));
+    let expected: Vec<f64> = expected.iter().map(|v| f64::from(*v)).collect();
     b.report(
         b.decode_kernel,
         format!("embedding of {vocabulary}"),
@@ -716,7 +568,11 @@ fn choice<D: Driver>(b: &mut Bench<'_, D>, vocabulary: usize) -> Result<()> {
         .rev()
         .max_by(|i, j| logits[*i as usize].total_cmp(&logits[*j as usize]));
     // Of equals the lower id, as everywhere.
-    let error = if chosen == greatest { 0.0 } else { 1.0 };
+    let error = if chosen.last() == greatest.as_ref() {
+        0.0
+    } else {
+        1.0
+    };
     b.report(
         b.decode_kernel,
         format!("choice of {vocabulary}"),

@@ -7,6 +7,7 @@ mod attention;
 mod bench;
 mod choice;
 mod decode;
+mod decode_attention;
 mod experts;
 mod products;
 mod rows;
