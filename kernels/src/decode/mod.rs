@@ -14,6 +14,9 @@
 //! group of 32 ([`row`]), and takes sixteen rows of weights at a time, whose columns its warps share out, on tensor cores.
 //! Three warps more, the *finishers*, add up what these have and write it, while the others go on.
 //!
+//! Where rows of weights are long and few, a product is two, each with a half of the columns for some of the blocks: who reads its
+//! outputs adds two words up ([`Input::halves`]).
+//!
 //! An operation is a *step* of the block, or several: a batch of tasks each. At its end there is a barrier of all warps but the
 //! feeder: finishers come to it when they are through with the step before.
 //!
