@@ -388,8 +388,8 @@ pub struct SampleRow<'a> {
     pub u: f32,
     /// Distinct token ids of the prompt and of what was generated, for the repetition penalty.
     pub seen: &'a [u32],
-    /// That the sequence's next steps, so many at most, are most likely those of the chosen tokens, and that nobody asks for this
-    /// one's logits again: a device may begin them before it is told to.
+    /// That the sequence's next steps, so many at most, are most likely those of the chosen tokens, and that nobody asks for the
+    /// logits of this one again, nor for any step's but the last of them: a device may begin them before it is told to.
     pub ahead: usize,
 }
 

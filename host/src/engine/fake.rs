@@ -40,6 +40,9 @@ pub struct FakeRunner {
     pub panic_at: Option<usize>,
     pub fail_at: Option<(usize, fn() -> Error)>,
     logits: Vec<Vec<f32>>,
+    /// Steps to come whose logits are gone before they can be read, as those of a device that runs ahead.
+    gone: usize,
+    readable: bool,
     /// The tokens of the last step, and the position of the first.
     last: (Vec<u32>, usize),
 }
@@ -73,6 +76,8 @@ impl FakeRunner {
             panic_at: None,
             fail_at: None,
             logits: Vec::new(),
+            gone: 0,
+            readable: true,
             last: (Vec::new(), 0),
         }
     }
@@ -144,6 +149,9 @@ impl Runner for FakeRunner {
         {
             return Err(error());
         }
+        // A step of several tokens is not one that was begun before.
+        self.readable = self.gone == 0 || batch.tokens.len() > 1;
+        self.gone = if self.readable { 0 } else { self.gone - 1 };
         self.logits.clear();
         self.last = (batch.tokens.clone(), batch.spans[0].past);
         for span in &batch.spans {
@@ -173,6 +181,9 @@ impl Runner for FakeRunner {
     }
 
     fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<u32>> {
+        if let [row] = rows {
+            self.gone = self.gone.max(row.ahead.saturating_sub(1));
+        }
         Ok(rows
             .iter()
             .zip(&self.logits)
@@ -189,6 +200,10 @@ impl Runner for FakeRunner {
     }
 
     fn logits(&mut self, output: usize) -> Result<Vec<f32>> {
+        if !self.readable {
+            let what = "the logits of a step that others have begun behind";
+            return Err(Error::Request(what.to_owned()));
+        }
         Ok(self.logits[output].clone())
     }
 }

@@ -51,7 +51,11 @@ impl Sequence<'_> {
                 params,
                 u: uniform(seed, index as u64),
                 seen: &self.seen.ids,
-                ahead: request.max_tokens.saturating_sub(index + 1),
+                ahead: match request.max_tokens.saturating_sub(index + 1) {
+                    // Each step's logits are read before the next one begins.
+                    left if request.logprobs.is_some() => left.min(1),
+                    left => left,
+                },
             };
             let ids = runner.sample(&[row])?;
             ids.first().copied().ok_or_else(|| {
