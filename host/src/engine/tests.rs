@@ -586,8 +586,10 @@ fn log_probabilities_come_with_each_token() {
     let engine = start(FakeRunner::script(64, 1, "ab"));
     let mut r = request("x", 5);
     r.logprobs = Some(2);
+    let mut tokens = 0;
     for event in drain(engine.submit(r).unwrap()) {
         if let Event::Token { id, logprobs, .. } = event {
+            tokens += 1;
             let logprobs = logprobs.unwrap();
             // Two logits, 1000 and 999.5, are all that counts.
             let expected = -(1.0 + (-0.5f32).exp()).ln();
@@ -597,6 +599,7 @@ fn log_probabilities_come_with_each_token() {
             assert!((logprobs.top[1].1 - (expected - 0.5)).abs() < 1e-4);
         }
     }
+    assert_eq!(tokens, 3, "a, b and the end");
 }
 
 #[test]
