@@ -12,14 +12,16 @@
 
 use super::seal::Seal;
 use super::{
-    Current, DecodeArgs, LATE, PLAIN, ROWS_AT, WARPS, WIDE, blocks, cache_block, get, lane, may_be,
-    sync, thread,
+    Current, DecodeArgs, LATE, Listed, PLAIN, ROWS_AT, Source, WARPS, WIDE, blocks, cache_block,
+    get, kind, lane, may_be, sync, thread,
 };
 use crate::attention::NONE;
 use crate::rows::BLOCK_TOKENS;
 use crate::unrolled;
 use cuda_std::half::{F16, pack_f16x2};
 use cuda_std::int::{here, prmt, quotient};
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+use cuda_std::memory::prefetch_bulk_l2;
 use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_f32, ldg_v4_u32, st_global_v2};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::{block_idx_x, spin};
@@ -52,7 +54,7 @@ const ASKED_BYTES: u32 = FRESH_AT + 2 * 2 * MAX_HEAD_DIM;
 /// Bytes of shared memory that attention needs, with so many query heads for each key-value head.
 pub const fn attend_bytes(group: u32) -> u32 {
     let heads = if group < HEADS { group } else { HEADS };
-    ASKED_BYTES + WARPS * heads * PART * 4
+    ASKED_BYTES + heads * HEAD_PARTS * 4
 }
 
 /// Pieces before the tokens are split.
@@ -62,6 +64,10 @@ pub const fn attend_pieces(kv_heads: u32, group: u32, head_dim: u32) -> u32 {
 
 /// Words of a part: the elements' sums, their peak and mass, two unused.
 pub const PART: u32 = WIDTH + 4;
+
+/// Words from head to head of the warps' parts in shared memory: these, and as many more as send neighbours' words to different
+/// banks.
+const HEAD_PARTS: u32 = WARPS * PART + 4;
 
 /// `n / d`: most often `d` is 1, and a division takes long.
 #[inline(always)]
@@ -86,8 +92,9 @@ struct Piece {
 }
 
 impl Piece {
+    /// Piece `index` where the row's token is number `position`.
     #[inline(always)]
-    unsafe fn of(op: Current, index: u32) -> Piece {
+    unsafe fn of(op: impl Source, index: u32, position: u32) -> Piece {
         unsafe {
             let (splits, head_dim) = (get!(op, splits), get!(op, cache.head_dim));
             let group = get!(op, group);
@@ -100,7 +107,7 @@ impl Piece {
             let kv_head = share(piece, pieces);
             let first = (piece - kv_head * pieces) * HEADS;
             // Whole tiles, which lie in one block of the cache.
-            let tokens = get!(op, now.position) + 1;
+            let tokens = position + 1;
             let chunk = share(tokens + splits - 1, splits).next_multiple_of(TOKENS);
             let from = if split * chunk < tokens {
                 split * chunk
@@ -183,23 +190,57 @@ pub unsafe fn attend(a: &DecodeArgs, op: Current) {
     unsafe {
         let mut index = block_idx_x();
         while index < pieces(op) {
-            let (place, piece) = (Place::here(), Piece::of(op, index));
+            let (place, piece) = (Place::here(), Piece::of(op, index, get!(op, now.position)));
             if get!(op, cache.head_dim) <= NARROW_DIM || !may_be(WIDE) {
                 walk::<2>(a, op, place, piece);
             } else {
                 walk::<4>(a, op, place, piece);
             }
-            sync();
-            join(op, place.parts, piece);
+            join(op, place.parts, here(index));
             sync();
             index += blocks();
         }
     }
 }
 
+/// Asks for keys and values of the block's first piece in the second-level cache, for a row whose token is number `position`: long
+/// before they are needed, while memory has less to do than when they are.
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+#[inline(always)]
+pub unsafe fn prefetch(a: &DecodeArgs, op: Listed, position: u32) {
+    unsafe {
+        // Shorter ones take no time.
+        if get!(op, kind) != kind::ATTEND || get!(op, splits) == 1 || block_idx_x() >= pieces(op) {
+            return;
+        }
+        let piece = Piece::of(op, block_idx_x(), position);
+        let bytes = get!(op, cache.head_dim) * TOKENS * 2;
+        let both = get!(op, cache.head_dim) <= WIDTH;
+        let (keys, values) = (get!(op, cache.keys), get!(op, cache.values));
+        let mut base = piece.from + lane() * TOKENS;
+        let end = piece.from + PREFETCHED * TOKENS;
+        let end = if piece.to < end { piece.to } else { end };
+        while base < end {
+            let at = tile_at(a, op, piece.kv_head, base);
+            // Of pieces with the same keys each takes its part.
+            if both || piece.element == 0 {
+                prefetch_bulk_l2(keys.add(at), bytes);
+            }
+            if both || piece.element != 0 {
+                prefetch_bulk_l2(values.add(at), bytes);
+            }
+            base += 32 * TOKENS;
+        }
+    }
+}
+
+/// Tiles of a piece that are asked for ahead at most: more would be gone from that cache before they are needed.
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+const PREFETCHED: u32 = WARPS;
+
 /// Pieces of an operation, with its splits.
 #[inline(always)]
-unsafe fn pieces(op: Current) -> u32 {
+unsafe fn pieces(op: impl Source) -> u32 {
     unsafe {
         let group = get!(op, group);
         attend_pieces(get!(op, cache.kv_heads), group, get!(op, cache.head_dim)) * get!(op, splits)
@@ -225,7 +266,7 @@ fn value_token(i: u32) -> u32 {
 
 /// Where the tile at token `base` begins in the cache, in bytes.
 #[inline(always)]
-unsafe fn tile_at(a: &DecodeArgs, op: Current, kv_head: u32, base: u32) -> usize {
+unsafe fn tile_at(a: &DecodeArgs, op: impl Source, kv_head: u32, base: u32) -> usize {
     unsafe {
         let tokens = BLOCK_TOKENS as u32;
         let block = cache_block(a, base);
@@ -322,6 +363,7 @@ unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: 
             from = fresh.cast_const().wrapping_add((first * head_dim) as usize);
         }
         let active = exists && element < head_dim;
+        let scale = f32::from_bits(here((get!(op, scale) * LOG2_E).to_bits()));
         let mut words = [0; 4];
         loop {
             let mut all = true;
@@ -356,7 +398,6 @@ unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: 
             }
             return;
         }
-        let scale = get!(op, scale) * LOG2_E;
         v = v.map(|v| if active { v * scale } else { 0.0 });
         if element < K as u32 * CHUNK {
             let (near, far) = (split(v[0], v[1]), split(v[2], v[3]));
@@ -428,7 +469,7 @@ fn split(low: f32, high: f32) -> [u32; 2] {
 unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: Piece) {
     unsafe {
         let warp = thread() / 32;
-        let mut base = piece.from + warp * TOKENS;
+        let mut base = here(piece.from + warp * TOKENS);
         // What the cache holds: the step's own is still on its way.
         let fresh = !get!(op, fresh).is_null();
         let cached = get!(op, now.position) + u32::from(!fresh);
@@ -439,24 +480,29 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
         if any {
             let at = tile_at(a, op, piece.kv_head, base);
             keys = load_keys(op, at, end.saturating_sub(base));
+            let at = tile_at(a, op, piece.kv_head, here(base));
             values = load_values(op, at, end.saturating_sub(base), piece.element);
         }
+        // The step's own token, as the tile counts them.
+        let mut own = here(if fresh {
+            get!(op, now.position).wrapping_sub(base)
+        } else {
+            u32::MAX
+        });
         ask::<K>(a, op, place, piece);
         sync();
-        // A question of its own: else each answer would get a copy of what lies between, and of the barrier.
-        if here(base) >= piece.to {
-            return;
-        }
         // Of heads `2 t` and `2 t + 1`; of elements `8 g + 2 j` and the next.
         let mut peak = [NONE; 2];
         let mut sums = [[0.0f32; 4]; 4];
-        // The weights' own, by a product with ones: the same in every lane of a head.
-        let mut mass = [0.0f32; 4];
-        loop {
-            if fresh && get!(op, now.position) - base < TOKENS {
-                let (token, head_dim) = (get!(op, now.position) - base, get!(op, cache.head_dim));
-                put_key(&mut keys, place, token, head_dim);
-                put_value(&mut values, place, token, piece.element, head_dim);
+        // The weights' own, by a product with ones: the same in every lane of a head. Where it is known to begin with zero, the first tile
+        // gets code of its own.
+        let mut mass = [f32::from_bits(here(0)), 0.0, 0.0, 0.0];
+        // Who has no tokens leaves a part of no weight.
+        while base < piece.to {
+            if own < TOKENS {
+                let head_dim = get!(op, cache.head_dim);
+                put_key(&mut keys, place, own, head_dim);
+                put_value(&mut values, place, own, piece.element, head_dim);
             }
             // Several sums, so that one product does not wait for the last.
             let mut scores = [[[0.0f32; 4]; 2]; 2];
@@ -487,17 +533,20 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
                     top[i] = top[i].max(warp::shuffle_xor(top[i], width));
                 }
             }
-            for i in 0..2 {
-                top[i] = top[i].max(peak[i]);
-                let shrink = float::exp2_approx(peak[i] - top[i]);
-                mass[i] *= shrink;
-                mass[i + 2] *= shrink;
-                for j in 0..4 {
-                    sums[j][i] *= shrink;
-                    sums[j][i + 2] *= shrink;
+            // Nothing has been summed yet for the first tile, which most often is the only one.
+            if mass[0] != 0.0 {
+                for i in 0..2 {
+                    top[i] = top[i].max(peak[i]);
+                    let shrink = float::exp2_approx(peak[i] - top[i]);
+                    mass[i] *= shrink;
+                    mass[i + 2] *= shrink;
+                    for j in 0..4 {
+                        sums[j][i] *= shrink;
+                        sums[j][i + 2] *= shrink;
+                    }
                 }
-                peak[i] = top[i];
             }
+            peak = top;
             let weights: [f32; 4] = unrolled!(4, |i| float::exp2_approx(s[i] - top[i % 2]));
             let (near, far) = (split(weights[0], weights[1]), split(weights[2], weights[3]));
             for rest in 0..2 {
@@ -515,18 +564,18 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
                 }
             }
             base += TOKENS * WARPS;
-            if base >= piece.to {
-                break;
+            own = own.wrapping_sub(TOKENS * WARPS);
+            if base < piece.to {
+                let at = tile_at(a, op, piece.kv_head, base);
+                keys = load_keys(op, at, end.saturating_sub(base));
+                values = load_values(op, at, end.saturating_sub(base), piece.element);
             }
-            let at = tile_at(a, op, piece.kv_head, base);
-            keys = load_keys(op, at, end.saturating_sub(base));
-            values = load_values(op, at, end.saturating_sub(base), piece.element);
         }
         let (g, t) = place_in_fragment();
         for i in 0..2 {
             let head = 2 * t + i as u32;
             if head < piece.heads {
-                let part = place.parts.add((warp * piece.heads + head) * PART);
+                let part = place.parts.add(head * HEAD_PARTS + warp * PART);
                 for j in [0, 2] {
                     let (s, next) = (sums[j], sums[j + 1]);
                     let at = part.add(g * EIGHT + 2 * j as u32);
@@ -540,67 +589,84 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
     }
 }
 
-/// Warps whose parts are merged at once.
-const HALF: u32 = WARPS / 2;
+/// Warps whose parts are merged at once: one after the other they would take as long as everything else.
+const BATCH: usize = 4;
+const BATCHES: usize = WARPS as usize / BATCH;
 
-/// Merges the warps' parts of the block's piece and writes what comes of it, a thread for four elements.
+/// Threads that merge the warps' parts, four elements each: the block's last, whose warps have no tokens where a sequence is
+/// short. They know what goes where by the time that the others are done.
+const JOINING: u32 = HEADS * WIDTH / 4;
+
+/// Merges the warps' parts of piece `index`, once they are there, and writes what comes of it.
 #[inline(always)]
-unsafe fn join(op: Current, parts: SharedPtr<f32>, piece: Piece) {
+unsafe fn join(op: Current, parts: SharedPtr<f32>, index: u32) {
     unsafe {
-        let i = thread();
-        if i >= piece.heads * (WIDTH / 4) {
+        let i = thread().wrapping_sub(32 * WARPS - JOINING);
+        let (mut warps, mut splits, mut at, mut to) = (0, 0, 0, 0);
+        let mut seal = Seal::PLAIN;
+        let e = i % (WIDTH / 4) * 4;
+        if i < JOINING {
+            // Not known from before: it would take registers that the tiles need.
+            let piece = Piece::of(op, index, get!(op, now.position));
+            let head = i / (WIDTH / 4);
+            if head < piece.heads && e < piece.width {
+                let number = if get!(op, sealed) != 0 {
+                    get!(op, number)
+                } else {
+                    PLAIN
+                };
+                seal = Seal::of(op, number);
+                warps = piece.warps();
+                splits = get!(op, splits);
+                at = parts.add(head * HEAD_PARTS).addr();
+                let (head, head_dim) = (piece.head + head, get!(op, cache.head_dim));
+                to = if splits == 1 {
+                    head * head_dim + piece.element + e
+                } else {
+                    let part = head * head_dim.div_ceil(WIDTH) + piece.element / WIDTH;
+                    (part * splits + piece.split) * PART + e
+                };
+            }
+        }
+        let (seal, to) = (seal.here(), get!(op, out).add(here(to) as usize));
+        let (warps, splits, at) = (here(warps), here(splits), here(at));
+        sync();
+        if splits == 0 {
             return;
         }
-        let number = if get!(op, sealed) != 0 {
-            get!(op, number)
-        } else {
-            PLAIN
-        };
-        let seal = Seal::of(op, number);
-        let (warps, out) = (piece.warps(), get!(op, out));
-        let (head, e) = (i / (WIDTH / 4), i % (WIDTH / 4) * 4);
-        let at = |w: u32| parts.add((w * piece.heads + head) * PART);
-        // Of several warps at once: one after the other they would take as long as everything else. Of half the warps
-        // at a time, since short sequences have no tokens for the others.
-        let (mut peak, mut sums, mut mass) = (NONE, [0.0; 4], 0.0);
-        let mut first = 0;
-        while first < warps {
-            let mut stats = [[NONE, 0.0]; HALF as usize];
-            let mut parts = [[0.0; 4]; HALF as usize];
-            for i in 0..HALF {
-                if first + i < warps {
-                    stats[i as usize] = at(first + i).add(WIDTH).load_v2();
-                    parts[i as usize] = at(first + i).add(e).load_v4();
-                }
+        let part = |w: usize| SharedPtr::<f32>::from_addr(at).add(w as u32 * PART);
+        let mut stats = [[[0.0; 2]; BATCH]; BATCHES];
+        for b in 0..BATCHES {
+            for k in 0..BATCH {
+                stats[b][k] = part(b * BATCH + k).add(WIDTH).load_v2();
             }
-            let mut top = stats.iter().fold(peak, |top, s| top.max(s[0]));
-            // As its word will have it: what is rounded off would count as much as the peak is great.
-            top = seal.open(seal.close(top));
-            let shrink = float::exp2_approx(peak - top);
-            peak = top;
-            mass *= shrink;
-            sums = sums.map(|s| s * shrink);
-            for i in 0..HALF as usize {
-                let weight = float::exp2_approx(stats[i][0] - peak);
-                mass += weight * stats[i][1];
-                for k in 0..4 {
-                    sums[k] += weight * parts[i][k];
-                }
-            }
-            first += HALF;
         }
-        let (head, splits) = (piece.head + head, get!(op, splits));
-        let head_dim = get!(op, cache.head_dim);
-        if splits == 1 {
-            if e < piece.width {
-                let inverse = float::rcp_approx(mass);
-                let to = out.add((head * head_dim + piece.element + e) as usize);
-                seal.write_four(to, sums.map(|s| s * inverse));
+        let tops = stats.map(|s| s.into_iter().fold(NONE, |top, s| top.max(s[0])));
+        let peak = tops.into_iter().fold(NONE, f32::max);
+        // As its word will have it: what is rounded off would count as much as the peak is great.
+        let peak = seal.open(seal.close(peak));
+        let (mut sums, mut mass) = ([0.0; 4], 0.0);
+        for b in 0..BATCHES {
+            if (b * BATCH) as u32 >= warps {
+                break;
             }
+            let mut parts = [[0.0; 4]; BATCH];
+            for k in 0..BATCH {
+                parts[k] = part(b * BATCH + k).add(e).load_v4();
+            }
+            for k in 0..BATCH {
+                let weight = float::exp2_approx(stats[b][k][0] - peak);
+                mass += weight * stats[b][k][1];
+                for n in 0..4 {
+                    sums[n] += weight * parts[k][n];
+                }
+            }
+        }
+        if splits == 1 {
+            let inverse = float::rcp_approx(mass);
+            seal.write_four(to, sums.map(|s| s * inverse));
         } else {
-            let part = head * head_dim.div_ceil(WIDTH) + piece.element / WIDTH;
-            let to = out.add(((part * splits + piece.split) * PART) as usize);
-            seal.write_four(to.add(e as usize), sums);
+            seal.write_four(to, sums);
             if e == 0 {
                 seal.write_four(to.add(WIDTH as usize), [peak, mass, 0.0, 0.0]);
             }
@@ -608,10 +674,7 @@ unsafe fn join(op: Current, parts: SharedPtr<f32>, piece: Piece) {
     }
 }
 
-const _: () = assert!(
-    HEADS * WIDTH / 4 <= 32 * WARPS,
-    "a thread for four elements"
-);
+const _: () = assert!(JOINING <= 32 * WARPS);
 
 /// Most splits of a head's tokens: a lane merges so many times as many as a warp has lanes.
 pub const MAX_SPLITS: u32 = 32 * EACH as u32;

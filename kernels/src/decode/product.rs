@@ -94,7 +94,10 @@ impl Turn {
     fn part(&self, part: u32) -> Place {
         let mine = part * GROUPS / TILE as u32;
         let left = self.groups - mine * TILE as u32;
-        let [first, second] = self.head.tiles().map(|bytes| (mine - self.tile) * bytes);
+        let [first, mut second] = self.head.tiles().map(|bytes| (mine - self.tile) * bytes);
+        if !may_be(MIXED) {
+            second = first;
+        }
         Place {
             starts: [
                 self.start + first,
@@ -110,38 +113,38 @@ impl Turn {
     }
 }
 
-/// Eight rows of a quantised type. Past the end of a row levels and scales are whatever is there.
+/// Eight rows of a quantised type, whose levels come from nothing but their group's place. Past the end of a row levels and scales are whatever is there.
 #[inline(always)]
 unsafe fn eight<T: Quantised>(place: &Place, start: u32) -> Eight {
     unsafe {
-        let tile = Tile::<T>::new(start, place.groups);
+        let tile = Tile::<T>::new(start, place.groups, place.first);
         let words = TwoWords {
             tile,
             word: lane() % 4,
         };
-        let first = place.first as usize;
         Eight {
             levels: unrolled!(4, |g| {
-                let levels = T::levels(T::load(&words, first + g));
+                let levels = T::levels(T::load(&words, g));
                 [levels[0], levels[4]]
             }),
-            affine: affine::<T>(place, &words.tile),
+            affine: affine::<T>(place, &words.tile, 0),
         }
     }
 }
 
-/// The scales of this lane's group.
+/// The scales of this lane's group, of the part whose first group is number `first` of `tile`.
 #[inline(always)]
-unsafe fn affine<T: Quantised>(place: &Place, tile: &Tile<T>) -> Affine {
-    let g = (place.first + lane() % 4) as usize;
-    T::affine(unsafe { T::load(tile, g) }, g)
+unsafe fn affine<T: Quantised>(place: &Place, tile: &Tile<T>, first: u32) -> Affine {
+    let g = lane() % 4;
+    let loaded = unsafe { T::load(tile, (first + g) as usize) };
+    T::affine(loaded, (place.first + g) as usize)
 }
 
 /// The same of a type whose levels come of whole groups.
 #[inline(always)]
 unsafe fn eight_looked_up<T: Quantised>(place: &Place, start: u32) -> Eight {
     unsafe {
-        let tile = Tile::<T>::new(start, place.groups);
+        let tile = Tile::<T>::new(start, place.groups, 0);
         let word = lane() % 4;
         let mut all = [[0; 2]; GROUPS as usize];
         let mut g = 0;
@@ -165,7 +168,7 @@ unsafe fn eight_looked_up<T: Quantised>(place: &Place, start: u32) -> Eight {
         }
         Eight {
             levels: all,
-            affine: affine::<T>(place, &tile),
+            affine: affine::<T>(place, &tile, place.first),
         }
     }
 }

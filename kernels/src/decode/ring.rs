@@ -5,9 +5,11 @@
 //! and copies a turn wherever the ring has room, a row at a time. Each turn has a place among [`MAX_TURNS`] with two
 //! barriers in shared memory ([`mbarrier`]): one says that it has come, the other that every warp has read its part.
 
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+use super::attend;
 use super::task::{EIGHT, ROWS, SEGMENT_VECTORS, Segment};
 use super::{BARRIERS_AT, DecodeArgs, Listed, ROWS_AT, Source, WARPS, get, matrix_at};
-use crate::types::{GROUP, Matrix, Planes, Quantised, TILE, Weights};
+use crate::types::{GROUP, Matrix, PAD, Planes, Quantised, TILE, Weights};
 use crate::unrolled;
 use core::marker::PhantomData;
 use core::mem::offset_of;
@@ -82,30 +84,33 @@ pub const fn turn_bytes(pieces: [u32; 2], types: u32) -> u32 {
     ROWS * turn_pitch(pieces, types) + past_end
 }
 
-/// Bytes of a matrix's row in a turn of up to `tiles` tiles.
+/// Bytes of a matrix's row in a turn of up to `tiles` tiles, with its padding if that is all that follows.
 #[inline(always)]
 pub const fn piece_bytes(row_bytes: u32, tile_bytes: u32, tiles: u32) -> u32 {
-    if row_bytes < tiles * tile_bytes {
+    if row_bytes <= tiles * tile_bytes + PAD {
         row_bytes
     } else {
         tiles * tile_bytes
     }
 }
 
-/// A quantised tile of a row in shared memory.
+/// A part of a quantised tile of a row in shared memory: its groups from one on, all of one block of the file.
 pub(super) struct Tile<T> {
     start: u32,
+    /// Of all of the tile.
     groups: u32,
+    first: u32,
     weights: PhantomData<T>,
 }
 
 impl<T: Weights> Tile<T> {
-    /// The tile at address `start`, of so many groups.
+    /// Of the tile at address `start`, which has so many groups, those from `first` on.
     #[inline(always)]
-    pub fn new(start: u32, groups: u32) -> Self {
+    pub fn new(start: u32, groups: u32, first: u32) -> Self {
         Self {
             start,
             groups,
+            first,
             weights: PhantomData,
         }
     }
@@ -114,7 +119,8 @@ impl<T: Weights> Tile<T> {
     fn at<E>(&self, plane: usize, index: usize) -> SharedPtr<E> {
         let layout = T::LAYOUT;
         let offset = layout.plane_offset(plane, self.groups as usize);
-        SharedPtr::from_addr(self.start + (offset + index * layout.planes[plane].bytes) as u32)
+        let before = layout.elements(plane, self.first as usize) + index;
+        SharedPtr::from_addr(self.start + (offset + before * layout.planes[plane].bytes) as u32)
     }
 }
 
@@ -199,12 +205,17 @@ impl<T: Quantised> Planes for TwoWords<T> {
 
     #[inline(always)]
     unsafe fn level_words2(&self, plane: usize, index: usize) -> [u32; 2] {
-        unsafe { self.words2(plane, index) }.map(|v| v >> (2 * self.word))
+        // Two groups' words at a time: of the same ones for either the compiler makes one.
+        let two: [u32; 4] = unsafe { self.tile.at(plane, index / 2 * 2).load_v4() };
+        let from = index % 2 * 2;
+        [two[from], two[from + 1]].map(|v| v >> (2 * self.word))
     }
 
     #[inline(always)]
     unsafe fn level_word(&self, plane: usize, index: usize) -> u32 {
-        unsafe { self.word(plane, index) >> self.word }
+        // Four groups' likewise.
+        let four: [u32; 4] = unsafe { self.tile.at(plane, index / 4 * 4).load_v4() };
+        four[index % 4] >> self.word
     }
 }
 
@@ -414,6 +425,14 @@ impl Rows {
     /// the copies; and so do branches.
     #[inline(always)]
     unsafe fn copy(&self, to: u32, from: *const u8, come: SharedPtr<u64>) {
+        // They lie there as they will here. Of as many bytes the copy engine brings more in one copy than in eight.
+        if self.bytes == self.stride && self.stride == self.pitch {
+            if self.count > 0 {
+                let all = self.count * self.bytes;
+                unsafe { mbarrier::copy_bulk(SharedPtr::from_addr(to), from, all, come) }
+            }
+            return;
+        }
         let (mut to, mut from) = (to, from);
         let mut one = || unsafe {
             mbarrier::copy_bulk(SharedPtr::from_addr(to), from, self.bytes, come);
@@ -445,6 +464,8 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
         let mut left = a.steps * a.segment_count;
         let mut index = 0;
         let mut prefetched = 0;
+        #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+        let mut position = a.position;
         while left > 0 {
             left -= 1;
             // Twenty words, as the host wrote them.
@@ -458,10 +479,19 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
             if prefetched > s.op {
                 // The next step.
                 prefetched = 0;
+                #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+                {
+                    position += 1;
+                }
             }
             while prefetched < s.op {
                 prefetched += 1;
-                prefetch(Listed(a.ops.add(prefetched as usize)));
+                let op = Listed(a.ops.add(prefetched as usize));
+                prefetch(op);
+                #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+                if BULK {
+                    attend::prefetch(a, op, position);
+                }
             }
             let tasks = s.shares.of_block(block_idx_x());
             let mut task = if tasks.first > s.first {

@@ -26,11 +26,14 @@ pub struct Seal {
 }
 
 impl Seal {
+    /// Of words that carry none.
+    pub const PLAIN: Seal = Seal { mask: 0, number: 0 };
+
     /// Of words that operation `number` of the step of `op` writes, or plain ones.
     #[inline(always)]
     pub unsafe fn of(op: Current, number: u32) -> Seal {
         if number == PLAIN {
-            return Seal { mask: 0, number: 0 };
+            return Seal::PLAIN;
         }
         let n = unsafe { get!(op, now.base) } + number;
         Seal {

@@ -8,7 +8,7 @@
 use super::ring::{FLOAT_TURN, RAGGED_TURN, piece_bytes, turn_bytes};
 use super::row::GROUPS;
 use super::{Current, Op, Source, get, kind, matrix_at};
-use crate::types::{FLOATS, GROUP, Matrix, type_bit};
+use crate::types::{FLOATS, GROUP, Matrix, PAD, type_bit};
 use core::mem::offset_of;
 use cuda_std::int::quotient;
 
@@ -150,7 +150,8 @@ fn types(first: &Matrix, second: &Matrix) -> u32 {
     let float = |m: &Matrix| type_bit(m.ty) & FLOATS != 0;
     let flag = |is: bool, flag: u32| if is { flag } else { 0 };
     let part = GROUPS * GROUP as u32;
-    let cut = if first.length() < first.row_bytes {
+    // A row's padding comes with it.
+    let cut = if first.length() + PAD < first.row_bytes {
         first.length() / 16
     } else {
         0

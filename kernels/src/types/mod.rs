@@ -49,6 +49,20 @@ macro_rules! unrolled {
     };
 }
 
+/// Bytes between rows that would else be an even number of 16 bytes apart: see [`Layout::stride`].
+pub const PAD: u32 = 16;
+
+const _: () = {
+    let mut i = 0;
+    while i < LAYOUTS.len() {
+        // Of the fewest groups that a row can end with.
+        let groups = LAYOUTS[i].block.div_ceil(GROUP);
+        let least = LAYOUTS[i].tile_bytes(groups);
+        assert!(least > PAD as usize, "no tile is taken for padding");
+        i += 1;
+    }
+};
+
 /// Weights that one thread handles at a time.
 pub const GROUP: usize = 32;
 
@@ -91,7 +105,7 @@ impl Matrix {
         self.cols as usize / GROUP
     }
 
-    /// Bytes of a row's weights: less than [`Matrix::row_bytes`] where these are part of longer rows.
+    /// Bytes of a row's weights: less than [`Matrix::row_bytes`] where these are part of longer rows, or [`PAD`] bytes follow.
     pub fn length(&self) -> u32 {
         let layout = LAYOUTS.iter().find(|l| l.ty == self.ty);
         layout.map_or(0, |l| l.row_bytes(self.cols as usize) as u32)
@@ -199,7 +213,9 @@ impl Layout {
         self.elements(plane, TILE)
     }
 
-    const fn elements(&self, plane: usize, groups: usize) -> usize {
+    /// Elements of plane `plane` in so many groups.
+    #[inline(always)]
+    pub const fn elements(&self, plane: usize, groups: usize) -> usize {
         if self.planes[plane].per_block {
             groups * GROUP / self.block
         } else {
@@ -231,13 +247,24 @@ impl Layout {
         groups / TILE * self.tile_bytes(TILE) + self.tile_bytes(groups % TILE)
     }
 
-    /// A matrix of this type at `base`, which has room for `rows` times [`Layout::row_bytes`].
+    /// Bytes from row to row of `cols` weights: those of a row; of short quantised ones an odd number of 16 bytes, as they lie in a
+    /// decode step's shared memory ([`crate::decode`]), so that one copy brings several.
+    pub const fn stride(&self, cols: usize) -> usize {
+        let bytes = self.row_bytes(cols);
+        if self.quantised && cols <= 2 * TILE * GROUP {
+            bytes | PAD as usize
+        } else {
+            bytes
+        }
+    }
+
+    /// A matrix of this type at `base`, which has room for `rows` times [`Layout::stride`].
     pub const fn matrix(&self, rows: usize, cols: usize, base: *const u8) -> Matrix {
         Matrix {
             base,
             rows: rows as u32,
             cols: cols as u32,
-            row_bytes: self.row_bytes(cols) as u32,
+            row_bytes: self.stride(cols) as u32,
             tile_bytes: self.tile_bytes(TILE) as u32,
             ty: self.ty,
             unused: 0,

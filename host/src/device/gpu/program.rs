@@ -425,7 +425,7 @@ mod tests {
             base: 0x10000 as *const u8,
             rows,
             cols,
-            row_bytes: layout.row_bytes(cols as usize) as u32,
+            row_bytes: layout.stride(cols as usize) as u32,
             tile_bytes: layout.tile_bytes(TILE) as u32,
             ty: ty as u32,
             unused: 0,
@@ -444,6 +444,31 @@ mod tests {
         assert_eq!(cut(GgmlType::Q4_K, 4096, 4096), 0);
         assert_eq!(cut(GgmlType::Q4_K, 14336, 4096), 0);
         assert_eq!(cut(GgmlType::F16, 2048, 8192), 0);
+    }
+
+    #[test]
+    fn short_rows_are_one_turn_and_lie_as_in_shared_memory() {
+        for ty in [
+            GgmlType::Q4_1,
+            GgmlType::Q5_0,
+            GgmlType::Q8_0,
+            GgmlType::Q4_K,
+            GgmlType::Q6_K,
+        ] {
+            for cols in [256, 768, 1024, 1536, 2048] {
+                let m = matrix(ty, 64, cols);
+                let op = Op {
+                    kind: kind::PRODUCT,
+                    matrices: [m, kernels::types::NO_MATRIX, kernels::types::NO_MATRIX],
+                    ..decode::NO_OP
+                };
+                let segment = op.segments(0)[0];
+                // Odd numbers of 16 bytes, which a turn of two tiles has all of.
+                assert_eq!(m.row_bytes % 32, 16, "{ty:?} {cols}");
+                assert_eq!(segment.lengths(), [m.row_bytes; 2], "{ty:?} {cols}");
+                assert_eq!(segment.turn_bytes(2), 16 * m.row_bytes, "{ty:?} {cols}");
+            }
+        }
     }
 
     #[test]
@@ -467,7 +492,7 @@ mod tests {
             let [first, second] = halves(&op, BLOCKS);
             assert_eq!(first.input.len + second.input.len, cols);
             let [a, b] = [first, second].map(|op| op.matrices[0]);
-            assert_eq!(a.length() + b.length(), whole.row_bytes);
+            assert_eq!(a.length() + b.length(), whole.length());
             assert_eq!(b.base as usize - a.base as usize, a.length() as usize);
             assert_eq!((first.add, second.add), (1, 0));
             let mut seen = [vec![0; first.count_tasks() as usize], vec![]];
