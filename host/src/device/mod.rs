@@ -461,6 +461,16 @@ pub trait Device: Send + Sized + 'static {
         file: &Arc<gguf::Gguf>,
     ) -> Result<Self::Weight>;
 
+    /// [`Device::load`] of a matrix whose rows are looked up ([`Device::embed`]) and which is not multiplied.
+    fn load_table(
+        &mut self,
+        tensor: gguf::Tensor<'_>,
+        rows: Range<usize>,
+        file: &Arc<gguf::Gguf>,
+    ) -> Result<Self::Weight> {
+        self.load(tensor, rows, file)
+    }
+
     /// Waits for every [`Device::load`].
     fn finish_loading(&mut self) -> Result<()>;
 

@@ -68,7 +68,7 @@ impl<'a, D: Device> Loader<'a, D> {
         let shape = &self.config.shape;
         let (d, vocabulary) = (shape.embedding, shape.vocabulary);
         Ok(Weights {
-            embedding: self.matrix("token_embd.weight", &[d, vocabulary], 0..vocabulary)?,
+            embedding: self.embedding(d, vocabulary)?,
             layers: (0..shape.layers)
                 .map(|i| self.layer(i))
                 .collect::<Result<Vec<_>>>()?,
@@ -78,6 +78,20 @@ impl<'a, D: Device> Loader<'a, D> {
                 false => None,
             },
         })
+    }
+
+    /// The embedding, which is the head too where there is no other.
+    fn embedding(&mut self, d: usize, vocabulary: usize) -> Result<D::Weight> {
+        const NAME: &str = "token_embd.weight";
+        if !self.has("output.weight") {
+            return self.matrix(NAME, &[d, vocabulary], 0..vocabulary);
+        }
+        self.tensor(NAME, &[d, vocabulary])?;
+        let tensor = self.file.require(NAME)?;
+        let bytes = tensor.data().len();
+        let weight = self.device.load_table(tensor, 0..vocabulary, self.file)?;
+        self.count(bytes);
+        Ok(weight)
     }
 
     fn bad(&self, what: String) -> Error {

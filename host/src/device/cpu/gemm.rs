@@ -32,10 +32,21 @@ pub(super) struct Tile {
     /// The greatest quant.
     max: u8,
     /// `[unit][8 groups of 4][row][4]`.
-    q: Vec<u8>,
+    pub(super) q: Vec<u8>,
     /// `[unit][32 / sub][row]`.
-    s: Vec<f32>,
-    m: Vec<f32>,
+    pub(super) s: Vec<f32>,
+    pub(super) m: Vec<f32>,
+}
+
+impl Tile {
+    /// Makes room for rows of `units` units of a type.
+    pub(super) fn resize<Q: Quant>(&mut self, units: usize) {
+        (self.units, self.sub, self.max) = (units, Q::SUB, Q::MAX);
+        let scales = units * (UNIT / Q::SUB) * ROWS;
+        self.q.resize(units * UNIT * ROWS, 0);
+        self.s.resize(scales, 0.0);
+        self.m.resize(scales, 0.0);
+    }
 }
 
 /// Unpacks rows of weights, given as the file's bytes, `row_bytes` each, into `tile`.
@@ -43,11 +54,7 @@ pub(super) fn unpack<Q: Quant>(level: Level, weights: &[u8], row_bytes: usize, t
     let rows = weights.len() / row_bytes;
     let units = row_bytes / size_of::<Q>() * (Q::LEN / UNIT);
     assert!(rows <= ROWS && rows * row_bytes == weights.len());
-    (tile.units, tile.sub, tile.max) = (units, Q::SUB, Q::MAX);
-    let scales = units * (UNIT / Q::SUB) * ROWS;
-    tile.q.resize(units * UNIT * ROWS, 0);
-    tile.s.resize(scales, 0.0);
-    tile.m.resize(scales, 0.0);
+    tile.resize::<Q>(units);
     if rows < ROWS {
         tile.q.fill(0);
         tile.s.fill(0.0);

@@ -1,9 +1,11 @@
 //! Weight matrices, and their products tile by tile.
 
 use super::activations::{Activations, TILED_FROM};
+use super::arena::{Arena, Part};
 use super::float::{self, FloatRows};
 use super::gemm::{self, ROWS, Tile};
-use super::pool::Pool;
+use super::interleaved;
+use super::pool::{Parts, Pool};
 use super::quant::{self, Kernels};
 use super::simd::Level;
 use crate::error::{Error, Result};
@@ -11,7 +13,7 @@ use gguf::{GgmlType, Gguf};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A matrix in the mapped file, as it lies there.
+/// A matrix in the mapped file, as it lies there, and maybe a copy with its rows side by side.
 pub struct Weight {
     file: Arc<Gguf>,
     name: String,
@@ -23,6 +25,8 @@ pub struct Weight {
     row_bytes: usize,
     /// `None` for plain types.
     kernels: Option<Kernels>,
+    /// Tiles of [`ROWS`] rows as [`interleaved`] has them.
+    tiles: Option<Part>,
 }
 
 /// Whether there are products with weights of this type.
@@ -61,7 +65,70 @@ impl Weight {
             cols: tensor.row_len() as usize,
             row_bytes: tensor.row_bytes() as usize,
             kernels,
+            tiles: None,
         })
+    }
+
+    /// Brings the file's pages in now rather than in the first pass.
+    pub(super) fn touch(&self, pool: &mut Pool) -> Result<()> {
+        const PAGE: usize = 4096;
+        let data = self.view(true)?.data;
+        pool.for_ranges(data.len().div_ceil(PAGE), 256, |_, range| {
+            for page in range {
+                std::hint::black_box(data[page * PAGE]);
+            }
+        });
+        Ok(())
+    }
+
+    /// Copies the matrix with its rows side by side, if its type and the processor have products for
+    /// that. Returns whether they do: then only [`Weight::row`] and exact products read the file.
+    ///
+    /// # Errors
+    /// The system has no memory for the copy.
+    pub(super) fn interleave(
+        &mut self,
+        level: Level,
+        pool: &mut Pool,
+        scratch: &mut [Scratch],
+        arena: &mut Arena,
+    ) -> Result<bool> {
+        let Some(kernels) = self.kernels.and_then(|kernels| kernels.interleaved) else {
+            return Ok(false);
+        };
+        if !interleaved::used_at(level) {
+            return Ok(false);
+        }
+        let view = self.view(false)?;
+        let bytes = ROWS * self.row_bytes;
+        let len = view.tiles() * bytes;
+        let mut tiles = arena.take(len).map_err(|source| Error::Device {
+            device: "cpu".to_owned(),
+            what: format!(
+                "no {len} bytes for a copy of tensor {}: {source}",
+                self.name
+            ),
+        })?;
+        let (scratch, out) = (Parts::new(scratch), Parts::new(tiles.bytes_mut()));
+        pool.for_ranges(view.tiles(), 4, |thread, range| {
+            // SAFETY: one thread has one number.
+            let scratch = unsafe { &mut scratch.get(thread..thread + 1)[0] };
+            for tile in range {
+                let rows = view.tile_rows(tile);
+                let data = &view.data[rows.start * self.row_bytes..rows.end * self.row_bytes];
+                // SAFETY: a tile is written by one thread.
+                let out = unsafe { out.get(tile * bytes..(tile + 1) * bytes) };
+                (kernels.pack)(level, data, self.row_bytes, &mut scratch.tile, out);
+            }
+        });
+        self.tiles = Some(tiles);
+        Ok(true)
+    }
+
+    /// Whether products read a copy; see [`Weight::interleave`].
+    #[cfg(test)]
+    pub(super) fn is_copied(&self) -> bool {
+        self.tiles.is_some()
     }
 
     /// Writes a row as f32.
@@ -76,6 +143,7 @@ impl Weight {
         Ok(View {
             weight: self,
             data: &data[self.first * self.row_bytes..(self.first + self.rows) * self.row_bytes],
+            tiles: self.tiles.as_ref().map(Part::bytes),
             rows: self.rows,
             quantised: !exact && self.kernels.is_some(),
         })
@@ -87,6 +155,8 @@ impl Weight {
 pub(super) struct View<'a> {
     weight: &'a Weight,
     data: &'a [u8],
+    /// Its copy with rows side by side.
+    tiles: Option<&'a [u8]>,
     rows: usize,
     /// Activations are taken in 15 bits.
     quantised: bool,
@@ -145,8 +215,11 @@ impl View<'_> {
     /// These rows alone.
     pub fn part(&self, rows: Range<usize>) -> Self {
         let row_bytes = self.weight.row_bytes;
+        // A tile that begins before them has them in other lanes.
+        let tiles = self.tiles.filter(|_| rows.start.is_multiple_of(ROWS));
         View {
             data: &self.data[rows.start * row_bytes..rows.end * row_bytes],
+            tiles: tiles.map(|tiles| &tiles[rows.start * row_bytes..]),
             rows: rows.len(),
             ..*self
         }
@@ -197,6 +270,23 @@ impl View<'_> {
         let Some(kernels) = self.weight.kernels else {
             return;
         };
+        if let (Some(tiles), Some(kernels)) = (self.tiles, kernels.interleaved) {
+            let bytes = ROWS * row_bytes;
+            let data = &tiles[tile * bytes..(tile + 1) * bytes];
+            match input.quantised.tiled() {
+                Some(x) => {
+                    (kernels.unpack)(level, data, &mut scratch.tile);
+                    gemm::multiply(level, &scratch.tile, &x, &mut scratch.out);
+                }
+                None => {
+                    assert_eq!(input.quantised.rows(), n);
+                    for (row, out) in scratch.out.iter_mut().enumerate() {
+                        (kernels.dot)(level, data, &input.quantised.row(row), out);
+                    }
+                }
+            }
+            return;
+        }
         match input.quantised.tiled() {
             Some(x) => {
                 (kernels.unpack)(level, data, row_bytes, &mut scratch.tile);

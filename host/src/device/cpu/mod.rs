@@ -10,6 +10,7 @@
 //! - [`pool`]: the threads; [`simd`]: instruction sets, chosen when the program runs.
 
 mod activations;
+mod arena;
 mod attend;
 mod cache;
 mod dot;
@@ -17,6 +18,7 @@ mod experts;
 mod float;
 #[allow(clippy::needless_range_loop)] // `g` is a group number, of weights and of sums alike.
 mod gemm;
+mod interleaved;
 mod linear;
 mod pool;
 mod quant;
@@ -33,6 +35,7 @@ pub use cache::Cache;
 pub use linear::{Weight, multiplies};
 pub use simd::Level;
 
+use self::arena::Arena;
 use self::gemm::ROWS;
 use self::linear::{Input, Scratch, View};
 use self::pool::{Parts, Pool};
@@ -54,6 +57,7 @@ pub struct Cpu {
     level: Level,
     exact: bool,
     pool: Pool,
+    arena: Arena,
     batch: Batch,
     /// Of each row of the batch: its span, and its position in the sequence.
     places: Vec<(usize, usize)>,
@@ -120,6 +124,7 @@ impl Cpu {
             low: Vec::new(),
             experts: experts::Scratch::default(),
             pool,
+            arena: Arena::default(),
             batch: Batch::default(),
             places: Vec::new(),
             input: Input::default(),
@@ -218,17 +223,28 @@ impl Device for Cpu {
         rows: Range<usize>,
         file: &Arc<Gguf>,
     ) -> Result<Weight> {
-        // Nothing is copied: touching each page brings it in now rather than in the first pass.
-        const PAGE: usize = 4096;
-        let row_bytes = tensor.row_bytes() as usize;
-        let data = &tensor.data()[rows.start * row_bytes..rows.end * row_bytes];
+        let mut weight = Weight::new(tensor, rows, file)?;
+        let Self {
+            level,
+            pool,
+            scratch,
+            arena,
+            ..
+        } = self;
+        if self.exact || !weight.interleave(*level, pool, scratch, arena)? {
+            weight.touch(pool)?;
+        }
+        Ok(weight)
+    }
+
+    fn load_table(
+        &mut self,
+        tensor: gguf::Tensor<'_>,
+        rows: Range<usize>,
+        file: &Arc<Gguf>,
+    ) -> Result<Weight> {
         let weight = Weight::new(tensor, rows, file)?;
-        self.pool
-            .for_ranges(data.len().div_ceil(PAGE), 256, |_, range| {
-                for page in range {
-                    std::hint::black_box(data[page * PAGE]);
-                }
-            });
+        weight.touch(&mut self.pool)?;
         Ok(weight)
     }
 

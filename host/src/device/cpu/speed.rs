@@ -15,7 +15,15 @@ fn speed() {
         let mut p = writer.begin(Vec::new()).unwrap();
         p.write(&data).unwrap();
         let file = Arc::new(Gguf::from_bytes("x", p.finish().unwrap()).unwrap());
-        let weight = Weight::new(file.require("w").unwrap(), 0..rows, &file).unwrap();
+        let mut weight = Weight::new(file.require("w").unwrap(), 0..rows, &file).unwrap();
+        weight
+            .interleave(
+                Level::best(),
+                &mut Pool::new(1).unwrap(),
+                &mut [Scratch::default()],
+                &mut Arena::default(),
+            )
+            .unwrap();
         for n in [1usize, 2, 3, 4, 5, 6, 8, 128] {
             let x = random.normals(n * cols);
             let level = Level::best();

@@ -3,7 +3,7 @@
 //! Every type is `w = s * q + m` with unsigned 8-bit `q`, and `s` and `m` constant over sub-blocks of
 //! 16 or 32 elements; a symmetric type's offset goes into `m`. A type is one file that says how its
 //! blocks unpack to that form, and one line in the list below; the products are written once, in
-//! [`super::dot`] and [`super::gemm`].
+//! [`super::dot`], [`super::interleaved`] and [`super::gemm`].
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -12,6 +12,7 @@ use super::activations::RowView;
 use super::dot;
 use super::float;
 use super::gemm::{self, Tile};
+use super::interleaved;
 use super::simd::Level;
 use gguf::GgmlType;
 use gguf::blocks::{Block, F16};
@@ -114,6 +115,8 @@ pub(super) struct Kernels {
     pub unpack: fn(Level, &[u8], usize, &mut Tile),
     /// Writes a row of weights, given as the file's bytes, as f32.
     pub to_f32: fn(Level, &[u8], &mut [f32]),
+    /// Those of rows that lie side by side, if the type has that layout.
+    pub interleaved: Option<interleaved::Kernels>,
 }
 
 macro_rules! types {
@@ -128,6 +131,7 @@ macro_rules! types {
                         dot: dot::dot::<gguf::blocks::$block>,
                         unpack: gemm::unpack::<gguf::blocks::$block>,
                         to_f32: float::quant_to_f32::<gguf::blocks::$block>,
+                        interleaved: interleaved::kernels::<gguf::blocks::$block>(),
                     });
                 }
             )*

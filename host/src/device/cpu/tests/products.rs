@@ -36,11 +36,25 @@ fn check_products(
 ) {
     let w = values(ty, &data);
     let file = file_of(&[("w", [cols as u64, rows as u64], ty, data)]);
-    let weight = Weight::new(file.require("w").unwrap(), 0..rows, &file).unwrap();
+    let weight = || Weight::new(file.require("w").unwrap(), 0..rows, &file).unwrap();
+    let (mut pool, mut arena) = (Pool::new(1).unwrap(), Arena::default());
+    // As they lie in the file, and where there is another layout, in that too.
+    let mut weights = vec![];
+    for level in Level::available() {
+        weights.push((level, weight()));
+        let mut copied = weight();
+        let mut scratch = [Scratch::default()];
+        if copied
+            .interleave(level, &mut pool, &mut scratch, &mut arena)
+            .unwrap()
+        {
+            weights.push((level, copied));
+        }
+    }
     for n in [1, 2, 7, 9, 131] {
         let x = inputs(n * cols);
-        for level in Level::available() {
-            let mut pool = Pool::new(1).unwrap();
+        for (level, weight) in &weights {
+            let (level, copied) = (*level, weight.is_copied());
             let views = [weight.view(exact).unwrap()];
             let mut input = Input::default();
             input.fill(level, &mut pool, (n, cols), &views, |row, _| {
@@ -64,8 +78,8 @@ fn check_products(
                         let error = (f64::from(out[i]) - want).abs();
                         assert!(
                             error <= 2e-6 * size + 1e-9,
-                            "{ty} {cols}x{rows} by {n}, {level:?}, exact {exact}: row {row} of \
-                             {at}: {} for {want}",
+                            "{ty} {cols}x{rows} by {n}, {level:?}, exact {exact}, copied \
+                             {copied}: row {row} of {at}: {} for {want}",
                             out[i]
                         );
                         seen += 1;
@@ -92,6 +106,49 @@ fn quantised_products_equal_the_reference() {
                 let cols = blocks * block;
                 let data = random.weights(ty, rows * cols);
                 check_products(ty, (cols, rows), data, exact, |n| lossless(&mut random, n));
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_of_a_copy_are_the_rows_that_they_say() {
+    let mut random = Random::new(10);
+    let (cols, rows, ty) = (96, 83, GgmlType::Q5_1);
+    let data = random.weights(ty, rows * cols);
+    let file = file_of(&[("w", [cols as u64, rows as u64], ty, data)]);
+    // Rows from the tensor's middle, as experts' are.
+    let load = || Weight::new(file.require("w").unwrap(), 3..rows, &file).unwrap();
+    let (level, mut pool) = (Level::best(), Pool::new(2).unwrap());
+    let mut scratch = [Scratch::default(), Scratch::default()];
+    let (plain, mut copied) = (load(), load());
+    copied
+        .interleave(level, &mut pool, &mut scratch, &mut Arena::default())
+        .unwrap();
+    for n in [1, 5] {
+        let x = lossless(&mut random, n * cols);
+        for part in [0..80, 0..7, 16..48, 32..45, 5..31, 64..80] {
+            let [want, got] = [&plain, &copied].map(|weight| {
+                let view = weight.view(false).unwrap().part(part.clone());
+                let mut input = Input::default();
+                input.fill(level, &mut pool, (n, cols), &[view], |row, _| {
+                    Some(&x[row * cols..(row + 1) * cols])
+                });
+                let mut products = Vec::new();
+                for tile in 0..view.tiles() {
+                    view.multiply(level, tile, &input, n, &mut scratch[0]);
+                    for out in &scratch[0].out {
+                        products.extend_from_slice(&out[..view.tile_rows(tile).len()]);
+                    }
+                }
+                products
+            });
+            for (want, got) in want.iter().zip(&got) {
+                let error = (want - got).abs();
+                assert!(
+                    error <= 1e-4 * want.abs().max(1.0),
+                    "{part:?} by {n}: {got} for {want}"
+                );
             }
         }
     }
