@@ -12,7 +12,7 @@ use super::activations::RowView;
 use super::dot;
 use super::float;
 use super::gemm::{self, Tile};
-use super::interleaved;
+use super::interleaved::{self, Scales};
 use super::simd::Level;
 use gguf::GgmlType;
 use gguf::blocks::{Block, F16};
@@ -30,6 +30,8 @@ pub(super) trait Quant: Block {
     const MAX: u8;
     /// `m` is `-OFFSET * s` throughout, unless this is 0.
     const OFFSET: f32;
+    /// How the scales of 16 rows lie side by side; none where the type has no such layout.
+    const INTERLEAVED: Option<Scales> = None;
 
     /// The `q` of unit `unit` (elements `32 * unit` and up) of the block.
     fn quants(&self, unit: usize) -> [u8; UNIT];

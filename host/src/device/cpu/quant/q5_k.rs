@@ -3,13 +3,14 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-use super::{Quant, UNIT};
+use super::{Quant, Scales, UNIT};
 use gguf::blocks::{F16, Q5K, scale_min_k4};
 
 impl Quant for Q5K {
     const SUB: usize = 32;
     const MAX: u8 = 31;
     const OFFSET: f32 = 0.0;
+    const INTERLEAVED: Option<Scales> = Some(Scales::K4);
 
     #[inline(always)]
     fn quants(&self, unit: usize) -> [u8; UNIT] {

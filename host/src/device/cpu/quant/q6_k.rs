@@ -3,13 +3,14 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-use super::{Quant, UNIT};
+use super::{Quant, Scales, UNIT};
 use gguf::blocks::{F16, Q6K};
 
 impl Quant for Q6K {
     const SUB: usize = 16;
     const MAX: u8 = 63;
     const OFFSET: f32 = 32.0;
+    const INTERLEAVED: Option<Scales> = Some(Scales::Bytes);
 
     #[inline(always)]
     fn quants(&self, unit: usize) -> [u8; UNIT] {

@@ -3,13 +3,14 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-use super::{Quant, UNIT};
+use super::{Quant, Scales, UNIT};
 use gguf::blocks::{F16, Q8_0};
 
 impl Quant for Q8_0 {
     const SUB: usize = 32;
     const MAX: u8 = 255;
     const OFFSET: f32 = 128.0;
+    const INTERLEAVED: Option<Scales> = Some(Scales::Halves);
 
     #[inline(always)]
     fn quants(&self, _unit: usize) -> [u8; UNIT] {
