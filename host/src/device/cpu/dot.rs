@@ -231,7 +231,7 @@ const AHEAD: usize = 4096;
 /// be needed soon, though rows side by side do not look like one stream to the processor.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn prefetch(p: *const u8, bytes: usize) {
+pub(super) unsafe fn prefetch(p: *const u8, bytes: usize) {
     for line in 0..bytes.div_ceil(64) {
         // SAFETY: a prefetch reads nothing, wherever it points.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + 64 * line).cast()) };

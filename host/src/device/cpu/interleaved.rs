@@ -25,6 +25,8 @@ use std::arch::x86_64::*;
 #[cfg(target_arch = "x86_64")]
 use super::activations::LOW_BITS;
 use super::activations::RowView;
+#[cfg(target_arch = "x86_64")]
+use super::dot::prefetch;
 use super::gemm::{self, ROWS, Tile};
 use super::quant::{Quant, UNIT};
 use super::simd::{Level, Set};
@@ -38,11 +40,6 @@ const GROUPS: usize = UNIT / 4;
 
 /// Bytes of 16 halves.
 const HALVES: usize = 2 * ROWS;
-
-/// How far ahead weights are fetched. Tiles lie one after another, and of these a core takes in more
-/// at once than of rows in the file.
-#[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 8192;
 
 /// The scales of a block, and how those of 16 rows lie.
 #[derive(Clone, Copy, PartialEq)]
@@ -331,16 +328,6 @@ unsafe fn scales<Q: Quant>(scales: *const u8, sub: usize) -> (__m512, __m512) {
                 },
             ),
         }
-    }
-}
-
-/// Asks for `bytes` bytes from [`AHEAD`] after `p` on.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn prefetch(p: *const u8, bytes: usize) {
-    for line in 0..bytes.div_ceil(64) {
-        // SAFETY: a prefetch reads nothing, wherever it points.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD + 64 * line).cast()) };
     }
 }
 

@@ -19,6 +19,7 @@ mod experts;
 mod float;
 #[allow(clippy::needless_range_loop)] // `g` is a group number, of weights and of sums alike.
 mod gemm;
+#[allow(clippy::needless_range_loop)] // As above.
 mod interleaved;
 mod linear;
 mod pool;
