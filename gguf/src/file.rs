@@ -265,6 +265,19 @@ impl Gguf {
         self.will_need(tensor);
     }
 
+    /// Gives back the memory of a tensor's mapped pages, for whoever has a copy: what is read again comes from the
+    /// page cache, or from disk. A hint.
+    pub fn release(&self, tensor: &Tensor<'_>) {
+        #[cfg(unix)]
+        if let Some(Bytes::Mapped(map, _)) = self.parts.get(tensor.info.part).map(|p| &p.bytes) {
+            let (start, len) = (tensor.info.start as usize, tensor.info.bytes as usize);
+            // SAFETY: the map is of a file and is never written, so its pages read the same when they are back.
+            hint(unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len)
+            });
+        }
+    }
+
     /// Copies a part of a tensor's data, from byte `offset` on, by reading the file: from a warm page cache
     /// that takes one system call, where reading the map takes a page fault for every few pages.
     ///

@@ -88,6 +88,9 @@ fn any_part_opens_all() {
             file.prefault(&t);
             t.dequantize_into(0, &mut out).unwrap();
             assert_eq!(out, [value; 4], "{tensor} of part {number}");
+            file.release(&t);
+            t.dequantize_into(0, &mut out).unwrap();
+            assert_eq!(out, [value; 4], "{tensor} of part {number}, released");
         }
         assert_eq!(file.require("c").unwrap().path(), name(&dir, 3, 3));
     }

@@ -122,6 +122,7 @@ impl Weight {
             }
         });
         self.tiles = Some(tiles);
+        self.file.release(&self.file.require(&self.name)?);
         Ok(true)
     }
 
