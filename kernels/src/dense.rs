@@ -1,6 +1,6 @@
 //! Matrix times many rows: [`dequantise`] writes a slice of matrices as f16 to scratch memory, once for all
 //! rows, and the `dense` kernels multiply with it. Unpacking takes a pass over memory more than
-//! [`crate::gemm`] does, but runs at its bandwidth, and products without it keep tensor cores busy.
+//! [`crate::skinny`] does, but runs at its bandwidth, and products without it keep tensor cores busy.
 //!
 //! A `dense` block of four warps computes a tile of the output, `mma.sync` m16n8k16 with f16 operands
 //! and f32 sums. `cp.async` keeps [`STAGES`] steps of [`BK`] columns in flight; a warp reads the fragments
@@ -122,7 +122,8 @@ pub struct DenseArgs {
     pub to: Output,
 }
 
-/// Byte offset of 16-byte piece `piece` of row `row`; see [`crate::gemm`].
+/// Byte offset of 16-byte piece `piece` of row `row`: pieces change places by row, so that a column of
+/// them, as `ldmatrix` reads it, touches every bank once.
 #[inline(always)]
 fn swizzle(row: usize, piece: usize) -> usize {
     row * ROW_BYTES + ((piece ^ (row & 7)) * 16)

@@ -90,7 +90,7 @@ unsafe fn store_some(
 
 /// `x / (1 + exp(-x))` in two instructions of the hardware: far finer than the f16 it is rounded to.
 #[inline(always)]
-fn silu(x: f32) -> f32 {
+pub(crate) fn silu(x: f32) -> f32 {
     x * float::rcp_approx(1.0 + float::exp2_approx(-x * core::f32::consts::LOG2_E))
 }
 

@@ -6,8 +6,8 @@
 //!
 //! - [`types`]: how each weight type lies in device memory, and how it is read
 //! - [`decode`]: a whole decode step of one row, in one launch
-//! - [`few`]: matrix times one row or a few: steps of one row that [`decode`] does not know
-//! - [`gemm`]: matrix times several rows on tensor cores: small batches, short prompts
+//! - [`one`]: matrix times one row: steps of one row that [`decode`] does not know
+//! - [`skinny`]: matrix times several rows on tensor cores: steps of several sequences, short prompts
 //! - [`dense`]: matrix times many rows, the weights unpacked beforehand, once for all: prefill; [`warpgroup`]: its
 //!   products on Hopper; [`epilogue`]: how both write theirs
 //! - [`exact`]: the plain f32 twin of all these
@@ -39,15 +39,15 @@ pub mod exact;
 #[cfg(not(cuda_sm_90a))]
 pub mod experts;
 #[cfg(not(cuda_sm_90a))]
-pub mod few;
-#[cfg(not(cuda_sm_90a))]
 pub mod flash;
 #[cfg(not(cuda_sm_90a))]
-pub mod gemm;
+pub mod one;
 #[cfg(not(cuda_sm_90a))]
 pub mod rows;
 #[cfg(not(cuda_sm_90a))]
 pub mod sample;
+#[cfg(not(cuda_sm_90a))]
+pub mod skinny;
 #[cfg(not(cuda_sm_90a))]
 pub mod types;
 #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90a))]
@@ -80,13 +80,11 @@ cuda_std::kernels![
     experts::combine,
     experts::expert_linear,
     experts::route,
-    few::linear_few,
     flash::flash_128,
     flash::flash_128_variant,
     flash::flash_64,
     flash::flash_64_variant,
-    gemm::gemm_32,
-    gemm::gemm_64,
+    one::linear_one,
     rows::activate_rows,
     rows::cast_f16,
     rows::embed,
@@ -100,6 +98,8 @@ cuda_std::kernels![
     sample::draw,
     sample::penalise,
     sample::scale_logits,
+    skinny::skinny,
+    skinny::skinny_join,
     types::repack_kernel,
     warpgroup::warpgroup_128x128,
     warpgroup::warpgroup_128x256,

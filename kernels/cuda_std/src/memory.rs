@@ -59,6 +59,8 @@ load_v4! {
     ldg_v4_u32_stream_l2 = "ld.global.nc.L1::no_allocate.L2::256B", pure;
     /// As [`ldg_v4_u32`], at the place where it is written.
     ldg_v4_u32_here = "ld.global.nc";
+    /// As [`ldg_v4_u32_here`], and fetches the 256 bytes around into L2.
+    ldg_v4_u32_l2 = "ld.global.nc.L2::256B";
     /// Loads 16 read-only bytes with the evict-first policy.
     ldg_v4_u32_cs = "ld.global.cs", pure;
 }
@@ -92,8 +94,8 @@ load_v2! {
     ld_v2_u32 = "ld.global", pure;
     /// Loads 8 read-only bytes.
     ldg_v2_u32 = "ld.global.nc", pure;
-    /// As [`ldg_v2_u32`], at the place where it is written.
-    ldg_v2_u32_here = "ld.global.nc";
+    /// As [`ldg_v2_u32`], at the place where it is written, and fetches the 256 bytes around into L2.
+    ldg_v2_u32_l2 = "ld.global.nc.L2::256B";
     /// Loads 8 read-only bytes, read once: they take no place in L1.
     ldg_v2_u32_stream = "ld.global.nc.L1::no_allocate", pure;
 }
@@ -128,12 +130,12 @@ load! {
     ldg_u16 -> u16 = "ld.global.nc.u16", reg16 u16, pure;
     /// Loads a read-only word.
     ldg_u32 -> u32 = "ld.global.nc.u32", reg32 u32, pure;
-    /// As [`ldg_u32`], at the place where it is written.
-    ldg_u32_here -> u32 = "ld.global.nc.u32", reg32 u32;
-    /// As [`ldg_u8`], at the place where it is written.
-    ldg_u8_here -> u8 = "ld.global.nc.u8", reg16 u16;
-    /// As [`ldg_u16`], at the place where it is written.
-    ldg_u16_here -> u16 = "ld.global.nc.u16", reg16 u16;
+    /// As [`ldg_u32`], at the place where it is written, and fetches the 256 bytes around into L2.
+    ldg_u32_l2 -> u32 = "ld.global.nc.L2::256B.u32", reg32 u32;
+    /// As [`ldg_u8`], likewise.
+    ldg_u8_l2 -> u8 = "ld.global.nc.L2::256B.u8", reg16 u16;
+    /// As [`ldg_u16`], likewise.
+    ldg_u16_l2 -> u16 = "ld.global.nc.L2::256B.u16", reg16 u16;
     /// Loads a read-only integer.
     ldg_i32 -> i32 = "ld.global.nc.u32", reg32 u32, pure;
     /// Loads a read-only float.

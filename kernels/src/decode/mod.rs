@@ -26,6 +26,7 @@
 mod attend;
 mod embed;
 mod finish;
+mod merge;
 mod op;
 mod product;
 mod ring;
@@ -49,7 +50,8 @@ use cuda_std::thread::{
 use ring::Place;
 use window::{AHEAD, Current, Listed, Source, WINDOW, await_op, copy_op, get, matrix_at};
 
-pub use attend::{MAX_HEAD_DIM, MAX_SPLITS, NARROW_DIM, PART, WIDTH, attend_bytes, attend_pieces};
+pub use attend::{MAX_HEAD_DIM, NARROW_DIM, PART, WIDTH, attend_bytes, attend_pieces};
+pub use merge::MAX_SPLITS;
 pub use op::{INVERSE_UNIT, Input, NO_OP, Now, OP_BYTES, Op, kind};
 pub use product::BATCH;
 pub use ring::MAX_TURNS;
@@ -352,7 +354,7 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
                     if kind == kind::ATTEND {
                         attend::attend(&a, op);
                     } else if kind == kind::MERGE {
-                        attend::merge(op);
+                        merge::merge(op);
                     } else {
                         embed::embed(&a, op);
                     }

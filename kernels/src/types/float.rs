@@ -50,15 +50,26 @@ pub trait Sixteen: Weights {
         unrolled!(4, |i| if high { v[i + 4] } else { v[i] })
     }
 
-    /// The same in f16, two to a word, rounded.
+    /// Weights `8 e .. 8 e + 8` of row `r` in f16, two to a word, rounded.
+    #[inline(always)]
+    unsafe fn eight_f16(m: &Matrix, r: usize, e: usize) -> [u32; 4] {
+        let from = unsafe { m.start(r).add(e * (128 / Self::WEIGHTS)) };
+        let n = Self::WEIGHTS;
+        let v = unrolled!(2, |k| if k < 8 / n {
+            Self::unpack_sixteen(unsafe { ldg_v4_u32_here(from.add(16 * k)) })
+        } else {
+            [0.0; 8]
+        });
+        // A weight past f16's range saturates rather than turn into infinity.
+        let v = unrolled!(8, |i| v[i / n][i % n].clamp(-65504.0, 65504.0));
+        unrolled!(4, |i| pack_f16x2(v[2 * i], v[2 * i + 1]))
+    }
+
+    /// The 32 weights of group `g` of row `r` likewise.
     #[inline(always)]
     unsafe fn unpack_f16(m: &Matrix, r: usize, g: usize) -> [u32; 16] {
-        // A weight past f16's range saturates rather than turn into infinity.
-        let v = unsafe { Self::unpack(m, r, g) };
-        unrolled!(16, |i| pack_f16x2(
-            v[2 * i].clamp(-65504.0, 65504.0),
-            v[2 * i + 1].clamp(-65504.0, 65504.0)
-        ))
+        let v = unrolled!(4, |k| unsafe { Self::eight_f16(m, r, 4 * g + k) });
+        unrolled!(16, |i| v[i / 4][i % 4])
     }
 }
 

@@ -12,16 +12,20 @@
 
 use crate::unrolled;
 use core::marker::PhantomData;
+use cuda_std::half::{Half2, hfma2, hsub2};
+use cuda_std::int::prmt;
 use cuda_std::memory::{
-    ldg_u8_here, ldg_u16_here, ldg_u32_here, ldg_v2_u32_here, ldg_v4_u32, ldg_v4_u32_here,
+    ldg_u8_l2, ldg_u16_l2, ldg_u32_l2, ldg_v2_u32_l2, ldg_v4_u32, ldg_v4_u32_here, ldg_v4_u32_l2,
 };
 
 mod float;
 mod grid;
+mod layout;
 mod read;
 mod write;
 
 pub use float::Sixteen;
+pub use layout::{Layout, PAD, Plane};
 pub(crate) use read::four_weights;
 
 /// An array of 1 to 32 elements (a power of two, or 5), each written out with its index: what goes through a closure and a
@@ -48,20 +52,6 @@ macro_rules! unrolled {
         }),*]
     };
 }
-
-/// Bytes between rows that would else be an even number of 16 bytes apart: see [`Layout::stride`].
-pub const PAD: u32 = 16;
-
-const _: () = {
-    let mut i = 0;
-    while i < LAYOUTS.len() {
-        // Of the fewest groups that a row can end with.
-        let groups = LAYOUTS[i].block.div_ceil(GROUP);
-        let least = LAYOUTS[i].tile_bytes(groups);
-        assert!(least > PAD as usize, "no tile is taken for padding");
-        i += 1;
-    }
-};
 
 /// Weights that one thread handles at a time.
 pub const GROUP: usize = 32;
@@ -159,115 +149,6 @@ impl<T: Weights> MatrixRow<T> {
                 .cast_mut()
                 .cast::<E>()
                 .add(index % per_element)
-        }
-    }
-}
-
-/// A plane of a type's layout.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Plane {
-    /// Bytes of an element: 1, 2, 4, 8 or 16; of float types, whose element is a whole group, 64 or 128. Zero for no
-    /// plane.
-    pub bytes: usize,
-    /// Whether an element belongs to a block of the file rather than to a group.
-    pub per_block: bool,
-}
-
-impl Plane {
-    pub const NONE: Plane = Plane::group(0);
-
-    /// An element of so many bytes for each group.
-    pub const fn group(bytes: usize) -> Plane {
-        Plane {
-            bytes,
-            per_block: false,
-        }
-    }
-
-    /// An element of so many bytes for each block of the file.
-    pub const fn block(bytes: usize) -> Plane {
-        Plane {
-            bytes,
-            per_block: true,
-        }
-    }
-}
-
-/// What the host must know of a type to place a matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {
-    /// GGML's number of the type.
-    pub ty: u32,
-    /// Weights per block of the file.
-    pub block: usize,
-    /// Bytes per block of the file.
-    pub block_bytes: usize,
-    pub planes: [Plane; 4],
-    /// Whether activations may be quantised before a product with it.
-    pub quantised: bool,
-}
-
-impl Layout {
-    /// Elements of plane `plane` in a whole tile.
-    pub const fn tile_elements(&self, plane: usize) -> usize {
-        self.elements(plane, TILE)
-    }
-
-    /// Elements of plane `plane` in so many groups.
-    #[inline(always)]
-    pub const fn elements(&self, plane: usize, groups: usize) -> usize {
-        if self.planes[plane].per_block {
-            groups * GROUP / self.block
-        } else {
-            groups
-        }
-    }
-
-    /// Where plane `plane` begins in a tile of so many groups, a multiple of 16; plane 4 is the end.
-    #[inline(always)]
-    pub const fn plane_offset(&self, plane: usize, groups: usize) -> usize {
-        let mut bytes = 0;
-        let mut i = 0;
-        while i < plane {
-            bytes += (self.elements(i, groups) * self.planes[i].bytes).next_multiple_of(16);
-            i += 1;
-        }
-        bytes
-    }
-
-    /// Bytes of a tile of so many groups.
-    #[inline(always)]
-    pub const fn tile_bytes(&self, groups: usize) -> usize {
-        self.plane_offset(4, groups)
-    }
-
-    /// Bytes of a row of `cols` weights, a multiple of 32.
-    pub const fn row_bytes(&self, cols: usize) -> usize {
-        let groups = cols / GROUP;
-        groups / TILE * self.tile_bytes(TILE) + self.tile_bytes(groups % TILE)
-    }
-
-    /// Bytes from row to row of `cols` weights: those of a row; of short quantised ones an odd number of 16 bytes, as they lie in a
-    /// decode step's shared memory ([`crate::decode`]), so that one copy brings several.
-    pub const fn stride(&self, cols: usize) -> usize {
-        let bytes = self.row_bytes(cols);
-        if self.quantised && cols <= 2 * TILE * GROUP {
-            bytes | PAD as usize
-        } else {
-            bytes
-        }
-    }
-
-    /// A matrix of this type at `base`, which has room for `rows` times [`Layout::stride`].
-    pub const fn matrix(&self, rows: usize, cols: usize, base: *const u8) -> Matrix {
-        Matrix {
-            base,
-            rows: rows as u32,
-            cols: cols as u32,
-            row_bytes: self.stride(cols) as u32,
-            tile_bytes: self.tile_bytes(TILE) as u32,
-            ty: self.ty,
-            unused: 0,
         }
     }
 }
@@ -642,27 +523,27 @@ pub trait Planes {
 impl<T: Weights> Planes for MatrixRow<T> {
     #[inline(always)]
     unsafe fn words4(&self, plane: usize, index: usize) -> [u32; 4] {
-        unsafe { ldg_v4_u32_here(self.at(plane, index)) }
+        unsafe { ldg_v4_u32_l2(self.at(plane, index)) }
     }
 
     #[inline(always)]
     unsafe fn words2(&self, plane: usize, index: usize) -> [u32; 2] {
-        unsafe { ldg_v2_u32_here(self.at(plane, index)) }
+        unsafe { ldg_v2_u32_l2(self.at(plane, index)) }
     }
 
     #[inline(always)]
     unsafe fn word(&self, plane: usize, index: usize) -> u32 {
-        unsafe { ldg_u32_here(self.at(plane, index).cast()) }
+        unsafe { ldg_u32_l2(self.at(plane, index).cast()) }
     }
 
     #[inline(always)]
     unsafe fn half_word(&self, plane: usize, index: usize) -> u16 {
-        unsafe { ldg_u16_here(self.at(plane, index).cast()) }
+        unsafe { ldg_u16_l2(self.at(plane, index).cast()) }
     }
 
     #[inline(always)]
     unsafe fn single(&self, plane: usize, index: usize) -> u8 {
-        unsafe { ldg_u8_here(self.at(plane, index)) }
+        unsafe { ldg_u8_l2(self.at(plane, index)) }
     }
 }
 
@@ -676,28 +557,40 @@ fn weights(levels: [u32; 8], a: Affine) -> [f32; 32] {
         + a.m[i / 16])
 }
 
-/// The same in f16: a byte `q` set into the mantissa of 1024 is the f16 `1024 + q`; subtracting 1024 is exact,
-/// and one fused multiply-add applies the scales.
+/// A group's levels and scales, to become f16.
+#[derive(Clone, Copy)]
+pub(crate) struct Halves {
+    levels: [u32; 8],
+    d: [Half2; 2],
+    m: [Half2; 2],
+}
+
+impl Halves {
+    #[inline(always)]
+    pub fn of(levels: [u32; 8], a: Affine) -> Halves {
+        Halves {
+            levels,
+            d: unrolled!(2, |h| Half2::from_f32(a.d[h], a.d[h])),
+            m: unrolled!(2, |h| Half2::from_f32(a.m[h], a.m[h])),
+        }
+    }
+
+    /// Weights `2 i` and `2 i + 1`: a byte `q` set into the mantissa of 1024 is the f16 `1024 + q`; subtracting 1024 is
+    /// exact, and one fused multiply-add applies the scales.
+    #[inline(always)]
+    pub fn pair(&self, i: usize) -> u32 {
+        let selector = if i % 2 == 0 { 0x4140 } else { 0x4342 };
+        let q = prmt(self.levels[i / 2], 0x0000_0064, selector);
+        let q = hsub2(Half2(q), Half2(0x6400_6400));
+        hfma2(q, self.d[i / 8], self.m[i / 8]).0
+    }
+}
+
+/// [`weights`] in f16, two to a word.
 #[inline(always)]
 fn weights_f16(levels: [u32; 8], a: Affine) -> [u32; 16] {
-    use cuda_std::half::{Half2, hfma2, hsub2};
-    use cuda_std::int::prmt;
-    let d = [
-        Half2::from_f32(a.d[0], a.d[0]),
-        Half2::from_f32(a.d[1], a.d[1]),
-    ];
-    let c = [
-        Half2::from_f32(a.m[0], a.m[0]),
-        Half2::from_f32(a.m[1], a.m[1]),
-    ];
-    unrolled!(16, |i| {
-        let selector = if i % 2 == 0 { 0x4140 } else { 0x4342 };
-        let q = hsub2(
-            Half2(prmt(levels[i / 2], 0x0000_0064, selector)),
-            Half2(0x6400_6400),
-        );
-        hfma2(q, d[i / 8], c[i / 8]).0
-    })
+    let halves = Halves::of(levels, a);
+    unrolled!(16, |i| halves.pair(i))
 }
 
 /// Four consecutive floats at a 16-byte boundary.

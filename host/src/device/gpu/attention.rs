@@ -186,7 +186,7 @@ impl<D: Driver> Gpu<D> {
         let norm = op.norm.as_ref();
         let normed = self.norm_rows(x, norm, len, rows, ptr::null(), !self.exact)?;
         let (from_q, k, v, strides) = match normed {
-            Rows::F16(x) if self.dense() && !adapted => {
+            Rows::F16(x) if rows > 1 && !adapted => {
                 let n = q_len + 2 * kv_len;
                 let joined = self.scratch(Scratch::First, rows * n * 4)?;
                 let parts = [
@@ -200,7 +200,7 @@ impl<D: Driver> Gpu<D> {
                     stride: n,
                     add: false,
                 };
-                self.dense_product(&parts, 1, x, to)?;
+                self.parts_product(&parts, 1, x, rows, to)?;
                 let at = |column: usize| (joined + 4 * column as u64) as *mut f32;
                 (at(0), at(q_len), at(q_len + kv_len), [n, n])
             }

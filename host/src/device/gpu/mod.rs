@@ -28,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
 use cuda_std::tensor::{TensorMap, Tiling};
 use kernels::decode::{HALVES, NARROW_DIM, WIDE};
+use kernels::skinny;
 use kernels::types::type_bit;
 use std::collections::HashMap;
 use std::io::Write;
@@ -123,9 +124,9 @@ pub trait Driver: Send + Sized + 'static {
     /// Names of the forms of the kernel `decode`, which differ in how weights come.
     const DECODE_KERNELS: &'static [&'static str] = &["decode"];
 
-    /// Rows of a step from which on weights are unpacked beforehand, once for all rows. On a card that
-    /// is faster for any number of rows: the other way has too few blocks for narrow matrices.
-    const DENSE_ROWS: usize = 2;
+    /// Rows up to which weights are unpacked as they are multiplied (`skinny`); for more they are unpacked beforehand,
+    /// once for all rows (`dense`). Measured on an H100.
+    const SKINNY_ROWS: usize = skinny::ROWS as usize;
 }
 
 /// Memory that host and device share.
@@ -207,6 +208,8 @@ enum Scratch {
     /// Unpacked weights, and their biases.
     Weights,
     Biases,
+    /// Sums of parts of products.
+    Sums,
     /// The list of tiles of attention on tensor cores.
     Tiles,
     /// Normed rows in f32.
@@ -604,8 +607,8 @@ pub fn reads(ty: gguf::GgmlType) -> bool {
 
 /// See [`Device::working_bytes`].
 pub fn working_bytes(widest: usize) -> u64 {
-    // Unpacked weights, and two f32 intermediates of a step's rows.
-    (products::SLICE_BYTES + 2 * 4 * MAX_ROWS * widest) as u64
+    // Unpacked weights, two f32 intermediates of a step's rows, and sums of a head's products with half a million rows.
+    (products::SLICE_BYTES + 2 * 4 * MAX_ROWS * widest + (128 << 20)) as u64
 }
 
 /// # Errors

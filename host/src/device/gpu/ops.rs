@@ -1,7 +1,7 @@
 //! The operations of [`Device`](crate::device::Device) as launches.
 //!
 //! Five ways of one product: an operation of the kernel `decode` for a single row, with norm and epilogue
-//! fused; `linear_few` for single rows of models that it does not know, and a few more; `gemm` on tensor cores for more;
+//! fused; `linear_one` for single rows of models that it does not know; `skinny` on tensor cores for several;
 //! `dense`, the same with weights unpacked beforehand, for many; `linear_exact` in f32 with `--exact`. All but the
 //! first are launches of their own, with norm and epilogue as kernels beside them.
 //!
@@ -325,7 +325,7 @@ impl<D: Driver> Gpu<D> {
             self.half_stride(width, out)?
         };
         if let (Rows::F16(x), Some(gate), Activation::Silu) = (normed, *gate, *activation)
-            && self.dense()
+            && rows > 1
             && width == stride
             && gate.adapters.is_empty()
             && up.adapters.is_empty()
@@ -336,7 +336,7 @@ impl<D: Driver> Gpu<D> {
                 stride,
                 add: false,
             };
-            return self.dense_sliced(&[gate, *up], x, to);
+            return self.linears(&[gate, *up], x, rows, to);
         }
         // Without a gate, the activation is of `up`.
         let first = self.scratch(Scratch::First, rows * width * 4)? as *mut f32;

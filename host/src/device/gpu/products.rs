@@ -9,8 +9,8 @@ use kernels::decode::{NO_OP, Op, kind};
 use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
 use kernels::epilogue::Output;
 use kernels::exact::{self, LinearArgs};
-use kernels::few;
-use kernels::gemm::{self, GemmArgs};
+use kernels::one::{self, OneArgs};
+use kernels::skinny::{self, JoinArgs, SkinnyArgs, Units};
 use kernels::types::{GROUP, NO_MATRIX};
 use kernels::warpgroup::{self, WarpgroupArgs};
 use std::ptr;
@@ -243,9 +243,7 @@ impl<D: Driver> Gpu<D> {
     ) -> Result<()> {
         let matrix = linear.weight.matrix;
         let bias = bias_ptr(linear);
-        let add = u32::from(add);
         let n = matrix.rows as usize;
-        let columns = blocks(n, gemm::BN as u32);
         match x {
             Rows::F32(x) => {
                 let len = linear.weight.cols as u32;
@@ -256,7 +254,7 @@ impl<D: Driver> Gpu<D> {
                     len,
                     rows: rows as u32,
                     out,
-                    add,
+                    add: u32::from(add),
                 };
                 let grid = (
                     blocks(n, exact::THREADS / 32),
@@ -265,66 +263,100 @@ impl<D: Driver> Gpu<D> {
                 self.driver
                     .launch("linear_exact", grid, exact::THREADS, 0, &args)
             }
-            // Not where a matrix has so many rows that one row of blocks fills the card anyway.
-            Rows::F16(x)
-                if rows == self.current.rows
-                    && self.dense()
-                    && (rows > 64 || columns < 4 * self.driver.multiprocessors()) =>
-            {
+            Rows::F16(x) if rows == 1 => {
+                let args = OneArgs {
+                    matrix,
+                    bias,
+                    x,
+                    out,
+                    add: u32::from(add),
+                };
+                let grid = (blocks(n, one::THREADS / 32), 1);
+                self.driver
+                    .launch("linear_one", grid, one::THREADS, 0, &args)
+            }
+            Rows::F16(x) => {
                 let to = Target {
                     address: out as Address,
                     element_bytes: 4,
                     stride: n,
-                    add: add != 0,
-                };
-                self.dense_sliced(&[linear], x, to)
-            }
-            Rows::F16(x) => {
-                let args = GemmArgs {
-                    matrix,
-                    bias,
-                    x,
-                    rows: rows as u32,
-                    out,
                     add,
                 };
-                // One row, or a few where tiles of tensor cores would leave most of the card without work.
-                if rows == 1 || rows <= few::ROWS && columns < self.driver.multiprocessors() {
-                    let grid = (blocks(n, few::THREADS / 32), 1);
-                    return self
-                        .driver
-                        .launch("linear_few", grid, few::THREADS, 0, &args);
-                }
-                // The taller tile where it still gives every multiprocessor a block.
-                let fills = columns * blocks(rows, 64) >= self.driver.multiprocessors();
-                let (kernel, mt) = if rows > 32 && fills {
-                    ("gemm_64", 2)
-                } else {
-                    ("gemm_32", 1)
-                };
-                let grid = (columns, blocks(rows, 32 * mt));
-                let shared = gemm::shared_bytes(mt as usize);
-                self.driver
-                    .launch(kernel, grid, gemm::THREADS, shared, &args)
+                self.linears(&[linear], x, rows, to)
             }
         }
     }
 
-    /// Whether weights are unpacked beforehand for the products of this step.
-    pub(super) fn dense(&self) -> bool {
-        !self.exact && self.current.rows >= D::DENSE_ROWS
-    }
-
-    /// Unpacks rows of up to three matrices, `rows` in all, and multiplies: `ways` is 1 for parts that
-    /// follow each other, 2 for gate and up.
-    pub(super) fn dense_product(
+    /// Products of `rows` rows with rows of up to three matrices: `ways` is 1 for parts that follow each other, 2 for gate
+    /// and up.
+    pub(super) fn parts_product(
         &mut self,
         parts: &[Part],
         ways: usize,
         x: *const u16,
+        rows: usize,
         to: Target,
     ) -> Result<()> {
-        let (rows, cols) = (self.current.rows, parts[0].matrix.cols as usize);
+        if rows <= D::SKINNY_ROWS {
+            self.skinny_product(parts, ways, x, rows, to)
+        } else {
+            self.dense_product(parts, ways, x, rows, to)
+        }
+    }
+
+    /// [`Gpu::parts_product`] of few rows, whose weights are unpacked as they are multiplied.
+    fn skinny_product(
+        &mut self,
+        parts: &[Part],
+        ways: usize,
+        x: *const u16,
+        rows: usize,
+        to: Target,
+    ) -> Result<()> {
+        let cols = parts[0].matrix.cols;
+        let units = Units::of(parts, cols, rows as u32, self.driver.multiprocessors());
+        let sums = self.scratch(Scratch::Sums, units.values() * 4)?;
+        let none = Part {
+            rows: 0,
+            ..parts[parts.len() - 1]
+        };
+        let parts = std::array::from_fn(|i| parts.get(i).copied().unwrap_or(none));
+        let args = SkinnyArgs {
+            parts,
+            units,
+            x,
+            rows: rows as u32,
+            cols,
+            sums: sums as *mut f32,
+        };
+        let (grid, shared) = ((units.blocks, 1), skinny::shared_bytes(rows as u32));
+        self.driver
+            .launch("skinny", grid, skinny::THREADS, shared, &args)?;
+        let args = JoinArgs {
+            parts,
+            units,
+            sums: sums as *const f32,
+            ways: ways as u32,
+            out: to.address as *mut u8,
+            rows: rows as u32,
+            stride: to.stride as u32,
+            add: u32::from(to.add),
+        };
+        let grid = (blocks(args.threads(), skinny::THREADS), 1);
+        self.driver
+            .launch("skinny_join", grid, skinny::THREADS, 0, &args)
+    }
+
+    /// [`Gpu::parts_product`] of many rows: unpacks the weights, and multiplies.
+    fn dense_product(
+        &mut self,
+        parts: &[Part],
+        ways: usize,
+        x: *const u16,
+        rows: usize,
+        to: Target,
+    ) -> Result<()> {
+        let cols = parts[0].matrix.cols as usize;
         let n: usize = parts.iter().map(|p| p.rows as usize).sum();
         let w = self.scratch(Scratch::Weights, n * cols * 2)?;
         let bias = self.scratch(Scratch::Biases, n * 4)?;
@@ -352,26 +384,31 @@ impl<D: Driver> Gpu<D> {
         form.multiply(&mut self.driver, w as *const u16, x, cols as u32, output)
     }
 
-    /// [`Gpu::dense_product`] of one matrix, or of gate and up, slice by slice.
-    pub(super) fn dense_sliced(
+    /// [`Gpu::parts_product`] of one matrix, or of gate and up; where weights are unpacked beforehand, slice by slice.
+    pub(super) fn linears(
         &mut self,
         linears: &[Linear<'_, Self>],
         x: *const u16,
+        rows: usize,
         to: Target,
     ) -> Result<()> {
         let ways = linears.len();
         let matrix = linears[0].weight.matrix;
         let (n, row_bytes) = (matrix.rows as usize, ways * matrix.cols as usize * 2);
         // Slices of whole tiles, and of equal size.
-        let slices = (n * row_bytes).div_ceil(SLICE_BYTES);
+        let slices = match rows <= D::SKINNY_ROWS {
+            true => 1,
+            false => (n * row_bytes).div_ceil(SLICE_BYTES),
+        };
         let slice = n.div_ceil(slices).next_multiple_of(128);
         for first in (0..n).step_by(slice) {
             let mut parts = Vec::with_capacity(ways);
             for (way, linear) in linears.iter().enumerate() {
+                // Eight rows of the gate, eight of up.
                 parts.push(part(linear, first, slice.min(n - first), 8 * way));
             }
             let address = to.address + (first * to.element_bytes) as u64;
-            self.dense_product(&parts, ways, x, Target { address, ..to })?;
+            self.parts_product(&parts, ways, x, rows, Target { address, ..to })?;
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Products: repacking, `linear_exact`, `gemm`.
+//! Products: repacking, `linear_exact`, `linear_one`, `skinny`, `dense`.
 
 use super::Driver;
 use super::bench::{Bench, TestMatrix, layout, nmse, nmse_at_least, types};
@@ -11,9 +11,9 @@ use half::f16;
 use kernels::dense::{self, DequantiseArgs, Part};
 use kernels::epilogue::Output;
 use kernels::exact::{self, LinearArgs};
-use kernels::few;
-use kernels::gemm::{self, GemmArgs};
+use kernels::one::{self, OneArgs};
 use kernels::rows::EmbedArgs;
+use kernels::skinny::{self, JoinArgs, SkinnyArgs, Units};
 use kernels::types::GROUP;
 use std::ptr;
 
@@ -45,15 +45,11 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
         }
         for (rows, cols) in [(5, block), (130, 2 * block + if quantised { 0 } else { 9 })] {
             let m = b.matrix(ty, rows, cols)?;
-            for (kernel, n) in [
-                ("linear_few", 1),
-                ("linear_few", 7),
-                ("gemm_32", 3),
-                ("gemm_64", 129),
-            ] {
-                gemm(b, &m, kernel, n, n <= 3)?;
-            }
+            one(b, &m)?;
             if rows > 5 {
+                for (n, blocks) in [(7, 1), (16, 2), (21, 5), (64, 3)] {
+                    skinny(b, &m, (n, blocks), n <= 7)?;
+                }
                 for (form, n) in Form::PLAIN.into_iter().zip([65, 9, 129, 131, 70]) {
                     if b.driver.warpgroups() || !form.warpgroups {
                         dense(b, &m, form, n, n <= 70)?;
@@ -71,6 +67,9 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             if b.driver.warpgroups() || !form.warpgroups {
                 dense_gate_up(b, gate, up, form, n)?;
             }
+        }
+        for n in [2, 9, 40] {
+            skinny_gate_up(b, gate, up, n)?;
         }
     }
     Ok(())
@@ -153,64 +152,191 @@ fn linear_exact<D: Driver>(b: &mut Bench<'_, D>, m: &TestMatrix, n: usize) -> Re
     Ok(())
 }
 
-fn gemm<D: Driver>(
+fn one<D: Driver>(b: &mut Bench<'_, D>, m: &TestMatrix) -> Result<()> {
+    let (halves, x) = half_rows(b, m, 1, 1.0);
+    let (bias, before) = (b.random.values(m.rows), b.random.values(m.rows));
+    let (x_on, bias_on, out) = (b.upload(&halves)?, b.upload(&bias)?, b.upload(&before)?);
+    let args = OneArgs {
+        matrix: m.matrix,
+        bias: bias_on.ptr(),
+        x: x_on.ptr(),
+        out: out.ptr(),
+        add: 1,
+    };
+    let grid = (m.rows.div_ceil(one::THREADS as usize / 32) as u32, 1);
+    b.driver
+        .launch("linear_one", grid, one::THREADS, 0, &args)?;
+    let found = b.take::<f32>("linear_one", out)?;
+    let sums = m.times(&x);
+    let expected: Vec<f64> = (0..m.rows)
+        .map(|i| sums[i] + f64::from(bias[i]) + f64::from(before[i]))
+        .collect();
+    // Few outputs may be small beside what they are summed from.
+    let error = nmse_at_least(&found, &expected, m.typical(&x));
+    b.report("linear_one", name(m, ""), error, F16_LIMIT);
+    Ok(())
+}
+
+/// The products of [`dense`] by `skinny`, shared out among `blocks` blocks.
+fn skinny<D: Driver>(
     b: &mut Bench<'_, D>,
     m: &TestMatrix,
-    kernel: &'static str,
-    n: usize,
+    (n, blocks): (usize, u32),
     add: bool,
 ) -> Result<()> {
-    let padded = m.matrix.cols as usize;
-    let x: Vec<f32> = (0..n * m.cols)
-        .map(|_| f16::from_f32(b.random.signed()).to_f32())
-        .collect();
-    let halves: Vec<f16> = x
-        .chunks(m.cols)
-        .flat_map(|row| {
-            row.iter()
-                .copied()
-                .chain(std::iter::repeat(0.0))
-                .take(padded)
-                .map(f16::from_f32)
-        })
-        .collect();
-    let bias = b.random.values(m.rows);
-    let before = b.random.values(n * m.rows);
+    let (halves, x) = half_rows(b, m, n, 1.0);
+    let (bias, before) = (b.random.values(m.rows), b.random.values(n * m.rows));
     let (x_on, bias_on) = (b.upload(&halves)?, b.upload(&bias)?);
     let out = if add {
         b.upload(&before)?
     } else {
         b.alloc(4 * n * m.rows)?
     };
-    let args = GemmArgs {
-        matrix: m.matrix,
-        bias: bias_on.ptr(),
-        x: x_on.ptr(),
-        rows: n as u32,
+    let cut = m.rows / 2 + 1;
+    let to = SkinnyTo {
+        ways: 1,
         out: out.ptr(),
-        add: u32::from(add),
+        stride: m.rows,
+        add,
     };
-    let (columns, rows, threads, shared) = match kernel {
-        "linear_few" => (few::THREADS as usize / 32, few::ROWS, few::THREADS, 0),
-        "gemm_32" => (gemm::BN, 32, gemm::THREADS, gemm::shared_bytes(1)),
-        _ => (gemm::BN, 64, gemm::THREADS, gemm::shared_bytes(2)),
-    };
-    let grid = (m.rows.div_ceil(columns) as u32, n.div_ceil(rows) as u32);
-    b.driver.launch(kernel, grid, threads, shared, &args)?;
-    let found = b.take::<f32>(kernel, out)?;
-    let expected: Vec<f64> = x
-        .chunks(m.cols)
-        .flat_map(|x| m.times(x))
-        .enumerate()
-        .map(|(i, y)| {
-            y + f64::from(bias[i % m.rows]) + if add { f64::from(before[i]) } else { 0.0 }
-        })
-        .collect();
-    // Weights are rounded to f16: few outputs may be small beside what they are summed from.
+    let parts = two_parts(m, cut, bias_on.ptr());
+    skinny_launches(b, parts, (x_on.ptr(), n), blocks, to)?;
+    let found = b.take::<f32>("skinny", out)?;
+    let expected = of_two_parts(m, &x, cut, &bias, add.then_some(&before[..]));
     let typical = x.chunks(m.cols).map(|x| m.typical(x)).sum();
     let error = nmse_at_least(&found, &expected, typical);
-    b.report(kernel, name(m, format!("× {n}")), error, F16_LIMIT);
+    let case = name(m, format!("× {n} on {blocks}"));
+    b.report("skinny", case.clone(), error, F16_LIMIT);
+    b.report("skinny_join", case, error, F16_LIMIT);
     Ok(())
+}
+
+/// Where products by `skinny` go; see [`JoinArgs`].
+struct SkinnyTo {
+    ways: u32,
+    out: *mut u8,
+    stride: usize,
+    add: bool,
+}
+
+/// Launches a product by `skinny` of the first two parts, and the adding up of its sums.
+fn skinny_launches<D: Driver>(
+    b: &mut Bench<'_, D>,
+    parts: [Part; 3],
+    (x, n): (*const u16, usize),
+    blocks: u32,
+    to: SkinnyTo,
+) -> Result<()> {
+    let cols = parts[0].matrix.cols;
+    let units = Units::of(&parts[..2], cols, n as u32, blocks);
+    let sums = b.alloc(4 * units.values())?;
+    let args = SkinnyArgs {
+        parts,
+        units,
+        x,
+        rows: n as u32,
+        cols,
+        sums: sums.ptr(),
+    };
+    let (grid, shared) = ((units.blocks, 1), skinny::shared_bytes(n as u32));
+    b.driver
+        .launch("skinny", grid, skinny::THREADS, shared, &args)?;
+    let args = JoinArgs {
+        parts,
+        units,
+        sums: sums.ptr(),
+        ways: to.ways,
+        out: to.out,
+        rows: n as u32,
+        stride: to.stride as u32,
+        add: u32::from(to.add),
+    };
+    let grid = (args.threads().div_ceil(skinny::THREADS as usize) as u32, 1);
+    b.driver
+        .launch("skinny_join", grid, skinny::THREADS, 0, &args)
+}
+
+fn skinny_gate_up<D: Driver>(
+    b: &mut Bench<'_, D>,
+    gate: GgmlType,
+    up: GgmlType,
+    n: usize,
+) -> Result<()> {
+    let (rows, cols) = (300, 512);
+    let (gate, up) = (b.matrix(gate, rows, cols)?, b.matrix(up, rows, cols)?);
+    // Small, so that the products of two products stay in range.
+    let (halves, x) = half_rows(b, &gate, n, 1.0 / 64.0);
+    let (gate_bias, up_bias) = (b.random.values(rows), b.random.values(rows));
+    let x_on = b.upload(&halves)?;
+    let (gate_bias_on, up_bias_on) = (b.upload(&gate_bias)?, b.upload(&up_bias)?);
+    let out = b.alloc(2 * n * rows)?;
+    let second = whole(&up, up_bias_on.ptr(), 8);
+    let parts = [whole(&gate, gate_bias_on.ptr(), 0), second, second];
+    let to = SkinnyTo {
+        ways: 2,
+        out: out.ptr(),
+        stride: rows,
+        add: false,
+    };
+    skinny_launches(b, parts, (x_on.ptr(), n), 3, to)?;
+    let halves = b.take::<f16>("skinny", out)?;
+    let found: Vec<f32> = halves.into_iter().map(f16::to_f32).collect();
+    let expected = of_gate_up((&gate, &gate_bias), (&up, &up_bias), &x);
+    let case = format!("{} and {} {rows}×{cols} × {n}", gate.ty, up.ty);
+    b.report("skinny", case, nmse(&found, &expected), F16_LIMIT);
+    Ok(())
+}
+
+/// A matrix's rows in two parts that change places, the first of `cut` rows, the second without a bias.
+fn two_parts(m: &TestMatrix, cut: usize, bias: *const f32) -> [Part; 3] {
+    let first = Part {
+        rows: cut as u32,
+        out_row: (m.rows - cut) as u32,
+        ..whole(m, bias, 0)
+    };
+    let second = Part {
+        first: cut as u32,
+        rows: (m.rows - cut) as u32,
+        ..whole(m, ptr::null(), 0)
+    };
+    [first, second, second]
+}
+
+/// What the products of rows `x` by [`two_parts`] should be, added to `before`.
+fn of_two_parts(
+    m: &TestMatrix,
+    x: &[f32],
+    cut: usize,
+    bias: &[f32],
+    before: Option<&[f32]>,
+) -> Vec<f64> {
+    let mut expected = Vec::new();
+    for x in x.chunks(m.cols) {
+        let y = m.times(x);
+        let biased = |i: usize| y[i] + if i < cut { f64::from(bias[i]) } else { 0.0 };
+        expected.extend((cut..m.rows).chain(0..cut).map(biased));
+    }
+    for (e, before) in expected.iter_mut().zip(before.unwrap_or_default()) {
+        *e += f64::from(*before);
+    }
+    expected
+}
+
+/// `silu(x Gᵀ + g) * (x Uᵀ + u)`.
+fn of_gate_up(
+    (gate, gate_bias): (&TestMatrix, &[f32]),
+    (up, up_bias): (&TestMatrix, &[f32]),
+    x: &[f32],
+) -> Vec<f64> {
+    let mut expected = Vec::new();
+    for x in x.chunks(gate.cols) {
+        let (g, u) = (gate.times(x), up.times(x));
+        expected.extend(
+            (0..gate.rows)
+                .map(|i| silu(g[i] + f64::from(gate_bias[i])) * (u[i] + f64::from(up_bias[i]))),
+        );
+    }
+    expected
 }
 
 /// Input rows as halves, padded to the matrix's columns, and as what those stand for.
@@ -279,17 +405,8 @@ fn dense<D: Driver>(
     let (x_on, bias_on) = (b.upload(&halves)?, b.upload(&bias)?);
     let (w_on, w_bias) = (b.alloc(2 * m.rows * cols)?, b.alloc(4 * m.rows)?);
     let cut = m.rows / 2 + 1;
-    let first = Part {
-        rows: cut as u32,
-        out_row: (m.rows - cut) as u32,
-        ..whole(m, bias_on.ptr(), 0)
-    };
-    let second = Part {
-        first: cut as u32,
-        rows: (m.rows - cut) as u32,
-        ..whole(m, ptr::null(), 0)
-    };
-    dequantise(b, [first, second, second], 2, 1, w_on.ptr(), w_bias.ptr())?;
+    let parts = two_parts(m, cut, bias_on.ptr());
+    dequantise(b, parts, 2, 1, w_on.ptr(), w_bias.ptr())?;
     let out = if add {
         b.upload(&before)?
     } else {
@@ -309,17 +426,7 @@ fn dense<D: Driver>(
     let found = b.take::<f32>(kernel, out)?;
     b.take::<u16>("dequantise", w_on)?;
     b.take::<f32>("dequantise", w_bias)?;
-    let mut expected = Vec::new();
-    for x in x.chunks(m.cols) {
-        let y = m.times(x);
-        let biased = |i: usize| y[i] + if i < cut { f64::from(bias[i]) } else { 0.0 };
-        expected.extend((cut..m.rows).chain(0..cut).map(biased));
-    }
-    if add {
-        for (e, before) in expected.iter_mut().zip(&before) {
-            *e += f64::from(*before);
-        }
-    }
+    let expected = of_two_parts(m, &x, cut, &bias, add.then_some(&before[..]));
     let error = nmse(&found, &expected);
     b.report(kernel, name(m, format!("× {n}")), error, F16_LIMIT);
     b.report("dequantise", name(m, "two parts"), error, F16_LIMIT);
@@ -367,14 +474,7 @@ fn dense_gate_up<D: Driver>(
     let kernel = form.kernel;
     let halves = b.take::<f16>(kernel, out)?;
     let found: Vec<f32> = halves.into_iter().map(f16::to_f32).collect();
-    let mut expected = Vec::new();
-    for x in x.chunks(cols) {
-        let (g, u) = (gate.times(x), up.times(x));
-        expected.extend(
-            (0..rows)
-                .map(|i| silu(g[i] + f64::from(gate_bias[i])) * (u[i] + f64::from(up_bias[i]))),
-        );
-    }
+    let expected = of_gate_up((&gate, &gate_bias), (&up, &up_bias), &x);
     let case = format!("{} and {} {rows}×{cols} × {n}", gate.ty, up.ty);
     b.report(kernel, case, nmse(&found, &expected), F16_LIMIT);
     Ok(())

@@ -1,0 +1,126 @@
+//! How a type's rows are laid out.
+
+use super::{GROUP, LAYOUTS, Matrix, TILE};
+
+/// Bytes between rows that would else be an even number of 16 bytes apart: see [`Layout::stride`].
+pub const PAD: u32 = 16;
+
+const _: () = {
+    let mut i = 0;
+    while i < LAYOUTS.len() {
+        // Of the fewest groups that a row can end with.
+        let groups = LAYOUTS[i].block.div_ceil(GROUP);
+        let least = LAYOUTS[i].tile_bytes(groups);
+        assert!(least > PAD as usize, "no tile is taken for padding");
+        i += 1;
+    }
+};
+
+/// A plane of a type's layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plane {
+    /// Bytes of an element: 1, 2, 4, 8 or 16; of float types, whose element is a whole group, 64 or 128. Zero for no
+    /// plane.
+    pub bytes: usize,
+    /// Whether an element belongs to a block of the file rather than to a group.
+    pub per_block: bool,
+}
+
+impl Plane {
+    pub const NONE: Plane = Plane::group(0);
+
+    /// An element of so many bytes for each group.
+    pub const fn group(bytes: usize) -> Plane {
+        Plane {
+            bytes,
+            per_block: false,
+        }
+    }
+
+    /// An element of so many bytes for each block of the file.
+    pub const fn block(bytes: usize) -> Plane {
+        Plane {
+            bytes,
+            per_block: true,
+        }
+    }
+}
+
+/// What the host must know of a type to place a matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// GGML's number of the type.
+    pub ty: u32,
+    /// Weights per block of the file.
+    pub block: usize,
+    /// Bytes per block of the file.
+    pub block_bytes: usize,
+    pub planes: [Plane; 4],
+    /// Whether activations may be quantised before a product with it.
+    pub quantised: bool,
+}
+
+impl Layout {
+    /// Elements of plane `plane` in a whole tile.
+    pub const fn tile_elements(&self, plane: usize) -> usize {
+        self.elements(plane, TILE)
+    }
+
+    /// Elements of plane `plane` in so many groups.
+    #[inline(always)]
+    pub const fn elements(&self, plane: usize, groups: usize) -> usize {
+        if self.planes[plane].per_block {
+            groups * GROUP / self.block
+        } else {
+            groups
+        }
+    }
+
+    /// Where plane `plane` begins in a tile of so many groups, a multiple of 16; plane 4 is the end.
+    #[inline(always)]
+    pub const fn plane_offset(&self, plane: usize, groups: usize) -> usize {
+        let mut bytes = 0;
+        let mut i = 0;
+        while i < plane {
+            bytes += (self.elements(i, groups) * self.planes[i].bytes).next_multiple_of(16);
+            i += 1;
+        }
+        bytes
+    }
+
+    /// Bytes of a tile of so many groups.
+    #[inline(always)]
+    pub const fn tile_bytes(&self, groups: usize) -> usize {
+        self.plane_offset(4, groups)
+    }
+
+    /// Bytes of a row of `cols` weights, a multiple of 32.
+    pub const fn row_bytes(&self, cols: usize) -> usize {
+        let groups = cols / GROUP;
+        groups / TILE * self.tile_bytes(TILE) + self.tile_bytes(groups % TILE)
+    }
+
+    /// Bytes from row to row of `cols` weights: those of a row; of short quantised ones an odd number of 16 bytes, as they lie in a
+    /// decode step's shared memory ([`crate::decode`]), so that one copy brings several.
+    pub const fn stride(&self, cols: usize) -> usize {
+        let bytes = self.row_bytes(cols);
+        if self.quantised && cols <= 2 * TILE * GROUP {
+            bytes | PAD as usize
+        } else {
+            bytes
+        }
+    }
+
+    /// A matrix of this type at `base`, which has room for `rows` times [`Layout::stride`].
+    pub const fn matrix(&self, rows: usize, cols: usize, base: *const u8) -> Matrix {
+        Matrix {
+            base,
+            rows: rows as u32,
+            cols: cols as u32,
+            row_bytes: self.stride(cols) as u32,
+            tile_bytes: self.tile_bytes(TILE) as u32,
+            ty: self.ty,
+            unused: 0,
+        }
+    }
+}
