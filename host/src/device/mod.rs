@@ -556,6 +556,11 @@ pub trait Device: Send + Sized + 'static {
         rows: &[SampleRow<'_>],
     ) -> Result<Vec<u32>>;
 
+    /// See [`Runner::steps_begun`](crate::model::Runner::steps_begun).
+    fn steps_begun(&self) -> usize {
+        0
+    }
+
     /// Copies values back; waits for all that was queued.
     fn read(&mut self, buffer: &Self::Buffer, offset: usize, out: &mut [f32]) -> Result<()>;
 }

@@ -25,6 +25,9 @@ const CONTROLS: [&str; 6] = [
 ];
 pub const VOCABULARY: usize = EOS as usize + 1 + CONTROLS.len();
 
+/// Most steps that begin ahead at once.
+const AHEAD: usize = 8;
+
 type Next = Box<dyn Fn(&[u32]) -> u32 + Send>;
 
 pub struct FakeRunner {
@@ -43,6 +46,11 @@ pub struct FakeRunner {
     /// Steps to come whose logits are gone before they can be read, as those of a device that runs ahead.
     gone: usize,
     readable: bool,
+    /// Steps that have begun ahead, and the position of the first; how many were lost as another's step came.
+    begun: (usize, usize),
+    pub lost: Arc<AtomicUsize>,
+    /// How many have begun in all.
+    pub ahead: Arc<AtomicUsize>,
     /// The tokens of the last step, and the position of the first.
     last: (Vec<u32>, usize),
 }
@@ -78,6 +86,9 @@ impl FakeRunner {
             logits: Vec::new(),
             gone: 0,
             readable: true,
+            begun: (0, 0),
+            lost: Arc::default(),
+            ahead: Arc::default(),
             last: (Vec::new(), 0),
         }
     }
@@ -152,6 +163,14 @@ impl Runner for FakeRunner {
         // A step of several tokens is not one that was begun before.
         self.readable = self.gone == 0 || batch.tokens.len() > 1;
         self.gone = if self.readable { 0 } else { self.gone - 1 };
+        let past = batch.spans[0].past;
+        self.begun = match self.begun {
+            (left, at) if left > 0 && batch.tokens.len() == 1 && at == past => (left - 1, at + 1),
+            (left, _) => {
+                self.lost.fetch_add(left, Ordering::SeqCst);
+                (0, past)
+            }
+        };
         self.logits.clear();
         self.last = (batch.tokens.clone(), batch.spans[0].past);
         for span in &batch.spans {
@@ -183,6 +202,11 @@ impl Runner for FakeRunner {
     fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<u32>> {
         if let [row] = rows {
             self.gone = self.gone.max(row.ahead.saturating_sub(1));
+            if self.begun.0 == 0 {
+                let (tokens, past) = &self.last;
+                self.begun = (row.ahead.min(AHEAD), past + tokens.len());
+                self.ahead.fetch_add(self.begun.0, Ordering::SeqCst);
+            }
         }
         Ok(rows
             .iter()
@@ -191,6 +215,10 @@ impl Runner for FakeRunner {
                 crate::sampling::sample(row.params, row.u, row.seen, &mut logits.clone())
             })
             .collect())
+    }
+
+    fn steps_begun(&self) -> usize {
+        self.begun.0
     }
 
     /// The token and its position.

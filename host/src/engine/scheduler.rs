@@ -8,7 +8,8 @@
 //!
 //! Whose turn it is: that of the sequence that has had the least device time since it came, where a new
 //! one starts level with the one that has had least. So a long prompt or a long answer holds nobody up
-//! for more than its share, and at most one step lies between a cancellation and its effect.
+//! for more than its share, and at most one step lies between a cancellation and its effect. A turn lasts
+//! as long as steps of the sequence's have begun on the device already: another's step would be the loss of them.
 
 use super::kv::BlockPool;
 use super::sequence::{Sequence, end_unstarted};
@@ -207,19 +208,27 @@ impl<'t> Scheduler<'t> {
         self.shared.room.store(room, Ordering::SeqCst);
     }
 
-    /// The sequence whose turn it is, of those whose clients keep up.
-    fn next(&mut self) -> Option<usize> {
+    /// The sequence whose turn it is, of those whose clients keep up, and whether steps of its may begin ahead: where others
+    /// wait only as its turn begins.
+    fn next(&mut self) -> Option<(usize, bool)> {
         let mut best: Option<usize> = None;
+        let mut ready = 0;
         for i in 0..self.running.len() {
             if !self.running[i].has_room() {
                 continue;
             }
+            ready += 1;
             // Of those that are level the newest: its first token is what somebody waits for.
             if best.is_none_or(|b| self.running[i].device_time <= self.running[b].device_time) {
                 best = Some(i);
             }
         }
-        best
+        let goes_on = |i: &usize| self.running[*i].begun > 0;
+        let on_turn = (0..self.running.len()).find(goes_on);
+        match on_turn {
+            Some(i) if self.running[i].has_room() => Some((i, ready == 1)),
+            _ => best.map(|i| (i, true)),
+        }
     }
 
     /// The next step of sequence `i` as a batch; takes blocks from younger sequences where the cache is
@@ -260,7 +269,7 @@ impl<'t> Scheduler<'t> {
 
     /// Runs one step, if anything can run.
     fn step(&mut self) -> bool {
-        let Some(i) = self.next() else {
+        let Some((i, begin)) = self.next() else {
             return false;
         };
         let began = Instant::now();
@@ -274,7 +283,7 @@ impl<'t> Scheduler<'t> {
         let runner = &mut self.runner;
         let sequence = &mut self.running[i];
         let result = catch_unwind(AssertUnwindSafe(|| {
-            execute(&mut **runner, &batch, sequence)
+            execute(&mut **runner, &batch, sequence, begin)
         }));
         let outcome = match result {
             Ok(Ok(outcome)) => outcome,
@@ -300,6 +309,10 @@ impl<'t> Scheduler<'t> {
                 return true;
             }
         };
+        let begun = self.runner.steps_begun();
+        for (j, sequence) in self.running.iter_mut().enumerate() {
+            sequence.begun = if j == i { begun } else { 0 };
+        }
         let took = began.elapsed();
         self.shared.metrics.device_busy.inc_by(took.as_secs_f64());
         let sequence = &mut self.running[i];
@@ -342,6 +355,7 @@ fn execute(
     runner: &mut dyn Runner,
     batch: &Batch,
     sequence: &mut Sequence<'_>,
+    begin: bool,
 ) -> Result<Option<std::result::Result<super::sequence::Chosen, Failure>>> {
     runner.forward(batch)?;
     if sequence.is_embedding() {
@@ -350,7 +364,7 @@ fn execute(
     if batch.outputs.is_empty() {
         return Ok(None);
     }
-    Ok(Some(sequence.choose(runner)?))
+    Ok(Some(sequence.choose(runner, begin)?))
 }
 
 /// How a request ended, for the metrics.

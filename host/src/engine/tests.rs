@@ -75,6 +75,28 @@ pub(super) fn assert_idle(engine: &EngineHandle) {
 }
 
 #[test]
+fn steps_that_began_ahead_are_not_lost_to_others() {
+    let runner = FakeRunner::hashing(1024);
+    let (lost, ahead) = (Arc::clone(&runner.lost), Arc::clone(&runner.ahead));
+    let engine = start(runner);
+    let jobs: Vec<Job> = (0..4)
+        .map(|i| engine.submit(request(&"ab"[..1 + i % 2], 100)).unwrap())
+        .collect();
+    // All at once, as their clients read.
+    let drained: Vec<_> = jobs
+        .into_iter()
+        .map(|job| std::thread::spawn(|| drain(job)))
+        .collect();
+    for events in drained {
+        assert_eq!(answer(&events.join().unwrap()).1.tokens_out, 100);
+    }
+    assert_eq!(lost.load(Ordering::SeqCst), 0);
+    // Most of them did.
+    assert!(ahead.load(Ordering::SeqCst) > 200);
+    assert_idle(&engine);
+}
+
+#[test]
 fn an_answer_ends_at_the_end_token() {
     let engine = start(FakeRunner::script(64, 2, "hello"));
     let (text, end) = answer(&drain(engine.submit(request("ab", 20)).unwrap()));

@@ -180,6 +180,12 @@ pub trait Runner: Send {
     /// Chooses a token from each of the first `rows.len()` logit rows of the last [`Runner::forward`].
     fn sample(&mut self, rows: &[SampleRow<'_>]) -> Result<Vec<u32>>;
 
+    /// Steps that have begun ahead ([`SampleRow::ahead`]) and that nobody has asked for yet: what a sequence does next costs
+    /// nothing as long as there are any, and all of them are lost where another has a step.
+    fn steps_begun(&self) -> usize {
+        0
+    }
+
     /// The hidden state of row `row` of the last [`Runner::forward`], after the output norm: what the output
     /// matrix multiplies. As long as an embedding.
     fn hidden(&mut self, row: usize) -> Result<Vec<f32>>;

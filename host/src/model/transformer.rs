@@ -387,6 +387,10 @@ impl<D: Device> Runner for Transformer<D> {
             .sample(&self.scratch.logits, self.config.shape.vocabulary, rows)
     }
 
+    fn steps_begun(&self) -> usize {
+        self.device.steps_begun()
+    }
+
     fn hidden(&mut self, row: usize) -> Result<Vec<f32>> {
         let n = self.config.shape.embedding;
         let mut read = |buffer: &D::Buffer, at: usize| {

@@ -155,6 +155,13 @@ impl Decode {
     }
 }
 
+impl Decode {
+    /// Steps that have begun before the host asked for them.
+    pub(super) fn steps_begun(&self) -> usize {
+        self.ahead.map_or(0, |ahead| ahead.left as usize)
+    }
+}
+
 impl<D: Driver> Gpu<D> {
     /// Whether operations are being recorded for a decode step.
     pub(super) fn fused(&self) -> bool {

@@ -585,6 +585,10 @@ impl<D: Driver> Device for Gpu<D> {
         self.op_sample(logits, vocabulary, rows)
     }
 
+    fn steps_begun(&self) -> usize {
+        self.decode.steps_begun()
+    }
+
     fn read(&mut self, buffer: &Buffer, offset: usize, out: &mut [f32]) -> Result<()> {
         if offset + out.len() > buffer.len {
             return Err(Error::Request(format!(

@@ -19,14 +19,15 @@ pub(in super::super) struct Chosen {
 }
 
 impl Sequence<'_> {
-    /// Chooses the next token from the logits of the runner's last step. The inner error is this
-    /// sequence's own.
+    /// Chooses the next token from the logits of the runner's last step; steps may begin ahead where `begin` says so. The
+    /// inner error is this sequence's own.
     ///
     /// # Errors
     /// The device's failure.
     pub(in super::super) fn choose(
         &mut self,
         runner: &mut dyn Runner,
+        begin: bool,
     ) -> Result<std::result::Result<Chosen, Failure>> {
         let index = self.generated();
         let request = &self.submission.request;
@@ -52,6 +53,7 @@ impl Sequence<'_> {
                 u: uniform(seed, index as u64),
                 seen: &self.seen.ids,
                 ahead: match request.max_tokens.saturating_sub(index + 1) {
+                    _ if !begin => 0,
                     // Each step's logits are read before the next one begins.
                     left if request.logprobs.is_some() => left.min(1),
                     left => left,

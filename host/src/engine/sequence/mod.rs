@@ -35,6 +35,8 @@ pub(super) struct Sequence<'t> {
     put_back: bool,
     /// Device time it has had, from the level it started at.
     pub(super) device_time: Duration,
+    /// Steps of its own that have begun already.
+    pub(super) begun: usize,
     seen: Seen,
     constraint: Option<Constraint>,
     /// [`crate::sampling::Chain::is_plain`].
@@ -83,6 +85,7 @@ impl<'t> Sequence<'t> {
             table: BlockTable::default(),
             put_back: false,
             device_time: level,
+            begun: 0,
             seen,
             constraint: submission.request.constraint.take(),
             plain: submission.request.chain.is_plain(),
