@@ -211,7 +211,16 @@ fn one_step(m: &TestMatrix, x: &[f32], expected: &[f64]) -> f64 {
     step * step / scale.max(m.typical(x)).max(1e-30)
 }
 
-/// The same of `silu(g) * u`: a step changes both by at most that of the greatest weight.
+/// The error of activations that round the other way, in all outputs of a product with the row `x`: sums of thousands of
+/// products in f32 differ from exact ones by up to a tenth of a step, so that one or two of 64 do, and seldom eight.
+fn some_steps(x: &[f32]) -> f64 {
+    const MOST: f64 = 8.0;
+    let peak = x.iter().fold(0.0f32, |p, v| p.max(v.abs()));
+    let squares: f64 = x.iter().map(|v| f64::from(*v).powi(2)).sum();
+    MOST * f64::from(peak / LEVELS).powi(2) / squares.max(1e-30)
+}
+
+/// [`one_step`] of `silu(g) * u`: a step changes both by at most that of the greatest weight.
 fn one_step_gated(gate: &TestMatrix, up: &TestMatrix, x: &[f32], g: &[f64], u: &[f64]) -> f64 {
     /// The greatest slope of `silu`.
     const SLOPE: f64 = 1.1;
@@ -423,7 +432,7 @@ fn halves<D: Driver>(b: &mut Bench<'_, D>, rows: usize, cols: usize) -> Result<(
             "read",
             &found_z[..],
             &expected_z,
-            Q15_LIMIT.max(one_step(&reader, &seen, &expected_z)),
+            Q15_LIMIT.max(some_steps(&seen)),
         ),
         ("added to", &found_h[..rows], &expected_h, Q15_LIMIT),
     ] {
