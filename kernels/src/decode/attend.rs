@@ -1,27 +1,28 @@
 //! Attention of the step's row over the cache, on tensor cores.
 //!
-//! A piece is up to [`HEADS`] query heads that share a key-value head, with [`WIDTH`] elements of the values, over a split
-//! of the tokens; a block takes one at a time, its warps tiles of 16 tokens. With the tokens as rows of `K Qᵀ` and the
+//! A piece is up to [`HEADS`] query heads that share a key-value head, over a split of the tokens; where there is one split, with
+//! [`WIDTH`] elements of the values, else with all, which come [through the ring](super::long). A block takes one at a time, its warps
+//! tiles of 16 tokens. With the tokens as rows of `K Qᵀ` and the
 //! elements as rows of `Vᵀ Pᵀ` the heads are the eight columns of both products, so that keys and values are read once
 //! for all of them, straight into fragments: which element is which of a product's summands, and which of its rows, is
 //! free, and chosen so that a lane's are neighbours. A query and a weight are two f16 each, of which the second is what the
 //! first leaves over: products are those of f32 that way, in all but the last bits.
 //!
-//! A warp's running softmax (arXiv:2205.14135) goes from tile to tile; warps merge in shared memory, splits in
+//! A warp's [running softmax](super::running) goes from tile to tile; warps merge in shared memory, splits in
 //! [`merge`](super::merge).
 
+use super::long;
+use super::running::{Running, split};
 use super::seal::Seal;
 use super::{
-    Current, DecodeArgs, LATE, Listed, PLAIN, ROWS_AT, Source, WARPS, WIDE, blocks, cache_block,
-    get, kind, lane, may_be, sync, thread,
+    Current, DecodeArgs, LATE, PLAIN, ROWS_AT, Source, WARPS, WIDE, Warp, blocks, cache_block, get,
+    lane, may_be, sync, thread,
 };
 use crate::attention::NONE;
 use crate::rows::BLOCK_TOKENS;
 use crate::unrolled;
-use cuda_std::half::{F16, pack_f16x2};
-use cuda_std::int::{here, prmt, quotient};
-#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
-use cuda_std::memory::prefetch_bulk_l2;
+use cuda_std::half::pack_f16x2;
+use cuda_std::int::{here, quotient};
 use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_f32, ldg_v4_u32, st_global_v2};
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::{block_idx_x, spin};
@@ -34,15 +35,12 @@ pub const WIDTH: u32 = 64;
 /// Most elements of a head.
 pub const MAX_HEAD_DIM: u32 = 128;
 /// Tokens of a tile: the rows of a product.
-const TOKENS: u32 = 16;
+pub(super) const TOKENS: u32 = 16;
 /// Elements of a lane at a time, 16 bytes of the cache; four lanes take a chunk.
-const EIGHT: u32 = 8;
-const CHUNK: u32 = 4 * EIGHT;
+pub(super) const EIGHT: u32 = 8;
+pub(super) const CHUNK: u32 = 4 * EIGHT;
 /// Heads up to so many elements wide are of two chunks at most, others of four.
 pub const NARROW_DIM: u32 = 2 * CHUNK;
-
-/// Two f16.
-const ONES: u32 = 0x3c00_3c00;
 
 const LOG2_E: f32 = core::f32::consts::LOG2_E;
 
@@ -51,23 +49,29 @@ const LOG2_E: f32 = core::f32::consts::LOG2_E;
 const FRESH_AT: u32 = MAX_HEAD_DIM / CHUNK * 32 * 32;
 const ASKED_BYTES: u32 = FRESH_AT + 2 * 2 * MAX_HEAD_DIM;
 
-/// Bytes of shared memory that attention needs, with so many query heads for each key-value head.
-pub const fn attend_bytes(group: u32) -> u32 {
+/// Bytes of shared memory that attention needs, with so many query heads for each key-value head and so many splits.
+pub const fn attend_bytes(group: u32, head_dim: u32, splits: u32) -> u32 {
     let heads = if group < HEADS { group } else { HEADS };
-    ASKED_BYTES + heads * HEAD_PARTS * 4
+    let halves = if splits == 1 {
+        1
+    } else {
+        head_dim.div_ceil(WIDTH)
+    };
+    ASKED_BYTES + heads * halves * HEAD_PARTS * 4
 }
 
-/// Pieces before the tokens are split.
-pub const fn attend_pieces(kv_heads: u32, group: u32, head_dim: u32) -> u32 {
-    kv_heads * group.div_ceil(HEADS) * head_dim.div_ceil(WIDTH)
+/// Pieces of one split, of several or not.
+pub const fn attend_pieces(kv_heads: u32, group: u32, head_dim: u32, split: bool) -> u32 {
+    let halves = if split { 1 } else { head_dim.div_ceil(WIDTH) };
+    kv_heads * group.div_ceil(HEADS) * halves
 }
 
 /// Words of a part: the elements' sums, their peak and mass, two unused.
 pub const PART: u32 = WIDTH + 4;
 
-/// Words from head to head of the warps' parts in shared memory: these, and as many more as send neighbours' words to different
-/// banks.
-const HEAD_PARTS: u32 = WARPS * PART + 4;
+/// Words from head to head of the warps' parts in shared memory, of either half of a wide one's elements: these, and as many more as
+/// send neighbours' words to different banks.
+pub(super) const HEAD_PARTS: u32 = WARPS * PART + 4;
 
 /// `n / d`: most often `d` is 1, and a division takes long.
 #[inline(always)]
@@ -77,38 +81,39 @@ unsafe fn share(n: u32, d: u32) -> u32 {
 
 /// What a block takes at a time.
 #[derive(Clone, Copy)]
-struct Piece {
-    kv_head: u32,
+pub(super) struct Piece {
+    pub kv_head: u32,
     /// Its first query head.
-    head: u32,
-    heads: u32,
+    pub head: u32,
+    pub heads: u32,
     /// Its first element of the values, and how many.
-    element: u32,
-    width: u32,
-    split: u32,
+    pub element: u32,
+    pub width: u32,
+    pub split: u32,
     /// Its tokens: `from .. to`.
-    from: u32,
-    to: u32,
+    pub from: u32,
+    pub to: u32,
 }
 
 impl Piece {
     /// Piece `index` where the row's token is number `position`.
     #[inline(always)]
-    unsafe fn of(op: impl Source, index: u32, position: u32) -> Piece {
+    pub unsafe fn of(op: impl Source, index: u32, position: u32) -> Piece {
         unsafe {
             let (splits, head_dim) = (get!(op, splits), get!(op, cache.head_dim));
             let group = get!(op, group);
             let whole = share(index, splits);
             let split = index - whole * splits;
-            let (parts, pieces) = (head_dim.div_ceil(WIDTH), group.div_ceil(HEADS));
+            let most = if splits == 1 { WIDTH } else { MAX_HEAD_DIM };
+            let (parts, pieces) = (head_dim.div_ceil(most), group.div_ceil(HEADS));
             const { assert!(MAX_HEAD_DIM == 2 * WIDTH, "one part or two") };
             let piece = whole >> (parts - 1);
-            let element = (whole - piece * parts) * WIDTH;
+            let element = (whole - piece * parts) * most;
             let kv_head = share(piece, pieces);
             let first = (piece - kv_head * pieces) * HEADS;
-            // Whole tiles, which lie in one block of the cache.
+            // Whole blocks of the cache.
             let tokens = position + 1;
-            let chunk = share(tokens + splits - 1, splits).next_multiple_of(TOKENS);
+            let chunk = share(tokens + splits - 1, splits).next_multiple_of(BLOCK_TOKENS as u32);
             let from = if split * chunk < tokens {
                 split * chunk
             } else {
@@ -123,10 +128,10 @@ impl Piece {
                     HEADS
                 },
                 element,
-                width: if head_dim - element < WIDTH {
+                width: if head_dim - element < most {
                     head_dim - element
                 } else {
-                    WIDTH
+                    most
                 },
                 split,
                 from,
@@ -141,7 +146,7 @@ impl Piece {
 
     /// Warps that have tokens.
     #[inline(always)]
-    fn warps(&self) -> u32 {
+    pub fn warps(&self) -> u32 {
         let tiles = (self.to - self.from).div_ceil(TOKENS);
         if tiles < WARPS { tiles } else { WARPS }
     }
@@ -149,7 +154,7 @@ impl Piece {
 
 /// Shared memory of a piece.
 #[derive(Clone, Copy)]
-struct Place {
+pub(super) struct Place {
     asked: u32,
     parts: SharedPtr<f32>,
 }
@@ -163,9 +168,15 @@ impl Place {
         }
     }
 
+    /// The warps' parts.
+    #[inline(always)]
+    pub fn parts(&self) -> SharedPtr<f32> {
+        self.parts
+    }
+
     /// This lane's query elements of a chunk, the greater halves or what these leave over.
     #[inline(always)]
-    fn query(&self, chunk: u32, rest: u32) -> SharedPtr<u32> {
+    pub fn query(&self, chunk: u32, rest: u32) -> SharedPtr<u32> {
         shared::at(self.asked + ((2 * chunk + rest) * 32 + lane()) * 16)
     }
 
@@ -179,82 +190,57 @@ impl Place {
 
     /// Elements of the step's key (`kind` 0) or value (1), as the cache holds them.
     #[inline(always)]
-    fn fresh(&self, kind: u32, element: u32) -> SharedPtr<u32> {
+    pub fn fresh(&self, kind: u32, element: u32) -> SharedPtr<u32> {
         shared::at(self.asked + FRESH_AT + (kind * MAX_HEAD_DIM + element) * 2)
     }
 }
 
 /// [`kind::ATTEND`](super::kind::ATTEND).
 #[inline(always)]
-pub unsafe fn attend(a: &DecodeArgs, op: Current) {
+pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
         let mut index = block_idx_x();
         while index < pieces(op) {
             let (place, piece) = (Place::here(), Piece::of(op, index, get!(op, now.position)));
-            if get!(op, cache.head_dim) <= NARROW_DIM || !may_be(WIDE) {
-                walk::<2>(a, op, place, piece);
+            let wide = may_be(WIDE) && get!(op, cache.head_dim) > NARROW_DIM;
+            if get!(op, splits) == 1 {
+                if wide {
+                    walk::<4>(a, op, place, piece);
+                } else {
+                    walk::<2>(a, op, place, piece);
+                }
+                join::<1>(op, place.parts, here(index));
+            } else if wide {
+                long::walk::<4, 2>(a, op, place, piece, w);
+                join::<2>(op, place.parts, here(index));
             } else {
-                walk::<4>(a, op, place, piece);
+                long::walk::<2, 1>(a, op, place, piece, w);
+                join::<1>(op, place.parts, here(index));
             }
-            join(op, place.parts, here(index));
             sync();
             index += blocks();
         }
     }
 }
 
-/// Asks for keys and values of the block's first piece in the second-level cache, for a row whose token is number `position`: long
-/// before they are needed, while memory has less to do than when they are.
-#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
-#[inline(always)]
-pub unsafe fn prefetch(a: &DecodeArgs, op: Listed, position: u32) {
-    unsafe {
-        // Shorter ones take no time.
-        if get!(op, kind) != kind::ATTEND || get!(op, splits) == 1 || block_idx_x() >= pieces(op) {
-            return;
-        }
-        let piece = Piece::of(op, block_idx_x(), position);
-        let bytes = get!(op, cache.head_dim) * TOKENS * 2;
-        let both = get!(op, cache.head_dim) <= WIDTH;
-        let (keys, values) = (get!(op, cache.keys), get!(op, cache.values));
-        let mut base = piece.from + lane() * TOKENS;
-        let end = piece.from + PREFETCHED * TOKENS;
-        let end = if piece.to < end { piece.to } else { end };
-        while base < end {
-            let at = tile_at(a, op, piece.kv_head, base);
-            // Of pieces with the same keys each takes its part.
-            if both || piece.element == 0 {
-                prefetch_bulk_l2(keys.add(at), bytes);
-            }
-            if both || piece.element != 0 {
-                prefetch_bulk_l2(values.add(at), bytes);
-            }
-            base += 32 * TOKENS;
-        }
-    }
-}
-
-/// Tiles of a piece that are asked for ahead at most: more would be gone from that cache before they are needed.
-#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
-const PREFETCHED: u32 = WARPS;
-
 /// Pieces of an operation, with its splits.
 #[inline(always)]
-unsafe fn pieces(op: impl Source) -> u32 {
+pub(super) unsafe fn pieces(op: impl Source) -> u32 {
     unsafe {
-        let group = get!(op, group);
-        attend_pieces(get!(op, cache.kv_heads), group, get!(op, cache.head_dim)) * get!(op, splits)
+        let (group, splits) = (get!(op, group), get!(op, splits));
+        let (kv_heads, head_dim) = (get!(op, cache.kv_heads), get!(op, cache.head_dim));
+        attend_pieces(kv_heads, group, head_dim, splits > 1) * splits
     }
 }
 
 /// This lane's keys of a tile, as they lie in the cache: eight elements of two keys for each of `K` chunks.
 type Keys<const K: usize> = [[[u32; 4]; 2]; K];
 /// Its values: eight elements of four.
-type Values = [[u32; 4]; 4];
+pub(super) type Values = [[u32; 4]; 4];
 
 /// Row and column of this lane's place in a fragment.
 #[inline(always)]
-fn place_in_fragment() -> (u32, u32) {
+pub(super) fn place_in_fragment() -> (u32, u32) {
     (lane() / 4, lane() % 4)
 }
 
@@ -266,7 +252,7 @@ fn value_token(i: u32) -> u32 {
 
 /// Where the tile at token `base` begins in the cache, in bytes.
 #[inline(always)]
-unsafe fn tile_at(a: &DecodeArgs, op: impl Source, kv_head: u32, base: u32) -> usize {
+pub(super) unsafe fn tile_at(a: &DecodeArgs, op: impl Source, kv_head: u32, base: u32) -> usize {
     unsafe {
         let tokens = BLOCK_TOKENS as u32;
         let block = cache_block(a, base);
@@ -277,7 +263,7 @@ unsafe fn tile_at(a: &DecodeArgs, op: impl Source, kv_head: u32, base: u32) -> u
 
 /// Keys of the tile at `at`, of its tokens before `tokens`.
 #[inline(always)]
-unsafe fn load_keys<const K: usize>(op: Current, at: usize, tokens: u32) -> Keys<K> {
+pub(super) unsafe fn load_keys<const K: usize>(op: Current, at: usize, tokens: u32) -> Keys<K> {
     unsafe {
         let head_dim = get!(op, cache.head_dim);
         let (g, t) = place_in_fragment();
@@ -299,7 +285,7 @@ unsafe fn load_keys<const K: usize>(op: Current, at: usize, tokens: u32) -> Keys
 
 /// Values likewise, from element `element` on.
 #[inline(always)]
-unsafe fn load_values(op: Current, at: usize, tokens: u32, element: u32) -> Values {
+pub(super) unsafe fn load_values(op: Current, at: usize, tokens: u32, element: u32) -> Values {
     unsafe {
         let head_dim = get!(op, cache.head_dim);
         let element = element + lane() / 4 * EIGHT;
@@ -317,7 +303,12 @@ unsafe fn load_values(op: Current, at: usize, tokens: u32, element: u32) -> Valu
 
 /// Puts the step's own key, token `token` of the tile, in its place.
 #[inline(always)]
-unsafe fn put_key<const K: usize>(keys: &mut Keys<K>, place: Place, token: u32, head_dim: u32) {
+pub(super) unsafe fn put_key<const K: usize>(
+    keys: &mut Keys<K>,
+    place: Place,
+    token: u32,
+    head_dim: u32,
+) {
     let (g, t) = place_in_fragment();
     for c in 0..K {
         let e = c as u32 * CHUNK + t * EIGHT;
@@ -331,7 +322,13 @@ unsafe fn put_key<const K: usize>(keys: &mut Keys<K>, place: Place, token: u32, 
 
 /// Its value likewise.
 #[inline(always)]
-unsafe fn put_value(values: &mut Values, place: Place, token: u32, element: u32, head_dim: u32) {
+pub(super) unsafe fn put_value(
+    values: &mut Values,
+    place: Place,
+    token: u32,
+    element: u32,
+    head_dim: u32,
+) {
     let element = element + lane() / 4 * EIGHT;
     for i in 0..4 {
         if value_token(i as u32) == token && element < head_dim {
@@ -343,7 +340,7 @@ unsafe fn put_value(values: &mut Values, place: Place, token: u32, element: u32,
 /// Waits for the queries, a warp for each head, and for the step's own key and value, a warp each, and leaves them
 /// where all warps find them. A barrier must follow.
 #[inline(always)]
-unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: Piece) {
+pub(super) unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: Piece) {
     unsafe {
         let (warp, element) = (thread() / 32, 4 * lane());
         if warp >= HEADS + 2 {
@@ -456,24 +453,13 @@ unsafe fn turn(op: Current, v: [f32; 4], key: bool) -> [f32; 4] {
     }
 }
 
-/// Two values as pairs of f16: rounded, and what the rounding leaves over.
-#[inline(always)]
-fn split(low: f32, high: f32) -> [u32; 2] {
-    let word = pack_f16x2(low, high);
-    let back = |bits: u32| F16::from_bits(bits as u16).to_f32();
-    [word, pack_f16x2(low - back(word), high - back(word >> 16))]
-}
-
-/// This warp's share of the block's piece, left in its part.
+/// This warp's share of the block's piece, of one split, left in its part.
 #[inline(always)]
 unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: Piece) {
     unsafe {
         let warp = thread() / 32;
         let mut base = here(piece.from + warp * TOKENS);
-        // What the cache holds: the step's own is still on its way.
-        let fresh = !get!(op, fresh).is_null();
-        let cached = get!(op, now.position) + u32::from(!fresh);
-        let end = if piece.to < cached { piece.to } else { cached };
+        let end = cached_end(op, &piece);
         let any = base < piece.to;
         let (mut keys, mut values) = ([[[0; 4]; 2]; K], [[0; 4]; 4]);
         // The first are on their way while the query is awaited.
@@ -483,21 +469,10 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
             let at = tile_at(a, op, piece.kv_head, here(base));
             values = load_values(op, at, end.saturating_sub(base), piece.element);
         }
-        // The step's own token, as the tile counts them.
-        let mut own = here(if fresh {
-            get!(op, now.position).wrapping_sub(base)
-        } else {
-            u32::MAX
-        });
+        let mut own = here(own_token(op, base));
         ask::<K>(a, op, place, piece);
         sync();
-        // Of heads `2 t` and `2 t + 1`; of elements `8 g + 2 j` and the next.
-        let mut peak = [NONE; 2];
-        let mut sums = [[0.0f32; 4]; 4];
-        // The weights' own, by a product with ones: the same in every lane of a head. Where it is known to begin with zero, the first tile
-        // gets code of its own.
-        let mut mass = [f32::from_bits(here(0)), 0.0, 0.0, 0.0];
-        // Who has no tokens leaves a part of no weight.
+        let mut running = Running::<1>::new();
         while base < piece.to {
             if own < TOKENS {
                 let head_dim = get!(op, cache.head_dim);
@@ -505,64 +480,12 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
                 put_value(&mut values, place, own, piece.element, head_dim);
             }
             // Several sums, so that one product does not wait for the last.
-            let mut scores = [[[0.0f32; 4]; 2]; 2];
+            let mut scores = NO_SCORES;
             for c in 0..K {
-                let k = keys[c];
-                for rest in 0..2 {
-                    let q = place.query(c as u32, rest as u32).load_v4();
-                    for h in 0..2 {
-                        let keys = [k[0][2 * h], k[1][2 * h], k[0][2 * h + 1], k[1][2 * h + 1]];
-                        let sum = &mut scores[rest][h];
-                        *sum = mma::m16n8k16_f16(keys, [q[2 * h], q[2 * h + 1]], *sum);
-                    }
-                }
+                add_scores(&mut scores, place, c as u32, &keys[c]);
             }
-            let mut s: [f32; 4] = unrolled!(4, |i| {
-                let [[a, b], [c, d]] = [0, 1].map(|rest: usize| scores[rest].map(|v| v[i]));
-                (a + b) + (c + d)
-            });
-            let (g, _) = place_in_fragment();
-            for i in 0..4 {
-                if base + g + i as u32 / 2 * 8 >= piece.to {
-                    s[i] = NONE;
-                }
-            }
-            let mut top = [s[0].max(s[2]), s[1].max(s[3])];
-            for width in [4, 8, 16] {
-                for i in 0..2 {
-                    top[i] = top[i].max(warp::shuffle_xor(top[i], width));
-                }
-            }
-            // Nothing has been summed yet for the first tile, which most often is the only one.
-            if mass[0] != 0.0 {
-                for i in 0..2 {
-                    top[i] = top[i].max(peak[i]);
-                    let shrink = float::exp2_approx(peak[i] - top[i]);
-                    mass[i] *= shrink;
-                    mass[i + 2] *= shrink;
-                    for j in 0..4 {
-                        sums[j][i] *= shrink;
-                        sums[j][i + 2] *= shrink;
-                    }
-                }
-            }
-            peak = top;
-            let weights: [f32; 4] = unrolled!(4, |i| float::exp2_approx(s[i] - top[i % 2]));
-            let (near, far) = (split(weights[0], weights[1]), split(weights[2], weights[3]));
-            for rest in 0..2 {
-                let p = [mma::transpose(near[rest]), mma::transpose(far[rest])];
-                let v = values;
-                mass = mma::m16n8k16_f16([ONES; 4], p, mass);
-                for j in 0..4 {
-                    let values = [
-                        prmt(v[0][j], v[1][j], 0x5410),
-                        prmt(v[0][j], v[1][j], 0x7632),
-                        prmt(v[2][j], v[3][j], 0x5410),
-                        prmt(v[2][j], v[3][j], 0x7632),
-                    ];
-                    sums[j] = mma::m16n8k16_f16(values, p, sums[j]);
-                }
-            }
+            let p = running.weigh(seen(&scores, base, piece.to));
+            running.add(0, &values, &p);
             base += TOKENS * WARPS;
             own = own.wrapping_sub(TOKENS * WARPS);
             if base < piece.to {
@@ -571,45 +494,89 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
                 values = load_values(op, at, end.saturating_sub(base), piece.element);
             }
         }
-        let (g, t) = place_in_fragment();
-        for i in 0..2 {
-            let head = 2 * t + i as u32;
-            if head < piece.heads {
-                let part = place.parts.add(head * HEAD_PARTS + warp * PART);
-                for j in [0, 2] {
-                    let (s, next) = (sums[j], sums[j + 1]);
-                    let at = part.add(g * EIGHT + 2 * j as u32);
-                    at.store_v4([s[i], s[i + 2], next[i], next[i + 2]]);
-                }
-                if g == 0 {
-                    part.add(WIDTH).store_v2([peak[i], mass[i]]);
-                }
-            }
+        running.leave(place.parts, &piece, warp);
+    }
+}
+
+/// A piece's tokens in the cache end there: the step's own is still on its way.
+#[inline(always)]
+pub(super) unsafe fn cached_end(op: Current, piece: &Piece) -> u32 {
+    unsafe {
+        let cached = get!(op, now.position) + u32::from(get!(op, fresh).is_null());
+        if piece.to < cached { piece.to } else { cached }
+    }
+}
+
+/// The step's own token, as the tile at token `base` counts them, where its key and value are on their way.
+#[inline(always)]
+pub(super) unsafe fn own_token(op: Current, base: u32) -> u32 {
+    unsafe {
+        if get!(op, fresh).is_null() {
+            u32::MAX
+        } else {
+            get!(op, now.position).wrapping_sub(base)
         }
     }
+}
+
+/// Sums of a tile's scores: of either half of the queries, and of two halves of a chunk.
+type Scores = [[[f32; 4]; 2]; 2];
+pub(super) const NO_SCORES: Scores = [[[0.0; 4]; 2]; 2];
+
+/// Adds the products of a chunk of the queries with that of this lane's two keys.
+#[inline(always)]
+pub(super) unsafe fn add_scores(scores: &mut Scores, place: Place, chunk: u32, k: &[[u32; 4]; 2]) {
+    for rest in 0..2 {
+        let q = unsafe { place.query(chunk, rest as u32).load_v4() };
+        for h in 0..2 {
+            let keys = [k[0][2 * h], k[1][2 * h], k[0][2 * h + 1], k[1][2 * h + 1]];
+            let sum = &mut scores[rest][h];
+            *sum = mma::m16n8k16_f16(keys, [q[2 * h], q[2 * h + 1]], *sum);
+        }
+    }
+}
+
+/// The scores of the tile at token `base`, of tokens before `to`.
+#[inline(always)]
+pub(super) fn seen(scores: &Scores, base: u32, to: u32) -> [f32; 4] {
+    let mut s: [f32; 4] = unrolled!(4, |i| {
+        let [[a, b], [c, d]] = [0, 1].map(|rest: usize| scores[rest].map(|v| v[i]));
+        (a + b) + (c + d)
+    });
+    let (g, _) = place_in_fragment();
+    for i in 0..4 {
+        if base + g + i as u32 / 2 * 8 >= to {
+            s[i] = NONE;
+        }
+    }
+    s
 }
 
 /// Warps whose parts are merged at once: one after the other they would take as long as everything else.
 const BATCH: usize = 4;
 const BATCHES: usize = WARPS as usize / BATCH;
 
-/// Threads that merge the warps' parts, four elements each: the block's last, whose warps have no tokens where a sequence is
-/// short. They know what goes where by the time that the others are done.
-const JOINING: u32 = HEADS * WIDTH / 4;
+/// Threads that merge the warps' parts, four elements each, of `H` times [`WIDTH`]: the block's last, whose warps have no tokens
+/// where a sequence is short. They know what goes where by the time that the others are done.
+const fn joining<const H: usize>() -> u32 {
+    HEADS * H as u32 * WIDTH / 4
+}
+const _: () = assert!(joining::<2>() <= 32 * WARPS);
 
 /// Merges the warps' parts of piece `index`, once they are there, and writes what comes of it.
 #[inline(always)]
-unsafe fn join(op: Current, parts: SharedPtr<f32>, index: u32) {
+unsafe fn join<const H: usize>(op: Current, parts: SharedPtr<f32>, index: u32) {
     unsafe {
-        let i = thread().wrapping_sub(32 * WARPS - JOINING);
+        let i = thread().wrapping_sub(32 * WARPS - joining::<H>());
         let (mut warps, mut splits, mut at, mut to) = (0, 0, 0, 0);
         let mut seal = Seal::PLAIN;
         let e = i % (WIDTH / 4) * 4;
-        if i < JOINING {
+        if i < joining::<H>() {
             // Not known from before: it would take registers that the tiles need.
             let piece = Piece::of(op, index, get!(op, now.position));
-            let head = i / (WIDTH / 4);
-            if head < piece.heads && e < piece.width {
+            let part = i / (WIDTH / 4);
+            let (head, half) = (part / H as u32, part % H as u32);
+            if head < piece.heads && half * WIDTH + e < piece.width {
                 let number = if get!(op, sealed) != 0 {
                     get!(op, number)
                 } else {
@@ -618,12 +585,12 @@ unsafe fn join(op: Current, parts: SharedPtr<f32>, index: u32) {
                 seal = Seal::of(op, number);
                 warps = piece.warps();
                 splits = get!(op, splits);
-                at = parts.add(head * HEAD_PARTS).addr();
+                at = parts.add(part * HEAD_PARTS).addr();
                 let (head, head_dim) = (piece.head + head, get!(op, cache.head_dim));
                 to = if splits == 1 {
                     head * head_dim + piece.element + e
                 } else {
-                    let part = head * head_dim.div_ceil(WIDTH) + piece.element / WIDTH;
+                    let part = head * head_dim.div_ceil(WIDTH) + half;
                     (part * splits + piece.split) * PART + e
                 };
             }
@@ -673,5 +640,3 @@ unsafe fn join(op: Current, parts: SharedPtr<f32>, index: u32) {
         }
     }
 }
-
-const _: () = assert!(JOINING <= 32 * WARPS);

@@ -26,11 +26,13 @@
 mod attend;
 mod embed;
 mod finish;
+mod long;
 mod merge;
 mod op;
 mod product;
 mod ring;
 mod row;
+mod running;
 mod seal;
 mod task;
 mod window;
@@ -51,6 +53,7 @@ use ring::Place;
 use window::{AHEAD, Current, Listed, Source, WINDOW, await_op, copy_op, get, matrix_at};
 
 pub use attend::{MAX_HEAD_DIM, NARROW_DIM, PART, WIDTH, attend_bytes, attend_pieces};
+pub use long::turn_bytes;
 pub use merge::MAX_SPLITS;
 pub use op::{INVERSE_UNIT, Input, NO_OP, Now, OP_BYTES, Op, kind};
 pub use product::BATCH;
@@ -352,7 +355,7 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
                     product::product(&a, op, &mut w);
                 } else {
                     if kind == kind::ATTEND {
-                        attend::attend(&a, op);
+                        attend::attend(&a, op, &mut w);
                     } else if kind == kind::MERGE {
                         merge::merge(op);
                     } else {

@@ -5,8 +5,7 @@
 //! and copies a turn wherever the ring has room, a row at a time. Each turn has a place among [`MAX_TURNS`] with two
 //! barriers in shared memory ([`mbarrier`]): one says that it has come, the other that every warp has read its part.
 
-#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
-use super::attend;
+use super::long;
 use super::task::{EIGHT, ROWS, SEGMENT_VECTORS, Segment};
 use super::{BARRIERS_AT, DecodeArgs, Listed, ROWS_AT, Source, WARPS, get, matrix_at};
 use crate::types::{GROUP, Matrix, PAD, Planes, Quantised, TILE, Weights};
@@ -335,7 +334,7 @@ impl Place {
 }
 
 /// Where the feeder is in the ring.
-struct Ring {
+pub(super) struct Ring {
     /// The next turn's place, and where it would begin.
     next: Place,
     at: u32,
@@ -383,6 +382,53 @@ impl Ring {
                     self.start = self.oldest.head().add(2).load();
                 }
             }
+        }
+    }
+
+    /// Brings a turn of two pieces of so many bytes, a multiple of 16, the second behind the first, into one of `all` bytes.
+    #[inline(always)]
+    pub unsafe fn bring<const BULK: bool>(
+        &mut self,
+        a: &DecodeArgs,
+        from: [*const u8; 2],
+        bytes: u32,
+        all: u32,
+    ) {
+        unsafe {
+            self.make_room(a, all);
+            let place = self.next;
+            let head = [0, 0, self.at, 0];
+            if BULK {
+                #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+                if warp::elect() {
+                    place.head().store_v4(head);
+                    mbarrier::arrive_expecting(place.come(), 2 * bytes);
+                    for i in 0..2 {
+                        let to = SharedPtr::from_addr(self.at + i as u32 * bytes);
+                        mbarrier::copy_bulk(to, from[i], bytes, place.come());
+                    }
+                }
+            } else {
+                #[cfg(any(not(target_arch = "nvptx64"), not(cuda_sm_90)))]
+                {
+                    if lane_id() == 0 {
+                        place.head().store_v4(head);
+                    }
+                    for i in 0..2 {
+                        let mut at = 16 * lane_id();
+                        while at < bytes {
+                            let to = self.at + i as u32 * bytes + at;
+                            let to = SharedPtr::<u8>::from_addr(to);
+                            cp_async_16(to, from[i].wrapping_add(at as usize));
+                            at += 16 * 32;
+                        }
+                    }
+                    mbarrier::arrive_after_copies(place.come());
+                }
+            }
+            // All lanes will read the head.
+            warp::sync_warp();
+            self.push(all);
         }
     }
 
@@ -463,8 +509,8 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
         let mut coming = load(a, 0);
         let mut left = a.steps * a.segment_count;
         let mut index = 0;
-        let mut prefetched = 0;
-        #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+        // Operations of the step that have been seen.
+        let mut past = 0;
         let mut position = a.position;
         while left > 0 {
             left -= 1;
@@ -476,22 +522,16 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                 index = 0;
             }
             coming = load(a, index);
-            if prefetched > s.op {
+            if past > s.op + 1 {
                 // The next step.
-                prefetched = 0;
-                #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
-                {
-                    position += 1;
-                }
+                past = 0;
+                position += 1;
             }
-            while prefetched < s.op {
-                prefetched += 1;
-                let op = Listed(a.ops.add(prefetched as usize));
+            while past <= s.op {
+                let op = Listed(a.ops.add(past as usize));
+                past += 1;
                 prefetch(op);
-                #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
-                if BULK {
-                    attend::prefetch(a, op, position);
-                }
+                long::feed::<BULK>(a, op, position, &mut ring);
             }
             let tasks = s.shares.of_block(block_idx_x());
             let mut task = if tasks.first > s.first {

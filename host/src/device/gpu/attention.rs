@@ -140,7 +140,8 @@ impl<D: Driver> Gpu<D> {
             self.decode.needs |= decode::LATE;
         }
         let group = (h.heads / h.kv_heads) as u32;
-        self.pieces = decode::attend_pieces(h.kv_heads as u32, group, h.head_dim as u32);
+        self.pieces = [false, true]
+            .map(|split| decode::attend_pieces(h.kv_heads as u32, group, h.head_dim as u32, split));
         let len = op.q.weight.cols;
         let rotation = rotation(op);
         let cache_type = match cache.shape.ty {

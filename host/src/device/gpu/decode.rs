@@ -236,8 +236,9 @@ impl<D: Driver> Gpu<D> {
 
     /// Blocks that a product after attention leaves out, since attention keeps them longest: where these are few.
     fn busy_blocks(&self) -> u32 {
-        if self.decode.splits == 1 && self.pieces <= self.driver.multiprocessors() / 8 {
-            self.pieces
+        let [pieces, _] = self.pieces;
+        if self.decode.splits == 1 && pieces <= self.driver.multiprocessors() / 8 {
+            pieces
         } else {
             0
         }
@@ -310,7 +311,8 @@ impl<D: Driver> Gpu<D> {
         let splits = if tokens < SPLIT_FROM {
             1
         } else {
-            (self.driver.multiprocessors() / self.pieces).clamp(1, MAX_SPLITS)
+            let [_, pieces] = self.pieces;
+            (self.driver.multiprocessors() / pieces).clamp(1, MAX_SPLITS)
         };
         Shape { outputs, splits }
     }

@@ -264,7 +264,7 @@ pub struct Gpu<D: Driver> {
     /// Whether heads are no wider than a decode step's attention takes.
     narrow: bool,
     /// What attention of a decode step is cut into before its tokens are, set along with `heads`.
-    pieces: u32,
+    pieces: [u32; 2],
     /// What the attention that is recorded next does to its queries and keys.
     late: Option<attention::LateTurn>,
     /// Whether steps of one row may be fused; see [`Device::set_plain`].
@@ -313,7 +313,7 @@ impl<D: Driver> Gpu<D> {
             scratch: HashMap::new(),
             heads: 1,
             narrow: true,
-            pieces: 1,
+            pieces: [1; 2],
             late: None,
             plain: true,
         })

@@ -327,9 +327,16 @@ const FEW_TURNS: u32 = 4;
 /// # Errors
 /// Where not even one fits.
 fn room<D: Driver>(driver: &D, ops: &[Op], shared: usize) -> Result<Room> {
-    let attention = ops.iter().filter(|op| op.kind == kind::ATTEND);
-    let attend = attention.map(|op| decode::attend_bytes(op.heads / op.cache.kv_heads.max(1)));
+    let attention = || ops.iter().filter(|op| op.kind == kind::ATTEND);
+    let attend = attention().map(|op| {
+        let group = op.heads / op.cache.kv_heads.max(1);
+        decode::attend_bytes(group, op.cache.head_dim, op.splits)
+    });
     let attend = attend.max().unwrap_or(0);
+    // Keys and values that come through the ring.
+    let split = attention().filter(|op| op.splits > 1);
+    let cached = split.map(|op| decode::turn_bytes(op.cache.head_dim));
+    let cached = cached.max().unwrap_or(0);
     let products = ops.iter().filter(|op| is_product(op));
     let rows = products.map(|op| {
         let cols = op.input.len.next_multiple_of(GROUP as u32);
@@ -345,7 +352,7 @@ fn room<D: Driver>(driver: &D, ops: &[Op], shared: usize) -> Result<Room> {
             .max()
             .unwrap_or(0);
         let turns = if turn_tiles > 1 { FEW_TURNS } else { 1 };
-        if turns * turn <= ring_bytes {
+        if turns * turn <= ring_bytes && cached <= ring_bytes {
             return Ok(Room {
                 ring_bytes,
                 turns: MAX_TURNS.min(ring_bytes / turn.max(1)),
@@ -358,8 +365,8 @@ fn room<D: Driver>(driver: &D, ops: &[Op], shared: usize) -> Result<Room> {
     Err(Error::Device {
         device: driver.info().name.clone(),
         what: format!(
-            "a decode step's rows take {row_bytes} bytes of shared memory, and a turn of their weights {turn}; it has \
-             {shared}"
+            "a decode step's rows take {row_bytes} bytes of shared memory, a turn of their weights {turn}, and one of keys \
+             and values {cached}; it has {shared}"
         ),
     })
 }

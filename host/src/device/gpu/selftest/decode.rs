@@ -80,6 +80,8 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
         (6, 2, 128, 1100, 16),
         (12, 1, 96, 33, 2),
         (2, 1, 64, 2000, 66),
+        (5, 1, 128, 1500, 5),
+        (2, 1, 72, 415, 3),
         (3, 1, 64, 1, 4),
     ] {
         attend(b, heads, kv_heads, head_dim, past, splits, None)?;

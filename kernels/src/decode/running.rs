@@ -1,0 +1,117 @@
+//! A warp's running softmax over tiles of tokens (arXiv:2205.14135), and where it leaves what comes of it.
+
+use super::attend::{EIGHT, HEAD_PARTS, PART, Piece, Values, WIDTH, place_in_fragment};
+use crate::attention::NONE;
+use crate::unrolled;
+use cuda_std::half::{F16, pack_f16x2};
+use cuda_std::int::{here, prmt};
+use cuda_std::shared::SharedPtr;
+use cuda_std::{float, mma, warp};
+
+/// Two f16.
+const ONES: u32 = 0x3c00_3c00;
+
+/// A tile's weights, as B's fragments: rounded to f16, and what the rounding leaves over.
+type Weights = [[u32; 2]; 2];
+
+/// Of heads `2 t` and `2 t + 1` in lane `t` of four; of `H` times [`WIDTH`] elements.
+pub(super) struct Running<const H: usize> {
+    peak: [f32; 2],
+    /// The weights' own, by a product with ones: the same in every lane of a head.
+    mass: [f32; 4],
+    /// Of elements `8 g + 2 j` and the next.
+    sums: [[[f32; 4]; 4]; H],
+}
+
+/// Two values as pairs of f16: rounded, and what the rounding leaves over.
+#[inline(always)]
+pub(super) fn split(low: f32, high: f32) -> [u32; 2] {
+    let word = pack_f16x2(low, high);
+    let back = |bits: u32| F16::from_bits(bits as u16).to_f32();
+    [word, pack_f16x2(low - back(word), high - back(word >> 16))]
+}
+
+impl<const H: usize> Running<H> {
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self {
+            peak: [NONE; 2],
+            // Where it is known to begin with zero, the first tile gets code of its own.
+            mass: [f32::from_bits(here(0)), 0.0, 0.0, 0.0],
+            sums: [[[0.0; 4]; 4]; H],
+        }
+    }
+
+    /// Takes a tile's scores in, of which this lane has those of tokens `g` and `g + 8`.
+    #[inline(always)]
+    pub fn weigh(&mut self, s: [f32; 4]) -> Weights {
+        let mut top = [s[0].max(s[2]), s[1].max(s[3])];
+        for width in [4, 8, 16] {
+            for i in 0..2 {
+                top[i] = top[i].max(warp::shuffle_xor(top[i], width));
+            }
+        }
+        // Nothing has been summed yet for the first tile, which most often is the only one.
+        if self.mass[0] != 0.0 {
+            for i in 0..2 {
+                top[i] = top[i].max(self.peak[i]);
+                let shrink = float::exp2_approx(self.peak[i] - top[i]);
+                self.mass[i] *= shrink;
+                self.mass[i + 2] *= shrink;
+                for h in 0..H {
+                    for j in 0..4 {
+                        self.sums[h][j][i] *= shrink;
+                        self.sums[h][j][i + 2] *= shrink;
+                    }
+                }
+            }
+        }
+        self.peak = top;
+        let weights: [f32; 4] = unrolled!(4, |i| float::exp2_approx(s[i] - top[i % 2]));
+        let (near, far) = (split(weights[0], weights[1]), split(weights[2], weights[3]));
+        let p = [0, 1].map(|rest| [mma::transpose(near[rest]), mma::transpose(far[rest])]);
+        for p in p {
+            self.mass = mma::m16n8k16_f16([ONES; 4], p, self.mass);
+        }
+        p
+    }
+
+    /// Adds a tile's values by weight, of one part of the elements.
+    #[inline(always)]
+    pub fn add(&mut self, part: usize, v: &Values, p: &Weights) {
+        for p in p {
+            for j in 0..4 {
+                let values = [
+                    prmt(v[0][j], v[1][j], 0x5410),
+                    prmt(v[0][j], v[1][j], 0x7632),
+                    prmt(v[2][j], v[3][j], 0x5410),
+                    prmt(v[2][j], v[3][j], 0x7632),
+                ];
+                self.sums[part][j] = mma::m16n8k16_f16(values, *p, self.sums[part][j]);
+            }
+        }
+    }
+
+    /// Leaves it in warp `warp`'s parts of the piece. Who had no tokens leaves parts of no weight.
+    #[inline(always)]
+    pub unsafe fn leave(&self, parts: SharedPtr<f32>, piece: &Piece, warp: u32) {
+        let (g, t) = place_in_fragment();
+        for i in 0..2 {
+            let head = 2 * t + i as u32;
+            if head < piece.heads {
+                for h in 0..H {
+                    let of_head = (head * H as u32 + h as u32) * HEAD_PARTS;
+                    let part = parts.add(of_head + warp * PART);
+                    for j in [0, 2] {
+                        let (s, next) = (self.sums[h][j], self.sums[h][j + 1]);
+                        let at = part.add(g * EIGHT + 2 * j as u32);
+                        unsafe { at.store_v4([s[i], s[i + 2], next[i], next[i + 2]]) }
+                    }
+                    if g == 0 {
+                        unsafe { part.add(WIDTH).store_v2([self.peak[i], self.mass[i]]) }
+                    }
+                }
+            }
+        }
+    }
+}
