@@ -127,7 +127,11 @@ enum Command {
     #[command(subcommand)]
     Ptx(PtxCommand),
     /// Run every kernel on a device and compare it with the CPU reference
-    Selftest,
+    Selftest {
+        /// Let the kernel decode's steps end at barriers that compute-sanitizer's racecheck can follow
+        #[arg(long)]
+        racecheck: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -231,8 +235,8 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Ptx(PtxCommand::List) => ptx::list(common.json, out)?,
         Command::Ptx(PtxCommand::Show { name }) => ptx::show(name, common.json, out)?,
         Command::Ptx(PtxCommand::Stats) => ptx::stats(common.json, out)?,
-        Command::Selftest => {
-            if !selftest(common, out)? {
+        Command::Selftest { racecheck } => {
+            if !selftest(common, *racecheck, out)? {
                 return Ok(ExitCode::FAILURE);
             }
         }
@@ -242,12 +246,12 @@ fn run(cli: &Cli) -> Result<ExitCode> {
 }
 
 /// Whether every kernel is right; a line for each, or all lines in one object.
-fn selftest(common: &Common, out: &mut dyn Write) -> Result<bool> {
+fn selftest(common: &Common, racecheck: bool, out: &mut dyn Write) -> Result<bool> {
     if !common.json {
-        return crate::device::gpu::selftest(common.device, out);
+        return crate::device::gpu::selftest(common.device, racecheck, out);
     }
     let mut text = Vec::new();
-    let passed = crate::device::gpu::selftest(common.device, &mut text)?;
+    let passed = crate::device::gpu::selftest(common.device, racecheck, &mut text)?;
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text.lines().collect();
     print_json(

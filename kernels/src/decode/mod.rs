@@ -42,6 +42,7 @@ use crate::types::{LAYOUTS, type_bit};
 use crate::unrolled;
 use cuda_std::int::here;
 use cuda_std::kernel;
+use cuda_std::mbarrier;
 use cuda_std::memory::{cp_async_4, cp_async_commit, cp_async_wait, ldg_u32};
 use cuda_std::settled::settled;
 use cuda_std::shared;
@@ -94,6 +95,10 @@ pub const HALVES: u32 = 1 << 28;
 pub const UNEVEN: u32 = 1 << 26;
 
 const _: () = assert!(LAYOUTS.len() < 26, "types have the bits below");
+
+/// The number of what steps end at: a named barrier, or, where it is zero, an `mbarrier`, which takes longer. compute-sanitizer's
+/// racecheck loses count of two named barriers whose threads overlap, and reports what lies between them.
+pub const STEP_BARRIER: u32 = 1;
 const ALL_TYPES: u32 = (1 << LAYOUTS.len()) - 1;
 
 /// Whether a step may need any of `needs`.
@@ -193,7 +198,9 @@ unsafe fn first_note(a: &DecodeArgs, index: u32, point: usize) {
 /// Shared memory: sums of squares, scratch, the ring's barriers, parts of outputs, the window, the cache's table, the row, the
 /// ring, and as much as a part of a row may be read past a tile's end.
 const SCRATCH_AT: u32 = 2 * 4 * row::SQUARES;
-const BARRIERS_AT: u32 = (SCRATCH_AT + 8 * FINISHERS).next_multiple_of(16);
+/// Where steps end at an `mbarrier`, that.
+const STEP_AT: u32 = SCRATCH_AT + 8 * FINISHERS;
+const BARRIERS_AT: u32 = (STEP_AT + 8).next_multiple_of(16);
 const PARTS_AT: u32 = BARRIERS_AT + ring::BARRIERS_BYTES;
 const WINDOW_AT: u32 = PARTS_AT + product::PARTS_BYTES;
 const TABLE_AT: u32 = WINDOW_AT + WINDOW * OP_BYTES;
@@ -257,7 +264,15 @@ impl Warp {
     /// Nobody waits for long: finishers take less time than a step does.
     #[inline(always)]
     fn end_step(&mut self) {
-        bar_sync(3, 32 * (WARPS + FINISHERS));
+        if settled::<STEP_BARRIER>() != 0 {
+            bar_sync(3, STEP_THREADS);
+        } else {
+            let barrier = shared::at::<u64>(STEP_AT);
+            unsafe {
+                mbarrier::arrive(barrier);
+                mbarrier::wait(barrier, self.step % 2);
+            }
+        }
         // A number, not whether it is odd: that would be a predicate, which takes more instructions to keep.
         self.step = here(self.step + 1);
     }
@@ -288,6 +303,9 @@ fn blocks() -> u32 {
     here(grid_dim_x())
 }
 
+/// Threads that end a step: all but the feeder's.
+const STEP_THREADS: u32 = 32 * (WARPS + FINISHERS);
+
 /// A barrier of the warps that compute.
 #[inline(always)]
 fn sync() {
@@ -317,6 +335,9 @@ pub unsafe fn decode_bulk(a: DecodeArgs) {
 #[inline(always)]
 unsafe fn run<const BULK: bool>(a: DecodeArgs) {
     unsafe {
+        if settled::<STEP_BARRIER>() == 0 && thread_idx_x() == 0 {
+            mbarrier::init(shared::at(STEP_AT), STEP_THREADS);
+        }
         ring::init::<BULK>(thread_idx_x());
         unrolled!(2, |i| {
             const { assert!(AHEAD == 2) };

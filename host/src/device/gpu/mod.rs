@@ -106,6 +106,10 @@ pub trait Driver: Send + Sized + 'static {
         Ok(())
     }
 
+    /// Lets steps of the kernel `decode` end at barriers that compute-sanitizer's racecheck can follow
+    /// (`kernels::decode::STEP_BARRIER`). Said before the first.
+    fn for_racecheck(&mut self) {}
+
     /// Whether all that was queued has ended.
     ///
     /// # Errors
@@ -627,17 +631,26 @@ pub fn check_cache(shape: CacheShape) -> Result<()> {
     )))
 }
 
-/// Runs every kernel on `device` against a plain reference, a line each.
+/// Runs every kernel on `device` against a plain reference, a line each; with `racecheck` on a card with barriers that
+/// compute-sanitizer's tool of that name can follow (`kernels::decode::STEP_BARRIER`).
 ///
 /// # Errors
 /// No such device. `Ok(false)` where a kernel's result is wrong.
-pub fn selftest(device: DeviceChoice, out: &mut dyn Write) -> Result<bool> {
-    match device {
-        DeviceChoice::Emulated => selftest::report(Emulated::new(), out),
-        DeviceChoice::Cuda(index) => selftest::report(cuda::Cuda::open(index)?, out),
-        DeviceChoice::Auto => selftest::report(cuda::Cuda::open(0)?, out),
-        DeviceChoice::Cpu => Err(Error::Request(
-            "selftest checks the GPU kernels; expected --device cuda or --device emulated".into(),
-        )),
+pub fn selftest(device: DeviceChoice, racecheck: bool, out: &mut dyn Write) -> Result<bool> {
+    let index = match device {
+        DeviceChoice::Emulated => return selftest::report(Emulated::new(), out),
+        DeviceChoice::Cuda(index) => index,
+        DeviceChoice::Auto => 0,
+        DeviceChoice::Cpu => {
+            return Err(Error::Request(
+                "selftest checks the GPU kernels; expected --device cuda or --device emulated"
+                    .into(),
+            ));
+        }
+    };
+    let mut cuda = cuda::Cuda::open(index)?;
+    if racecheck {
+        cuda.for_racecheck();
     }
+    selftest::report(cuda, out)
 }

@@ -13,7 +13,7 @@ use cust::event::{Event, EventFlags};
 use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
 use cust::sys;
-use kernels::decode::NEEDS;
+use kernels::decode::{NEEDS, STEP_BARRIER};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, c_void};
 use std::ops::Range;
@@ -609,6 +609,10 @@ impl Driver for Cuda {
             )
         })
         .map_err(|e| self.fail(&format!("launching {kernel}"), e))
+    }
+
+    fn for_racecheck(&mut self) {
+        self.decode = ptx::settle(&self.decode, STEP_BARRIER, 0);
     }
 
     fn settle(&mut self, needs: u32) -> Result<()> {
