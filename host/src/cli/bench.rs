@@ -1,5 +1,6 @@
 //! `kigo bench`: seconds to load, tokens per second of prefill and decode.
 
+use super::sequences::{self, Sequences};
 use super::{Common, load, positive, print_json, profile, roofline, stdout_error, synthetic};
 use crate::engine::Direct;
 use crate::error::{Error, Result};
@@ -26,6 +27,9 @@ pub(super) struct BenchArgs {
     /// Tokens already in the cache when the decode test starts
     #[arg(long, value_name = "D", default_value_t = 0)]
     depth: usize,
+    /// Sequences that decode together in the decode test, a token of each in a step
+    #[arg(long, value_name = "S", default_value_t = 1, value_parser = positive)]
+    sequences: usize,
     /// Measure random weights in the shape of a model instead of --model: NAME is one of
     /// smollm2-135m-q4_1, qwen2.5-0.5b-q4_k_m, qwen2.5-1.5b-q4_k_m, llama-8b-q4_k_m,
     /// qwen3-0.6b-q8_0, qwen3-8b-q4_k_m, llama-1b-f16.
@@ -55,8 +59,10 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
     };
     let profiled = args.profile || args.plot.is_some();
     let steps = if profiled { profile::TOKENS } else { 0 };
-    let tokens = args.prompt.max(args.depth + args.generate.max(steps));
-    let loaded = load::load(common, &file, tokens)?;
+    let decoded = args.depth + args.generate.max(steps) + 1;
+    let tokens = args.prompt.max(decoded);
+    let cache = sequences::cache_tokens(args.sequences, decoded);
+    let loaded = load::load_for(common, &file, tokens, cache)?;
     if let Some(file) = &args.plot {
         // Known before minutes of measuring.
         let device = loaded.runner.device();
@@ -97,7 +103,19 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
         }
     }
     let mut decode = Vec::new();
-    if args.generate > 0 {
+    if args.generate > 0 && args.sequences > 1 {
+        for repetition in 0..=args.repetitions {
+            let (prompt, first) = (ids(args.depth), ids(args.sequences));
+            let runner = direct.runner_mut();
+            let mut all = Sequences::new(runner, args.sequences, decoded, first)?;
+            all.feed(&prompt)?;
+            let rate = all.measure(args.generate)?;
+            if repetition > 0 {
+                decode.push(rate);
+            }
+        }
+        direct.reset();
+    } else if args.generate > 0 {
         for repetition in 0..=args.repetitions {
             direct.reset();
             let depth = ids(args.depth);
@@ -141,6 +159,7 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
             "weights_gb_per_s": gb_per_s,
             "ttft_s": ttft_s,
             "depth": args.depth,
+            "sequences": args.sequences,
             "pp": { "n": args.prompt, "tokens_per_s": prefill },
             "tg": { "n": args.generate, "tokens_per_s": decode },
             "memory_bytes_per_s": device.memory_bytes_per_s,

@@ -59,6 +59,22 @@ pub(super) fn load(common: &Common, file: &Arc<Gguf>, tokens: usize) -> Result<L
     load_with_progress(file, &common.load_options(tokens))
 }
 
+/// As [`load`], with a cache for `cache` tokens.
+pub(super) fn load_for(
+    common: &Common,
+    file: &Arc<Gguf>,
+    tokens: usize,
+    cache: usize,
+) -> Result<Loaded> {
+    tokenizer::check(file.metadata())?;
+    let options = common.load_options(tokens);
+    let cache = match cache > tokens {
+        true => CacheSize::UpTo(cache),
+        false => options.cache,
+    };
+    load_with_progress(file, &LoadOptions { cache, ..options })
+}
+
 impl Common {
     /// What renders chats where the model's own template is missing or fails, if that is wanted.
     pub(super) fn template_fallback(&self) -> Option<ChatTemplate> {

@@ -15,6 +15,7 @@ pub mod profile;
 mod ptx;
 mod quantize;
 mod roofline;
+mod sequences;
 mod serve;
 mod serve_config;
 mod synthetic;

@@ -34,6 +34,11 @@ impl Direct {
         &*self.runner
     }
 
+    /// For steps that are not this sequence's, which must be [reset](Direct::reset) after them.
+    pub fn runner_mut(&mut self) -> &mut dyn Runner {
+        &mut *self.runner
+    }
+
     /// As [`Runner::profile`].
     ///
     /// # Errors
