@@ -226,8 +226,8 @@ enum Scratch {
     /// One layer of an 8-bit cache in f16, and which blocks of it.
     Unpacked,
     Blocks,
-    /// Sampling.
-    Logits,
+    /// Sampling: rows to draw from with the ids that they have seen, choices, and greatest ranks.
+    Draws,
     Ids,
     Ranks,
 }
@@ -434,6 +434,12 @@ impl<D: Driver> Device for Gpu<D> {
     type Buffer = Buffer;
     type Cache = Cache;
     const STEP_ROWS: usize = MAX_ROWS;
+    // For more, products unpack weights beforehand, and are summed in another order.
+    const MAX_BATCH: usize = if D::SKINNY_ROWS < MAX_OUTPUTS {
+        D::SKINNY_ROWS
+    } else {
+        MAX_OUTPUTS
+    };
 
     fn info(&self) -> &DeviceInfo {
         self.driver.info()
