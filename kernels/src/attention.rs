@@ -34,7 +34,11 @@ pub const fn own_split(tokens: usize) -> usize {
 /// Most splits of [`own_split`] tokens each that a row can have which sees no more than `tokens`.
 pub const fn most_own_splits(tokens: usize) -> usize {
     let splits = tokens.div_ceil(OWN_SPLIT);
-    if splits < MAX_SPLITS { splits } else { MAX_SPLITS }
+    if splits < MAX_SPLITS {
+        splits
+    } else {
+        MAX_SPLITS
+    }
 }
 
 /// Tokens a team loads before it computes, so that their loads overlap.
@@ -436,7 +440,10 @@ pub unsafe fn attend_combine(a: AttendArgs) {
         if splits == 1 {
             return;
         }
-        let part = a.partial.cast_const().add(task * a.splits as usize * stride);
+        let part = a
+            .partial
+            .cast_const()
+            .add(task * a.splits as usize * stride);
         let mut peak = NONE;
         for s in 0..splits {
             peak = peak.max(part.add(s * stride + head_dim).read());

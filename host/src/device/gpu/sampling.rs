@@ -91,10 +91,7 @@ impl<D: Driver> Gpu<D> {
             |row: &SampleRow<'_>| row.params.repetition_penalty != 1.0 && !row.seen.is_empty();
         let seen_of = |row: &SampleRow<'_>| if penalised(row) { row.seen.len() } else { 0 };
         let seen_ids = rows.iter().map(|(_, row)| seen_of(row));
-        let (all_seen, most_seen) = (
-            seen_ids.clone().sum::<usize>(),
-            seen_ids.max().unwrap_or(0),
-        );
+        let (all_seen, most_seen) = (seen_ids.clone().sum::<usize>(), seen_ids.max().unwrap_or(0));
         // The sums of the head's product, which has ended by then, lie where the scaled logits come.
         let work = self.scratch(Scratch::Sums, rows.len() * vocabulary * 4)?;
         let rows_bytes = size_of::<DrawRow>() * rows.len();

@@ -356,7 +356,10 @@ fn check<E: Element, D: Driver>(
             let again = run(b, true, splits + 3)?;
             let pairs = found.iter().zip(&again);
             let differing = pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-            let case = format!("{heads}/{kv_heads} heads of {head_dim}, other grids{}", look.name());
+            let case = format!(
+                "{heads}/{kv_heads} heads of {head_dim}, other grids{}",
+                look.name()
+            );
             b.report(kernel, case, differing as f64, 0.0);
             (found, splits)
         }

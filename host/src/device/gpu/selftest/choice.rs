@@ -2,9 +2,9 @@
 
 use super::Driver;
 use super::bench::Bench;
+use crate::device::gpu::program::bytes;
 use crate::error::Result;
 use crate::sampling::{self, SamplingParams};
-use crate::device::gpu::program::bytes;
 use kernels::sample::{self, ArgmaxArgs, DrawArgs, DrawRow};
 
 pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
