@@ -1,10 +1,12 @@
-//! Rows of several sequences in one step, in the emulator (the GPU's kernels, run on the host): what comes of a row
-//! depends neither on who nor on how many the others are, bit for bit, and is what it would be alone but for rounding.
+//! Rows of several sequences in one step: what comes of a row depends neither on who nor on how many the others are, bit
+//! for bit, and is what it would be alone but for rounding. In the emulator (the GPU's kernels, run on the host), or with
+//! `KIGO_TEST_DEVICE=cuda` on a GPU, in larger companies.
 
-use kigo::device::{Batch, CacheType, Span};
+use kigo::device::{Batch, CacheType, SampleRow, Span};
 use kigo::engine::kv::{BlockPool, BlockTable};
 use kigo::gguf::Gguf;
 use kigo::model::{CacheSize, DeviceChoice, LoadOptions, Runner, load};
+use kigo::sampling::{SamplingParams, sample};
 use kigo_tests::golden_dir;
 use std::sync::Arc;
 
@@ -25,6 +27,14 @@ impl Sequence {
             ring: self.table.ring().to_vec(),
             horizon: 0,
         }
+    }
+}
+
+/// The CPU has batches of one.
+fn device() -> DeviceChoice {
+    match kigo_tests::device().parse().expect("a device") {
+        DeviceChoice::Cpu => DeviceChoice::Emulated,
+        device => device,
     }
 }
 
@@ -84,43 +94,49 @@ fn difference(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// Companies of two to five.
-const TOGETHER: [&[usize]; 9] = [
+const TOGETHER: [&[usize]; 6] = [
     &[0, 1],
-    &[1, 0],
     &[2, 3],
     &[4, 2],
     &[3, 1, 0],
-    &[4, 0, 1],
     &[2, 4, 3, 1],
-    &[0, 1, 2, 3, 4],
     &[4, 3, 2, 1, 0],
 ];
 
 /// Lengths within a split of attention, at its end, behind it, and of three.
 const LENGTHS: [usize; 5] = [2, 128, 129, 37, 260];
 
-/// `limit`: how far a row beside others may be from the same row alone.
+/// `limit`: how far a row beside others may be from the same row alone, about twice what was measured. Products of several
+/// rows take activations in f16.
 fn check(name: &str, exact: bool, cache_type: Option<CacheType>, limit: f64) {
     let path = golden_dir().join("tiny").join(name);
     let file = Arc::new(Gguf::open(&path).expect("a model"));
     let options = LoadOptions {
-        device: DeviceChoice::Emulated,
+        device: device(),
         exact,
         context: Some(288),
-        cache: CacheSize::UpTo(4 * 288),
+        cache: CacheSize::UpTo(64 * 288),
         cache_type,
         ..LoadOptions::default()
     };
     let mut runner = load(&file, &options, &mut |_| {}).expect("a runner");
     let runner = &mut *runner;
-    assert!(runner.max_batch() >= 5);
-    let all = sequences(runner, &LENGTHS);
-    let mut first: [Option<Vec<f32>>; LENGTHS.len()] = Default::default();
-    for members in TOGETHER {
+    let most = runner.max_batch();
+    assert!(most >= LENGTHS.len());
+    let lengths: Vec<usize> = LENGTHS.into_iter().cycle().take(most).collect();
+    let all = sequences(runner, &lengths);
+    let mut companies: Vec<Vec<usize>> = TOGETHER.iter().map(|c| c.to_vec()).collect();
+    // Eights of rows, and one more than that.
+    let larger = [8, 9, 16, 33, 64].into_iter().filter(|&n| n <= most);
+    companies.extend(larger.map(|n| (most - n..most).rev().collect()));
+    companies.push((0..most).collect());
+    let mut first: Vec<Option<Vec<f32>>> = vec![None; most];
+    for members in &companies {
         for (&m, found) in members.iter().zip(logits(runner, &all, members)) {
             assert!(found.iter().all(|l| l.is_finite()));
             let first = first[m].get_or_insert_with(|| found.clone());
-            let differing = first.iter().zip(&found).filter(|(a, b)| a.to_bits() != b.to_bits());
+            let pairs = first.iter().zip(&found);
+            let differing = pairs.filter(|(a, b)| a.to_bits() != b.to_bits());
             assert_eq!(differing.count(), 0, "{name}: sequence {m} in {members:?}");
         }
     }
@@ -135,46 +151,86 @@ fn check(name: &str, exact: bool, cache_type: Option<CacheType>, limit: f64) {
     assert!(worst <= limit, "{name} exact={exact}: {worst:.1e}");
 }
 
+/// Tokens of several rows are chosen as the definition has it, each by its own parameters.
+#[test]
+fn choices_of_several_rows() {
+    let path = golden_dir().join("tiny/llama-Q8_0.gguf");
+    let file = Arc::new(Gguf::open(&path).expect("a model"));
+    let options = LoadOptions {
+        device: device(),
+        context: Some(64),
+        cache: CacheSize::UpTo(5 * 64),
+        ..LoadOptions::default()
+    };
+    let mut runner = load(&file, &options, &mut |_| {}).expect("a runner");
+    let all = sequences(&mut *runner, &[1, 5, 9, 2, 33]);
+    logits(&mut *runner, &all, &[0, 1, 2, 3, 4]);
+    let logits: Vec<_> = (0..5).map(|i| runner.logits(i).expect("logits")).collect();
+    let greedy = SamplingParams::greedy;
+    let params = [
+        greedy(),
+        SamplingParams {
+            temperature: 0.9,
+            top_k: 0,
+            ..SamplingParams::default()
+        },
+        SamplingParams {
+            repetition_penalty: 1.8,
+            ..greedy()
+        },
+        SamplingParams {
+            temperature: 2.0,
+            top_k: 30,
+            top_p: 0.9,
+            repetition_penalty: 1.3,
+            ..SamplingParams::default()
+        },
+        greedy(),
+    ];
+    let seen: Vec<Vec<u32>> = (0..5).map(|i| (0..100 * i).collect()).collect();
+    // The first so many of them, as rows that the host chooses for come last.
+    for n in 1..=5 {
+        for turn in 0..4 {
+            let u = |i: usize| (i * 7 + turn * 13) as f32 % 29.0 / 29.0;
+            let rows: Vec<SampleRow<'_>> = (0..n)
+                .map(|i| SampleRow {
+                    params: &params[i],
+                    u: u(i),
+                    seen: &seen[i],
+                    ahead: 0,
+                })
+                .collect();
+            let expected: Vec<u32> = rows
+                .iter()
+                .zip(&logits)
+                .map(|(row, logits)| sample(row.params, row.u, row.seen, &mut logits.clone()))
+                .collect();
+            assert_eq!(runner.sample(&rows).expect("choices"), expected);
+        }
+    }
+}
+
 #[test]
 fn plain_models() {
-    check("llama-F16.gguf", false, None, 1e-2);
-    check("qwen2-256-Q4_K_M.gguf", false, None, 1e-2);
-    check("qwen3-Q8_0.gguf", false, None, 1e-2);
+    check("llama-F16.gguf", false, None, 2e-3);
+    check("qwen2-256-Q4_K_M.gguf", false, None, 4e-3);
+    check("qwen3-Q8_0.gguf", false, None, 4e-3);
 }
 
 #[test]
 fn windows_caps_and_sinks() {
-    check("gemma2-Q8_0.gguf", false, None, 1e-2);
-    check("gemma3-Q8_0.gguf", false, None, 1e-2);
-    check("gpt-oss-F16.gguf", false, None, 1e-2);
+    check("gemma2-Q8_0.gguf", false, None, 3e-3);
+    check("gemma3-Q8_0.gguf", false, None, 5e-3);
+    check("gpt-oss-F16.gguf", false, None, 1e-3);
 }
 
 #[test]
 fn experts() {
-    check("mixtral-F16.gguf", false, None, 1e-2);
+    check("mixtral-F16.gguf", false, None, 1e-3);
 }
 
 #[test]
 fn exact_arithmetic_and_a_cache_of_eight_bits() {
-    check("llama-256-Q4_K_M.gguf", true, None, 1e-2);
-    check("llama-Q8_0.gguf", false, Some(CacheType::Q8_0), 1e-2);
-}
-
-#[test]
-fn adhoc_cpu() {
-    for (name, exact) in [("llama-F16.gguf", false), ("llama-Q8_0.gguf", false), ("qwen2-256-Q4_K_M.gguf", false), ("llama-F16.gguf", true)] {
-        let path = golden_dir().join("tiny").join(name);
-        let file = Arc::new(Gguf::open(&path).expect("a model"));
-        let options = LoadOptions { device: DeviceChoice::Cpu, exact, context: Some(288), cache: CacheSize::UpTo(4 * 288), ..LoadOptions::default() };
-        let mut runner = load(&file, &options, &mut |_| {}).expect("a runner");
-        let all = sequences(&mut *runner, &LENGTHS);
-        for members in [&[0usize, 1][..], &[2, 4], &[0, 1, 2], &[0, 1, 2, 3, 4]] {
-            let beside = logits(&mut *runner, &all, members);
-            for (&m, b) in members.iter().zip(&beside) {
-                let a = &logits(&mut *runner, &all, &[m])[0];
-                let n = a.iter().zip(b).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-                println!("CPU {name} {exact} {members:?} {m}: {n} of {} differ, {:.1e}", a.len(), difference(b, a));
-            }
-        }
-    }
+    check("llama-256-Q4_K_M.gguf", true, None, 2e-6);
+    check("llama-Q8_0.gguf", false, Some(CacheType::Q8_0), 5e-3);
 }
