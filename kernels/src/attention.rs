@@ -3,6 +3,9 @@
 //! A warp serves one query head of one row over one split of the tokens. Its lanes form teams of just
 //! enough lanes to hold a head, eight elements each; each team walks its own tokens with a running
 //! softmax (arXiv:2205.14135), and the teams merge at the end. [`attend_combine`] merges the splits.
+//!
+//! Sums depend on where tokens are split. Rows of several sequences are therefore split by their own numbers of tokens
+//! ([`own_split`]): what comes of a row does not depend on the others.
 
 use crate::rows::{BLOCK_TOKENS, CacheLayer, Step, q8_row_bytes, soft_cap};
 use crate::unrolled;
@@ -14,6 +17,29 @@ use cuda_std::{float, kernel, thread, warp};
 /// Threads per block: four warps, four heads.
 pub const THREADS: u32 = 128;
 const WARPS: usize = THREADS as usize / 32;
+
+/// Most splits of a row's tokens.
+pub const MAX_SPLITS: usize = 64;
+
+/// Tokens of a split by a row's own number of tokens, unless that took more than [`MAX_SPLITS`].
+const OWN_SPLIT: usize = 128;
+
+/// Tokens of each split of a row that sees `tokens`, whatever other rows there are.
+#[inline(always)]
+pub const fn own_split(tokens: usize) -> usize {
+    let least = tokens.div_ceil(MAX_SPLITS);
+    if least > OWN_SPLIT { least } else { OWN_SPLIT }
+}
+
+/// Most splits of [`own_split`] tokens each that a row can have which sees no more than `tokens`.
+pub const fn most_own_splits(tokens: usize) -> usize {
+    let splits = tokens.div_ceil(OWN_SPLIT);
+    if splits < MAX_SPLITS {
+        splits
+    } else {
+        MAX_SPLITS
+    }
+}
 
 /// Tokens a team loads before it computes, so that their loads overlap.
 const UNROLL: usize = 4;
@@ -68,14 +94,31 @@ pub struct AttendArgs {
     pub cache: CacheLayer,
     pub step: Step,
     pub heads: u32,
+    /// Splits of each row's tokens; with `own`, [`most_own_splits`] of the row that sees most.
     pub splits: u32,
+    /// Whether rows are split by their own numbers of tokens ([`own_split`]).
+    pub own: u32,
     /// Multiplies the scores.
     pub scale: f32,
     pub variant: Variant,
-    /// f32 `[rows][heads * head_dim]`, written where `splits` is 1.
+    /// f32 `[rows][heads * head_dim]`, written where a row has one split.
     pub out: *mut f32,
     /// f32 `[rows][heads][splits][head_dim + 2]` otherwise: unnormalised sums, then peak and mass.
     pub partial: *mut f32,
+}
+
+impl AttendArgs {
+    /// Splits of a row that sees `tokens`, and the tokens of each.
+    #[inline(always)]
+    fn split(&self, tokens: usize) -> (usize, usize) {
+        if self.own != 0 {
+            let own = own_split(tokens);
+            (tokens.div_ceil(own), own)
+        } else {
+            let splits = self.splits as usize;
+            (splits, tokens.div_ceil(splits))
+        }
+    }
 }
 
 /// Elements of the cache, eight at a time. This launch may have written them.
@@ -308,7 +351,10 @@ unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
     unsafe {
         let position = a.step.position(row);
         let (first, tokens) = (a.variant.first(position), position + 1);
-        let chunk = (tokens - first).div_ceil(a.splits as usize);
+        let (splits, chunk) = a.split(tokens - first);
+        if split >= splits {
+            return;
+        }
         let start = first + split * chunk;
         let end = if start + chunk < tokens {
             start + chunk
@@ -328,7 +374,7 @@ unsafe fn attend<E: LoadEight>(a: &AttendArgs) {
             attend_capped::<E, true>(q, &a.cache, table, kv_head, scale, start, end)
         };
         if element < head_dim {
-            let target = if a.splits == 1 {
+            let target = if splits == 1 {
                 let (shrink, mass) = with_sink(peak, mass, a.variant.sink(head));
                 for k in 0..8 {
                     sum[k] *= shrink / mass;
@@ -377,7 +423,7 @@ pub unsafe fn attend_q8(a: AttendArgs) {
     unsafe { attend::<Q8>(&a) }
 }
 
-/// Merges the splits of [`attend_f16`] or [`attend_f32`]; a warp per row and head.
+/// Merges the splits of the kernels above; a warp per row and head.
 #[kernel(launch_bounds(128))]
 pub unsafe fn attend_combine(a: AttendArgs) {
     let heads = a.heads as usize;
@@ -386,10 +432,18 @@ pub unsafe fn attend_combine(a: AttendArgs) {
     if task >= a.step.rows as usize * heads {
         return;
     }
-    let splits = a.splits as usize;
     let stride = head_dim + 2;
     unsafe {
-        let part = a.partial.cast_const().add(task * splits * stride);
+        let position = a.step.position(task / heads);
+        let (splits, _) = a.split(position + 1 - a.variant.first(position));
+        // The row is done.
+        if splits == 1 {
+            return;
+        }
+        let part = a
+            .partial
+            .cast_const()
+            .add(task * a.splits as usize * stride);
         let mut peak = NONE;
         for s in 0..splits {
             peak = peak.max(part.add(s * stride + head_dim).read());

@@ -1,7 +1,8 @@
 //! Choosing a token on the device, by the definition in the host's `sampling` module.
 //!
 //! [`argmax`] then [`argmax_final`] for temperature 0; else [`scale_logits`], [`penalise`] and
-//! [`draw`]. Every sum that decides is of integers, so the order of threads never shows.
+//! [`draw`]. Each takes any number of rows. Every sum that decides is of integers, so the order of threads never
+//! shows, nor what other rows there are.
 
 use cuda_std::memory::{ldg_f32, ldg_u32};
 use cuda_std::shared::{self, SharedPtr};
@@ -126,16 +127,25 @@ pub unsafe fn argmax_final(a: ArgmaxArgs) {
     }
 }
 
-/// Arguments of [`scale_logits`], [`penalise`] and [`draw`]: one row.
+/// Arguments of [`scale_logits`], [`penalise`] and [`draw`].
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct DrawArgs {
+    /// One for each row of the grid.
+    pub rows: *const DrawRow,
+}
+
+/// A row that a token is drawn for.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct DrawRow {
     pub logits: *const f32,
     /// Scratch, as long as the vocabulary.
     pub work: *mut f32,
-    pub vocabulary: u32,
     /// Distinct ids that the penalty applies to.
     pub seen: *const u32,
+    pub out: *mut u32,
+    pub vocabulary: u32,
     pub seen_len: u32,
     pub penalty: f32,
     /// 0 for greedy choice after the penalty.
@@ -145,7 +155,14 @@ pub struct DrawArgs {
     pub top_p: u32,
     pub min_p: u32,
     pub u: u32,
-    pub out: *mut u32,
+}
+
+impl DrawArgs {
+    /// The row of this block.
+    #[inline(always)]
+    unsafe fn row(&self) -> DrawRow {
+        unsafe { self.rows.add(block_idx_y() as usize).read() }
+    }
 }
 
 /// One in units of 2^-24.
@@ -166,9 +183,10 @@ fn scaled(v: f32, temperature: f32) -> f32 {
     }
 }
 
-/// `work = logits / temperature`.
+/// `work = logits / temperature`. Grid: blocks for the vocabulary, rows.
 #[kernel]
 pub unsafe fn scale_logits(a: DrawArgs) {
+    let a = unsafe { a.row() };
     let i = index_1d() as usize;
     if i < a.vocabulary as usize {
         unsafe {
@@ -180,8 +198,10 @@ pub unsafe fn scale_logits(a: DrawArgs) {
 }
 
 /// The penalty, and the temperature, at the ids seen: a positive logit is divided, another multiplied.
+/// Grid: blocks for the most ids of a row, rows.
 #[kernel]
 pub unsafe fn penalise(a: DrawArgs) {
+    let a = unsafe { a.row() };
     let i = index_1d() as usize;
     if i < a.seen_len as usize {
         unsafe {
@@ -251,7 +271,7 @@ struct Scratch {
 /// `goal`, by eight bits of the rank at a time. Ranks below `floor` do not count.
 #[inline(always)]
 unsafe fn select(
-    a: &DrawArgs,
+    a: &DrawRow,
     s: &Scratch,
     floor: u64,
     goal: u64,
@@ -330,9 +350,10 @@ unsafe fn block_sum(v: u64, s: &Scratch) -> u64 {
     }
 }
 
-/// Top-k, top-p, min-p and the draw. One block.
+/// Top-k, top-p, min-p and the draw. Grid: one block a row, `(1, rows)`.
 #[kernel(launch_bounds(512, 1))]
 pub unsafe fn draw(a: DrawArgs) {
+    let a = unsafe { a.row() };
     let (t, threads, n) = (
         thread_idx_x() as usize,
         block_dim_x() as usize,

@@ -425,6 +425,10 @@ pub trait Device: Send + Sized + 'static {
     /// Rows of one step at most: enough to fill the device, few enough that a step is short.
     const STEP_ROWS: usize;
 
+    /// Sequences whose generated tokens' rows gain from sharing a step, at most, so that what comes of a row in such a
+    /// step depends neither on who nor on how many the others are; 1 where rows get on as fast one after the other.
+    const MAX_BATCH: usize;
+
     fn info(&self) -> &DeviceInfo;
 
     /// Bytes free for [`Device::load`], [`Device::alloc`] and [`Device::alloc_cache`] together.

@@ -4,12 +4,12 @@
 //! table changes what comes out.
 
 use super::{Detokenize, Text};
-use crate::device::{BLOCK_TOKENS, Batch, DeviceInfo, SampleRow};
+use crate::device::{BLOCK_TOKENS, Batch, DeviceInfo, SampleRow, Span};
 use crate::error::{Error, Result};
 use crate::model::{ModelInfo, Pooling, Runner};
 use serde_json::Value;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Ids are bytes; this one ends the text.
@@ -37,6 +37,9 @@ pub struct FakeRunner {
     /// The likeliest token after a sequence.
     next: Next,
     pub step_time: Duration,
+    pub max_batch: usize,
+    /// Rows and sequences of each step.
+    pub shapes: Arc<Mutex<Vec<(usize, usize)>>>,
     /// Steps done.
     pub steps: Arc<AtomicUsize>,
     /// The step at which to panic, and at which to fail.
@@ -80,6 +83,8 @@ impl FakeRunner {
             cache: vec![u32::MAX; context.div_ceil(BLOCK_TOKENS) * BLOCK_TOKENS],
             next: Box::new(next),
             step_time: Duration::ZERO,
+            max_batch: 8,
+            shapes: Arc::default(),
             steps: Arc::default(),
             panic_at: None,
             fail_at: None,
@@ -151,6 +156,10 @@ impl Runner for FakeRunner {
         512
     }
 
+    fn max_batch(&self) -> usize {
+        self.max_batch
+    }
+
     fn forward(&mut self, batch: &Batch) -> Result<()> {
         std::thread::sleep(self.step_time);
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
@@ -173,28 +182,33 @@ impl Runner for FakeRunner {
         };
         self.logits.clear();
         self.last = (batch.tokens.clone(), batch.spans[0].past);
+        let shape = (batch.tokens.len(), batch.spans.len());
+        self.shapes.lock().unwrap().push(shape);
+        let slot = |span: &Span, t: usize| {
+            span.blocks[t / BLOCK_TOKENS] as usize * BLOCK_TOKENS + t % BLOCK_TOKENS
+        };
         for span in &batch.spans {
-            let slot =
-                |t: usize| span.blocks[t / BLOCK_TOKENS] as usize * BLOCK_TOKENS + t % BLOCK_TOKENS;
             for i in 0..span.len {
-                self.cache[slot(span.past + i)] = batch.tokens[span.start + i];
+                self.cache[slot(span, span.past + i)] = batch.tokens[span.start + i];
             }
-            for i in 0..span.len {
-                if batch.outputs.contains(&(span.start + i)) {
-                    let tokens: Vec<u32> =
-                        (0..=span.past + i).map(|t| self.cache[slot(t)]).collect();
-                    assert!(
-                        !tokens.contains(&u32::MAX),
-                        "a block was read before it was written"
-                    );
-                    let id = (self.next)(&tokens);
-                    let mut logits: Vec<f32> = (0..VOCABULARY).map(|i| -(i as f32)).collect();
-                    logits[id as usize] = 1000.0;
-                    // The runner-up, for tests that sample.
-                    logits[(id as usize + 1) % VOCABULARY] = 999.5;
-                    self.logits.push(logits);
-                }
-            }
+        }
+        for &row in &batch.outputs {
+            let mut spans = batch.spans.iter();
+            let span = spans.find(|s| (s.start..s.start + s.len).contains(&row));
+            let span = span.unwrap();
+            let tokens: Vec<u32> = (0..=span.past + row - span.start)
+                .map(|t| self.cache[slot(span, t)])
+                .collect();
+            assert!(
+                !tokens.contains(&u32::MAX),
+                "a block was read before it was written"
+            );
+            let id = (self.next)(&tokens);
+            let mut logits: Vec<f32> = (0..VOCABULARY).map(|i| -(i as f32)).collect();
+            logits[id as usize] = 1000.0;
+            // The runner-up, for tests that sample.
+            logits[(id as usize + 1) % VOCABULARY] = 999.5;
+            self.logits.push(logits);
         }
         Ok(())
     }

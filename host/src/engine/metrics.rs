@@ -49,7 +49,7 @@ pub struct Metrics {
     pub requests: Family<OutcomeLabel, Counter>,
     /// Requests waiting.
     pub queued: Gauge,
-    /// Sequences in the current batch.
+    /// Sequences being worked on.
     pub running: Gauge,
     pub kv_blocks_used: Gauge,
     pub kv_blocks_free: Gauge,
@@ -67,6 +67,8 @@ pub struct Metrics {
     pub first_token: Histogram,
     /// From one token of a sequence to its next.
     pub between_tokens: Histogram,
+    /// Rows of each step of generated tokens, one for each sequence in it.
+    pub batch_rows: Histogram,
 }
 
 impl Default for Metrics {
@@ -91,6 +93,7 @@ impl Default for Metrics {
             end_to_end: seconds(),
             first_token: seconds(),
             between_tokens: seconds(),
+            batch_rows: Histogram::new(exponential_buckets(1.0, 2.0, 7)),
         };
         let r = &mut m.registry;
         // The encoder appends `_total` to counters and the unit to what has one.
@@ -163,6 +166,11 @@ impl Default for Metrics {
             "From one token of a request to its next",
             Unit::Seconds,
             m.between_tokens.clone(),
+        );
+        r.register(
+            "batch_rows",
+            "Requests whose next tokens a step computed together",
+            m.batch_rows.clone(),
         );
         m
     }

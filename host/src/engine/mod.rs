@@ -5,7 +5,7 @@
 //! - [`EngineHandle::submit`] queues a [`Request`] and returns its [`Job`], the receiving end of its
 //!   [`Event`]s;
 //! - [`kv`] gives each sequence its blocks of the cache, and [`prefix`] keeps the beginnings of prompts there;
-//!   [`sequence`] is one request's state; [`scheduler`] picks whose step is next and runs it; [`grammar`]
+//!   [`sequence`] is one request's state; [`scheduler`] picks whose rows the next step has and runs it; [`grammar`]
 //!   constrains answers;
 //! - [`direct`] drives a runner without any of this, for the commands that look at logits.
 //!
@@ -23,6 +23,8 @@ mod scheduler;
 mod sequence;
 mod text;
 
+#[cfg(test)]
+mod batch_tests;
 #[cfg(test)]
 pub(crate) mod fake;
 #[cfg(test)]
@@ -87,9 +89,11 @@ pub struct EngineConfig {
     /// Requests that may wait beside those that there is room for; one more is refused with
     /// [`Code::QueueFull`].
     pub max_queue: usize,
-    /// Requests worked on in turns. A step always belongs to one of them, so that none of them gets other
-    /// tokens than it would alone.
+    /// Requests worked on at once, in turns or together.
     pub max_running: usize,
+    /// Requests whose next tokens one step computes together at most; `None` for as many as the device does well, which are
+    /// never exceeded. With 1 every token is, bit for bit, what it would be alone.
+    pub max_batch: Option<usize>,
     /// How long a request may take from submission to its end.
     pub timeout: Option<Duration>,
     /// How long a client may leave its events unread while others wait for its place.
@@ -101,6 +105,7 @@ impl Default for EngineConfig {
         Self {
             max_queue: 256,
             max_running: 1024,
+            max_batch: None,
             timeout: None,
             stall: Duration::from_secs(1),
         }

@@ -1,22 +1,29 @@
-//! The engine's thread: takes requests in, picks whose step is next, runs it.
+//! The engine's thread: takes requests in, picks whose rows the next step has, runs it.
 //!
 //! One turn of the loop: receive what was submitted, end what was cancelled, abandoned or is too late,
-//! admit from the queue while there is room, run one step. Requests run in turns, a step each: up to
-//! [`Runner::step_rows`] rows of a prompt, or one token. A step never holds rows of two sequences: how many
-//! rows a product has decides how it is summed, and nobody's tokens may depend on who else is there. A
-//! prompt that begins like an earlier one finds those steps done ([`super::prefix`]).
+//! admit from the queue while there is room, run one step. A step is up to [`Runner::step_rows`] rows of one
+//! sequence's prompt, or a row of each sequence that generates, one token each, up to [`Runner::max_batch`]: reading the
+//! weights is most of such a step, and they are read once for all. A prompt that begins like an earlier one finds
+//! its steps done ([`super::prefix`]).
 //!
 //! Whose turn it is: that of the sequence that has had the least device time since it came, where a new
-//! one starts level with the one that has had least. So a long prompt or a long answer holds nobody up
-//! for more than its share, and at most one step lies between a cancellation and its effect. A turn lasts
-//! as long as steps of the sequence's have begun on the device already: another's step would be the loss of them.
+//! one starts level with the one that has had least. If it generates, all others that do come along, or those of
+//! them that have had least. A step counts in full for everyone in it, so that together they have one share beside
+//! those that work on prompts. So a long prompt or a long answer holds nobody up for more than its share, and at most one step
+//! lies between a cancellation and its effect. A sequence that generates alone goes on as long as steps of
+//! its own have begun on the device already: another's step would be the loss of them.
+//!
+//! How many rows a product has decides how it is summed. Rows of prompts are never mixed with others', so what a
+//! prompt leaves in the cache depends on it alone. A generated token's row is summed in one way where it is alone and in
+//! another beside others, whoever and however many they are ([`crate::device::Device::MAX_BATCH`]).
 
 use super::kv::BlockPool;
-use super::sequence::{Sequence, end_unstarted};
+use super::sequence::{Chosen, Sequence, choose, end_unstarted};
 use super::{Code, Failure, Outcome, Shared, Submission};
-use crate::device::Batch;
+use crate::device::{Batch, Span};
 use crate::error::Result;
 use crate::model::Runner;
+use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
@@ -28,6 +35,8 @@ const STALL_POLL: Duration = Duration::from_millis(5);
 
 /// The thread's whole life.
 pub(super) fn run(runner: Box<dyn Runner>, shared: &Shared, submissions: Receiver<Submission>) {
+    let most = shared.config.max_batch.unwrap_or(usize::MAX);
+    let max_batch = runner.max_batch().min(most).max(1);
     let pool = BlockPool::new(runner.cache_blocks(), runner.ring());
     shared.metrics.kv_blocks_total.set(pool.total() as i64);
     shared.metrics.kv_blocks_free.set(pool.free() as i64);
@@ -36,6 +45,7 @@ pub(super) fn run(runner: Box<dyn Runner>, shared: &Shared, submissions: Receive
         shared,
         submissions,
         pool,
+        max_batch,
         queue: VecDeque::new(),
         running: Vec::new(),
         ran: true,
@@ -50,11 +60,41 @@ pub(super) fn run(runner: Box<dyn Runner>, shared: &Shared, submissions: Receive
     }
 }
 
+/// Whose rows the next step has.
+enum Turn {
+    /// Those of one sequence; steps of its may begin ahead where the second says so.
+    One(usize, bool),
+    /// A generated token's row of each of these, the oldest first.
+    Together(Vec<usize>),
+}
+
+/// A step about to run.
+struct Step {
+    batch: Batch,
+    /// Whose rows, in ascending order of `index`.
+    members: Vec<Member>,
+    begin: bool,
+}
+
+/// A sequence's part of a step.
+struct Member {
+    /// Its place among those that run.
+    index: usize,
+    /// Rows.
+    len: usize,
+    /// Whether it generates.
+    decodes: bool,
+    /// Which of the step's logits its next token is chosen from, where one is.
+    output: Option<usize>,
+}
+
 struct Scheduler<'t> {
     runner: Box<dyn Runner>,
     shared: &'t Shared,
     submissions: Receiver<Submission>,
     pool: BlockPool,
+    /// Sequences whose generated tokens' rows go together at most.
+    max_batch: usize,
     /// First come, first served.
     queue: VecDeque<Submission>,
     /// In the order in which they started.
@@ -208,49 +248,41 @@ impl<'t> Scheduler<'t> {
         self.shared.room.store(room, Ordering::SeqCst);
     }
 
-    /// The sequence whose turn it is, of those whose clients keep up, and whether steps of its may begin ahead: where others
-    /// wait only as its turn begins.
-    fn next(&mut self) -> Option<(usize, bool)> {
-        let mut best: Option<usize> = None;
-        let mut ready = 0;
-        for i in 0..self.running.len() {
-            if !self.running[i].has_room() {
-                continue;
-            }
-            ready += 1;
-            // Of those that are level the newest: its first token is what somebody waits for.
-            if best.is_none_or(|b| self.running[i].device_time <= self.running[b].device_time) {
-                best = Some(i);
-            }
+    /// Whose turn it is, of those whose clients keep up.
+    fn next(&mut self) -> Option<Turn> {
+        let running = &mut self.running;
+        let ready: Vec<usize> = (0..running.len())
+            .filter(|&i| running[i].has_room())
+            .collect();
+        // Of those that are level the newest: its first token is what somebody waits for.
+        let by_time = |i: &usize| (running[*i].device_time, Reverse(*i));
+        let first = *ready.iter().min_by_key(|i| by_time(i))?;
+        if let Some(&i) = ready.iter().find(|&&i| running[i].begun > 0) {
+            return Some(Turn::One(i, ready.len() == 1));
         }
-        let goes_on = |i: &usize| self.running[*i].begun > 0;
-        let on_turn = (0..self.running.len()).find(goes_on);
-        match on_turn {
-            Some(i) if self.running[i].has_room() => Some((i, ready == 1)),
-            _ => best.map(|i| (i, true)),
+        let mut decoding: Vec<usize> = ready
+            .into_iter()
+            .filter(|&i| running[i].decodes())
+            .collect();
+        let others = self.max_batch > 1 && decoding.iter().any(|&i| i != first);
+        if !others || !running[first].decodes() {
+            // What is about to go together with others begins nothing of its own.
+            return Some(Turn::One(first, !others));
         }
+        decoding.sort_by_key(by_time);
+        decoding.truncate(self.max_batch);
+        decoding.sort_unstable();
+        Some(Turn::Together(decoding))
     }
 
-    /// The next step of sequence `i` as a batch; takes blocks from younger sequences where the cache is
+    /// The next rows of sequence `i`, from row `start` of the step on; takes blocks from younger sequences where the cache is
     /// full. `None` where it was put back itself.
-    fn plan(&mut self, i: usize) -> Option<(Batch, usize)> {
+    fn place(&mut self, i: usize, start: usize) -> Option<Span> {
         self.running[i].reuse(&*self.runner, &mut self.pool);
         loop {
             let len = self.running[i].next_len(self.runner.step_rows());
-            if let Some(span) = self.running[i].span(0, len, &mut self.pool) {
-                let sequence = &self.running[i];
-                let tokens = sequence.pending()[..len].to_vec();
-                let outputs = if len == sequence.pending().len() && !sequence.is_embedding() {
-                    vec![len - 1]
-                } else {
-                    Vec::new()
-                };
-                let batch = Batch {
-                    tokens,
-                    spans: vec![span],
-                    outputs,
-                };
-                return Some((batch, len));
+            if let Some(span) = self.running[i].span(start, len, &mut self.pool) {
+                return Some(span);
             }
             // The youngest that holds anything goes; the oldest therefore always gets on.
             let youngest = (0..self.running.len())
@@ -258,35 +290,95 @@ impl<'t> Scheduler<'t> {
                 .find(|&j| self.running[j].holds_blocks());
             match youngest {
                 Some(j) if j > i => self.running[j].put_back(&mut self.pool),
-                _ if i > 0 => {
-                    self.running[i].put_back(&mut self.pool);
+                _ => {
+                    if i > 0 {
+                        self.running[i].put_back(&mut self.pool);
+                    }
+                    // Others go on. Time passes for it, so that it is not picked again at once.
+                    self.running[i].device_time += STALL_POLL;
                     return None;
                 }
-                _ => return None,
             }
         }
     }
 
+    /// The step of a turn; `None` where the cache has no room for any row of it.
+    fn plan(&mut self, turn: Turn) -> Option<Step> {
+        let (indices, begin, together) = match turn {
+            Turn::One(i, begin) => (vec![i], begin, false),
+            Turn::Together(indices) => (indices, false, true),
+        };
+        let mut batch = Batch::default();
+        let mut members: Vec<Member> = Vec::with_capacity(indices.len());
+        for index in indices {
+            // One that an older one has just taken its blocks from has its prompt to do again.
+            if together && !self.running[index].decodes() {
+                continue;
+            }
+            let Some(span) = self.place(index, batch.tokens.len()) else {
+                continue;
+            };
+            let sequence = &self.running[index];
+            batch
+                .tokens
+                .extend_from_slice(&sequence.pending()[..span.len]);
+            members.push(Member {
+                index,
+                len: span.len,
+                decodes: sequence.decodes(),
+                output: None,
+            });
+            batch.spans.push(span);
+        }
+        // The logits that the device chooses from come first.
+        for on_device in [true, false] {
+            for (member, span) in members.iter_mut().zip(&batch.spans) {
+                let sequence = &self.running[member.index];
+                if sequence.chooses_after(span.len) && sequence.chooses_on_device() == on_device {
+                    member.output = Some(batch.outputs.len());
+                    batch.outputs.push(span.start + span.len - 1);
+                }
+            }
+        }
+        if members.len() > 1 {
+            // As many logits as rows, so that the product that makes them is always of several rows.
+            let rest = members.iter().zip(&batch.spans);
+            let rest = rest.filter(|(member, _)| member.output.is_none());
+            batch.outputs.extend(rest.map(|(_, span)| span.start));
+        }
+        (!members.is_empty()).then_some(Step {
+            batch,
+            members,
+            begin,
+        })
+    }
+
     /// Runs one step, if anything can run.
     fn step(&mut self) -> bool {
-        let Some((i, begin)) = self.next() else {
+        let Some(turn) = self.next() else {
             return false;
         };
         let began = Instant::now();
-        let Some((batch, len)) = self.plan(i) else {
-            // Put back: others go on. Time passes for it, so that it is not picked again at once.
-            self.running[i].device_time += STALL_POLL;
+        let Some(step) = self.plan(turn) else {
             return true;
         };
-        let parent = self.running[i].tracing_span();
-        let _step = tracing::debug_span!(parent: parent, "step", rows = len).entered();
-        let runner = &mut self.runner;
-        let sequence = &mut self.running[i];
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            execute(&mut **runner, &batch, sequence, begin)
-        }));
-        let outcome = match result {
-            Ok(Ok(outcome)) => outcome,
+        let rows = step.batch.tokens.len();
+        // One in each request's trace.
+        let spans: Vec<tracing::Span> = step
+            .members
+            .iter()
+            .map(|member| {
+                let parent = self.running[member.index].tracing_span();
+                tracing::debug_span!(parent: parent, "step", rows)
+            })
+            .collect();
+        let _step = spans.first().map(tracing::Span::enter);
+        let Self {
+            runner, running, ..
+        } = self;
+        let result = catch_unwind(AssertUnwindSafe(|| execute(&mut **runner, &step, running)));
+        let choices = match result {
+            Ok(Ok(choices)) => choices,
             Ok(Err(error)) => {
                 let failure = Failure::from_error(&error, self.shared.device.backend);
                 if matches!(failure.code, Code::CudaError | Code::Internal) {
@@ -309,25 +401,43 @@ impl<'t> Scheduler<'t> {
                 return true;
             }
         };
-        let begun = self.runner.steps_begun();
-        for (j, sequence) in self.running.iter_mut().enumerate() {
-            sequence.begun = if j == i { begun } else { 0 };
-        }
-        let took = began.elapsed();
-        self.shared.metrics.device_busy.inc_by(took.as_secs_f64());
-        let sequence = &mut self.running[i];
-        sequence.device_time += took;
-        sequence.advance(len, self.runner.step_rows(), &mut self.pool);
-        let ended = match outcome {
-            None if sequence.is_embedding() => sequence.embedded().map(Ok),
-            None => None,
-            Some(Ok(token)) => sequence.take(token).map(Ok),
-            Some(Err(failure)) => Some(Err(failure)),
-        };
-        if let Some(outcome) = ended {
-            self.running.remove(i).end(outcome, &mut self.pool);
-        }
+        self.finish(&step, choices, began.elapsed());
         true
+    }
+
+    /// What follows from a step that took so long.
+    fn finish(&mut self, step: &Step, choices: Vec<Choice>, took: Duration) {
+        let metrics = &self.shared.metrics;
+        metrics.device_busy.inc_by(took.as_secs_f64());
+        let members = &step.members;
+        if members.iter().any(|member| member.decodes) {
+            metrics.batch_rows.observe(members.len() as f64);
+        }
+        for sequence in &mut self.running {
+            sequence.begun = 0;
+        }
+        if let [member] = &members[..] {
+            self.running[member.index].begun = self.runner.steps_begun();
+        }
+        let step_rows = self.runner.step_rows();
+        let mut choices: Vec<Option<Choice>> = choices.into_iter().map(Some).collect();
+        // The last one first, so that who ends changes no place that is still to come.
+        for member in members.iter().rev() {
+            let sequence = &mut self.running[member.index];
+            sequence.device_time += took;
+            sequence.advance(member.len, step_rows, &mut self.pool);
+            let choice = member.output.and_then(|i| choices.get_mut(i)?.take());
+            let ended = match choice {
+                None if sequence.is_embedding() => sequence.embedded().map(Ok),
+                None => None,
+                Some(Ok(token)) => sequence.take(token).map(Ok),
+                Some(Err(failure)) => Some(Err(failure)),
+            };
+            if let Some(outcome) = ended {
+                let sequence = self.running.remove(member.index);
+                sequence.end(outcome, &mut self.pool);
+            }
+        }
     }
 
     fn break_down(&self, why: String) {
@@ -349,22 +459,33 @@ fn too_late(before: &str) -> Failure {
     )
 }
 
-/// Runs the batch and chooses the sequence's next token, where all its pending tokens were in the batch.
-/// The inner error is this sequence's own; the outer one is the device's.
+/// A token, or why its sequence ends without one.
+type Choice = std::result::Result<Chosen, Failure>;
+
+/// Runs the step and chooses the next token of each member that has one to come, in the order of their outputs. The inner
+/// errors are the members' own; the outer one is the device's.
 fn execute(
     runner: &mut dyn Runner,
-    batch: &Batch,
-    sequence: &mut Sequence<'_>,
-    begin: bool,
-) -> Result<Option<std::result::Result<super::sequence::Chosen, Failure>>> {
-    runner.forward(batch)?;
-    if sequence.is_embedding() {
-        sequence.gather(runner, batch.tokens.len())?;
+    step: &Step,
+    running: &mut [Sequence<'_>],
+) -> Result<Vec<Choice>> {
+    runner.forward(&step.batch)?;
+    let mut choosing = Vec::with_capacity(step.members.len());
+    let mut members = step.members.iter().peekable();
+    for (i, sequence) in running.iter_mut().enumerate() {
+        let Some(member) = members.next_if(|member| member.index == i) else {
+            continue;
+        };
+        if sequence.is_embedding() {
+            sequence.gather(runner, member.len)?;
+        }
+        if let Some(output) = member.output {
+            choosing.push((output, sequence));
+        }
     }
-    if batch.outputs.is_empty() {
-        return Ok(None);
-    }
-    Ok(Some(sequence.choose(runner, begin)?))
+    choosing.sort_by_key(|(output, _)| *output);
+    let mut choosing: Vec<&mut Sequence<'_>> = choosing.into_iter().map(|(_, s)| s).collect();
+    choose(runner, &mut choosing, step.begin)
 }
 
 /// How a request ended, for the metrics.

@@ -76,7 +76,8 @@ pub(super) fn assert_idle(engine: &EngineHandle) {
 
 #[test]
 fn steps_that_began_ahead_are_not_lost_to_others() {
-    let runner = FakeRunner::hashing(1024);
+    let mut runner = FakeRunner::hashing(1024);
+    runner.max_batch = 1;
     let (lost, ahead) = (Arc::clone(&runner.lost), Arc::clone(&runner.ahead));
     let engine = start(runner);
     let jobs: Vec<Job> = (0..4)
@@ -360,7 +361,7 @@ fn the_thread_finishes_its_work_when_the_last_handle_goes() {
     assert_eq!(answer(&drain(job)).0, "hello");
 }
 
-fn one_at_a_time() -> EngineConfig {
+pub(super) fn one_at_a_time() -> EngineConfig {
     EngineConfig {
         max_running: 1,
         ..EngineConfig::default()
@@ -374,7 +375,7 @@ fn refusal(engine: &EngineHandle, request: Request) -> Failure {
     }
 }
 
-fn wait_for_tokens(job: &mut Job, n: usize) {
+pub(super) fn wait_for_tokens(job: &mut Job, n: usize) {
     let mut seen = 0;
     while seen < n {
         match job.blocking_next() {
@@ -515,7 +516,7 @@ fn a_draining_engine_finishes_its_work_and_takes_no_more() {
 }
 
 /// What each prompt gives on an engine of its own.
-fn alone(prompt: &str, max_tokens: usize) -> String {
+pub(super) fn alone(prompt: &str, max_tokens: usize) -> String {
     let engine = start(FakeRunner::hashing(1024));
     answer(&drain(engine.submit(request(prompt, max_tokens)).unwrap())).0
 }

@@ -170,6 +170,11 @@ pub trait Runner: Send {
     /// Rows of one step at most.
     fn step_rows(&self) -> usize;
 
+    /// As [`device::Device::MAX_BATCH`], within [`Runner::step_rows`].
+    fn max_batch(&self) -> usize {
+        1
+    }
+
     /// Runs the batch; its logits stay on the device until the next call.
     ///
     /// # Errors

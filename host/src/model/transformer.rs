@@ -286,6 +286,10 @@ impl<D: Device> Runner for Transformer<D> {
         self.step_rows
     }
 
+    fn max_batch(&self) -> usize {
+        D::MAX_BATCH.min(self.step_rows)
+    }
+
     fn profile(&mut self) -> Result<Vec<OpTiming>> {
         self.device.profile()
     }

@@ -132,6 +132,7 @@ impl<const GPU: bool> Device for Dry<GPU> {
     type Buffer = ();
     type Cache = ();
     const STEP_ROWS: usize = if GPU { MAX_ROWS } else { Cpu::STEP_ROWS };
+    const MAX_BATCH: usize = 1;
 
     fn info(&self) -> &DeviceInfo {
         static INFO: DeviceInfo = DeviceInfo {

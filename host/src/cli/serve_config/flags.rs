@@ -66,9 +66,13 @@ pub(super) struct Flags {
     /// Requests that may wait; further ones are refused with 429 [default: 256]
     #[arg(long, env = "KIGO_MAX_QUEUE", value_name = "N", value_parser = positive)]
     pub(super) max_queue: Option<usize>,
-    /// Requests worked on in turns, as far as the cache holds them [default: 1024]
+    /// Requests worked on at once, as far as the cache holds them [default: 1024]
     #[arg(long, env = "KIGO_MAX_RUNNING", value_name = "N", value_parser = positive)]
     pub(super) max_running: Option<usize>,
+    /// Requests whose next tokens one step computes together; with 1 every token is, bit for bit, what it would be alone
+    /// [default: 64 on a GPU, 1 on the CPU; at most that]
+    #[arg(long, env = "KIGO_MAX_BATCH", value_name = "N", value_parser = positive)]
+    pub(super) max_batch: Option<usize>,
     /// Seconds that running requests have after SIGTERM [default: 30]
     #[arg(long, env = "KIGO_DRAIN_TIMEOUT", value_name = "S")]
     pub(super) drain_timeout: Option<u64>,

@@ -63,6 +63,7 @@ impl Settings {
             kv_cache_size_mb,
             max_queue,
             max_running,
+            max_batch,
             drain_timeout,
             api_key_file,
             max_connections,
@@ -178,6 +179,7 @@ impl Settings {
         let config = EngineConfig {
             max_queue: f.max_queue.unwrap_or(plain.max_queue),
             max_running: f.max_running.unwrap_or(plain.max_running),
+            max_batch: f.max_batch,
             timeout: f
                 .inference_timeout_sec
                 .map(|s| Duration::from_secs(s as u64)),
@@ -244,6 +246,7 @@ impl Settings {
         }
         set("max_queue", number(engine.max_queue));
         set("max_running", number(engine.max_running));
+        set("max_batch", engine.max_batch.and_then(number));
         let drain = f.drain_timeout.unwrap_or(config.drain_timeout.as_secs());
         set("drain_timeout", number(drain as usize));
         let keys = f.api_key_file.as_ref().map(|p| p.display().to_string());
@@ -353,11 +356,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("kigo.toml");
         let text = "model = \"m\"\nport = 9000\nmax_queue = 7\ndrain_timeout = 3\ncors_origin = [\"http://a\"]\n\
-                    cache_type = \"q8_0\"\nlora = [\"a.gguf:0.5\", \"b.gguf\"]\nidle_timeout_sec = 5\n";
+                    cache_type = \"q8_0\"\nlora = [\"a.gguf:0.5\", \"b.gguf\"]\nidle_timeout_sec = 5\n\
+                    max_batch = 3\n";
         std::fs::write(&path, text).unwrap();
         let s = settings(&format!("--config {} --max-queue 9", path.display())).unwrap();
         let (_, engine) = s.engine_config();
         assert_eq!(engine.max_queue, 9);
+        assert_eq!(engine.max_batch, Some(3));
         assert_eq!(s.listen.to_string(), "127.0.0.1:9000");
         let config = s.server_config().unwrap();
         assert_eq!(config.drain_timeout, Duration::from_secs(3));
@@ -404,6 +409,17 @@ mod tests {
         std::fs::write(&path, "cache_type = \"q3\"").unwrap();
         let error = settings(&format!("--config {}", path.display())).unwrap_err();
         assert!(error.to_string().contains("q3"), "{error}");
+    }
+
+    #[test]
+    fn how_many_go_together_is_the_devices_word_unless_somebody_says() {
+        let s = settings("").unwrap();
+        assert_eq!(s.engine_config().1.max_batch, None);
+        assert!(!s.shown().contains("max_batch"));
+        let s = settings("--max-batch 1").unwrap();
+        assert_eq!(s.engine_config().1.max_batch, Some(1));
+        assert!(s.shown().contains("max_batch = 1"));
+        assert!(Line::try_parse_from(["serve", "--max-batch", "0"]).is_err());
     }
 
     #[test]

@@ -209,6 +209,8 @@ impl Device for Cpu {
     type Cache = Cache;
     // A step of these takes seconds on a few cores, and nothing can be cancelled within it.
     const STEP_ROWS: usize = 512;
+    // Rows are multiplied in other ways as there are more of them, and nobody's tokens are to show that.
+    const MAX_BATCH: usize = 1;
 
     fn info(&self) -> &DeviceInfo {
         &self.info

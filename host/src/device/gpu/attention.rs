@@ -6,7 +6,7 @@ use super::recording::Role;
 use super::{Address, Buffer, Cache, Driver, Gpu, Scratch};
 use crate::device::{Attention, CachePlace, CacheType, HeadNorm, Heads, Qkv, RopeLayout};
 use crate::error::{Error, Result};
-use kernels::attention::{self, AttendArgs, Variant};
+use kernels::attention::{self, AttendArgs, MAX_SPLITS, Variant};
 use kernels::decode::{self, Input, NO_OP, Op, kind};
 use kernels::flash::{self, FlashArgs};
 use kernels::rows::{CacheLayer, CastArgs, RopeCacheArgs, Rotation, cache_types};
@@ -15,8 +15,6 @@ use std::ptr;
 
 /// Tokens that are worth a split of their own.
 const MIN_SPLIT_TOKENS: usize = 64;
-
-const MAX_SPLITS: usize = 64;
 
 /// Over how many blocks each row and head's tokens are split, so that a few rows fill the card: a power of
 /// two, so that a recorded step serves many lengths.
@@ -383,7 +381,17 @@ impl<D: Driver> Gpu<D> {
         } else {
             out.ptr()
         };
-        let splits = self.current.splits;
+        // Nobody's result may depend on who the others of a step are.
+        let own = self.current.spans.len() > 1;
+        let splits = if own {
+            let seen = |span: &[usize; 3]| {
+                let tokens = span[1] + span[2];
+                attention::most_own_splits(op.window.map_or(tokens, |w| tokens.min(w)))
+            };
+            self.current.spans.iter().map(seen).max().unwrap_or(1) as u32
+        } else {
+            self.current.splits
+        };
         let tasks = rows * heads.heads;
         let partial = if splits > 1 {
             let values = tasks * splits as usize * (heads.head_dim + 2);
@@ -397,6 +405,7 @@ impl<D: Driver> Gpu<D> {
             step: self.step_args(place.part),
             heads: heads.heads as u32,
             splits,
+            own: u32::from(own),
             scale: heads.scale,
             variant: variant(op),
             out: target,

@@ -224,9 +224,11 @@ impl<D: Driver> Gpu<D> {
         }
     }
 
-    /// Says that the logits are no longer those that [`Gpu::chosen`] knows the greatest of.
+    /// Says that the logits are no longer those that [`Gpu::chosen`] knows the greatest of, and that nobody goes on with the
+    /// steps that have begun ahead.
     pub(super) fn forget_choice(&mut self) {
         self.decode.chooser = None;
+        self.decode.ahead = None;
     }
 
     /// Splits of each head's tokens in the current step.

@@ -230,8 +230,8 @@ enum Scratch {
     /// One layer of an 8-bit cache in f16, and which blocks of it.
     Unpacked,
     Blocks,
-    /// Sampling.
-    Logits,
+    /// Sampling: rows to draw from with the ids that they have seen, choices, and greatest ranks.
+    Draws,
     Ids,
     Ranks,
 }
@@ -243,6 +243,8 @@ const MAX_SPANS: usize = 512;
 struct Current {
     memory: Allocation,
     tables: Option<Allocation>,
+    /// Blocks of a table at most, and of the step's longest, each of whose tables takes as much.
+    table_room: usize,
     table_stride: usize,
     rows: usize,
     outputs: usize,
@@ -305,6 +307,7 @@ impl<D: Driver> Gpu<D> {
             current: Current {
                 memory,
                 tables: None,
+                table_room: 0,
                 table_stride: 0,
                 rows: 0,
                 outputs: 0,
@@ -357,7 +360,11 @@ impl<D: Driver> Gpu<D> {
                 "a step of {n} sequences, at most {MAX_SPANS}"
             )));
         }
-        let (mut longest, stride) = (0, current.table_stride);
+        let ends = batch.spans.iter().map(|span| span.past + span.len);
+        let longest = ends.max().unwrap_or(0);
+        // Tables one after the other, so that those of many short sequences are little to copy.
+        let stride = longest.div_ceil(BLOCK_TOKENS);
+        current.table_stride = stride;
         let rows = batch.tokens.len();
         // Array after array without gaps, so that a step of few rows copies little.
         let s = &mut current.staging[..4 * rows + batch.outputs.len()];
@@ -374,7 +381,6 @@ impl<D: Driver> Gpu<D> {
                 s[3 * rows + span.start + row] = span.horizon.max(span.past + span.len) as u32;
             }
             current.spans.push([span.start, span.len, span.past]);
-            longest = longest.max(span.past + span.len);
             let used = (span.past + span.len).div_ceil(BLOCK_TOKENS);
             for (part, table) in [CachePart::Whole, CachePart::Ring]
                 .into_iter()
@@ -401,7 +407,7 @@ impl<D: Driver> Gpu<D> {
         self.driver
             .write(current.memory.address, bytemuck::cast_slice(s))?;
         for (part, table) in list.iter().enumerate().filter(|(_, t)| !t.is_empty()) {
-            let to = tables.address + (4 * part * MAX_SPANS * stride) as u64;
+            let to = tables.address + (4 * part * MAX_SPANS * current.table_room) as u64;
             self.driver.write(to, bytemuck::cast_slice(table))?;
         }
         current.rows = rows;
@@ -417,7 +423,7 @@ impl<D: Driver> Gpu<D> {
     /// The arrays of the current step, with the block tables of a part of the cache.
     fn step_args(&self, part: CachePart) -> kernels::rows::Step {
         let tables = self.current.tables.as_ref().map_or(0, |t| t.address);
-        let skipped = part as usize * MAX_SPANS * self.current.table_stride;
+        let skipped = part as usize * MAX_SPANS * self.current.table_room;
         let rows = self.current.rows;
         let at = |words: usize| (self.current.memory.address + 4 * words as u64) as *const u32;
         kernels::rows::Step {
@@ -438,6 +444,12 @@ impl<D: Driver> Device for Gpu<D> {
     type Buffer = Buffer;
     type Cache = Cache;
     const STEP_ROWS: usize = MAX_ROWS;
+    // For more, products unpack weights beforehand, and are summed in another order.
+    const MAX_BATCH: usize = if D::SKINNY_ROWS < MAX_OUTPUTS {
+        D::SKINNY_ROWS
+    } else {
+        MAX_OUTPUTS
+    };
 
     fn info(&self) -> &DeviceInfo {
         self.driver.info()
@@ -509,7 +521,7 @@ impl<D: Driver> Device for Gpu<D> {
         }
         let keys = self.driver.alloc(shape.bytes())?;
         let values = self.driver.alloc(shape.bytes())?;
-        self.current.table_stride = shape.blocks;
+        self.current.table_room = shape.blocks;
         self.current.tables = Some(self.driver.alloc(4 * 2 * MAX_SPANS * shape.blocks)?);
         Ok(Cache {
             keys: keys.address,

@@ -412,8 +412,8 @@ pub(super) fn listing(ops: &[Op], blocks: u32) -> (Vec<u8>, Behind) {
 }
 
 /// The bytes of plain data, as the device reads them.
-fn bytes<T>(values: &[T]) -> &[u8] {
-    // Only of `Op`, `Segment` and numbers, whose padding is never read.
+pub(super) fn bytes<T: Copy>(values: &[T]) -> &[u8] {
+    // Only of `Op`, `Segment`, `DrawRow` and numbers, whose padding is never read.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 

@@ -1,11 +1,12 @@
 //! Sampling on the device: the likeliest id, or one drawn after penalty, temperature and filters.
 
 use super::ops::{ELEMENTWISE, blocks};
+use super::program::bytes;
 use super::{Address, Buffer, Driver, Gpu, Scratch};
 use crate::device::SampleRow;
 use crate::error::{Error, Result};
 use crate::sampling::{MIN_TEMPERATURE, fraction};
-use kernels::sample::{self, ArgmaxArgs, DrawArgs};
+use kernels::sample::{self, ArgmaxArgs, DrawArgs, DrawRow};
 
 impl<D: Driver> Gpu<D> {
     pub(super) fn op_sample(
@@ -36,11 +37,10 @@ impl<D: Driver> Gpu<D> {
         if rows.iter().any(plain) {
             self.argmax(logits, vocabulary, rows.len(), out)?;
         }
-        for (i, row) in rows.iter().enumerate() {
-            if !plain(row) {
-                let logits = logits.address + (4 * i * vocabulary) as u64;
-                self.draw(logits, vocabulary, row, out + 4 * i as u64)?;
-            }
+        let drawn: Vec<(usize, &SampleRow<'_>)> =
+            rows.iter().enumerate().filter(|(_, r)| !plain(r)).collect();
+        if !drawn.is_empty() {
+            self.draw(logits, vocabulary, &drawn, out)?;
         }
         let mut ids = vec![0u32; rows.len()];
         self.driver.read(out, bytemuck::cast_slice_mut(&mut ids))?;
@@ -79,53 +79,63 @@ impl<D: Driver> Gpu<D> {
             .launch("argmax_final", (rows as u32, 1), 32, 256, &args)
     }
 
+    /// Draws tokens for rows of `logits`, which come with their numbers, into those places of `out`.
     fn draw(
         &mut self,
-        logits: Address,
+        logits: &Buffer,
         vocabulary: usize,
-        row: &SampleRow<'_>,
+        rows: &[(usize, &SampleRow<'_>)],
         out: Address,
     ) -> Result<()> {
-        // Scratch for the scaled logits, and the ids seen behind them.
-        let work = self.scratch(Scratch::Logits, vocabulary * 8)?;
-        let seen = work + 4 * vocabulary as u64;
-        let penalised = row.params.repetition_penalty != 1.0 && !row.seen.is_empty();
-        if penalised {
-            self.driver.write(seen, bytemuck::cast_slice(row.seen))?;
+        let penalised =
+            |row: &SampleRow<'_>| row.params.repetition_penalty != 1.0 && !row.seen.is_empty();
+        let seen_of = |row: &SampleRow<'_>| if penalised(row) { row.seen.len() } else { 0 };
+        let seen_ids = rows.iter().map(|(_, row)| seen_of(row));
+        let (all_seen, most_seen) = (seen_ids.clone().sum::<usize>(), seen_ids.max().unwrap_or(0));
+        // The sums of the head's product, which has ended by then, lie where the scaled logits come.
+        let work = self.scratch(Scratch::Sums, rows.len() * vocabulary * 4)?;
+        let rows_bytes = size_of::<DrawRow>() * rows.len();
+        let listed = self.scratch(Scratch::Draws, rows_bytes + 4 * all_seen)?;
+        let mut seen = Vec::with_capacity(all_seen);
+        let mut draws = Vec::with_capacity(rows.len());
+        for (n, (i, row)) in rows.iter().enumerate() {
+            let p = row.params;
+            draws.push(DrawRow {
+                logits: (logits.address + (4 * i * vocabulary) as u64) as *const f32,
+                work: (work + (4 * n * vocabulary) as u64) as *mut f32,
+                seen: (listed + (rows_bytes + 4 * seen.len()) as u64) as *const u32,
+                out: (out + 4 * *i as u64) as *mut u32,
+                vocabulary: vocabulary as u32,
+                seen_len: seen_of(row) as u32,
+                penalty: p.repetition_penalty,
+                temperature: if p.temperature < MIN_TEMPERATURE {
+                    0.0
+                } else {
+                    p.temperature
+                },
+                top_k: p.top_k,
+                top_p: fraction(p.top_p),
+                min_p: fraction(p.min_p),
+                u: fraction(row.u).min((1 << 24) - 1),
+            });
+            seen.extend_from_slice(&row.seen[..seen_of(row)]);
         }
-        let p = row.params;
+        let mut list = bytes(&draws).to_vec();
+        list.extend_from_slice(bytes(&seen));
+        self.driver.write(listed, &list)?;
         let args = DrawArgs {
-            logits: logits as *const f32,
-            work: work as *mut f32,
-            vocabulary: vocabulary as u32,
-            seen: seen as *const u32,
-            seen_len: if penalised { row.seen.len() as u32 } else { 0 },
-            penalty: p.repetition_penalty,
-            temperature: if p.temperature < MIN_TEMPERATURE {
-                0.0
-            } else {
-                p.temperature
-            },
-            top_k: p.top_k,
-            top_p: fraction(p.top_p),
-            min_p: fraction(p.min_p),
-            u: fraction(row.u).min((1 << 24) - 1),
-            out: out as *mut u32,
+            rows: listed as *const DrawRow,
         };
-        let grid = (blocks(vocabulary, ELEMENTWISE), 1);
+        let n = rows.len() as u32;
+        let grid = (blocks(vocabulary, ELEMENTWISE), n);
         self.driver
             .launch("scale_logits", grid, ELEMENTWISE, 0, &args)?;
-        if penalised {
-            let grid = (blocks(row.seen.len(), ELEMENTWISE), 1);
+        if most_seen > 0 {
+            let grid = (blocks(most_seen, ELEMENTWISE), n);
             self.driver
                 .launch("penalise", grid, ELEMENTWISE, 0, &args)?;
         }
-        self.driver.launch(
-            "draw",
-            (1, 1),
-            sample::DRAW_THREADS,
-            sample::DRAW_SHARED,
-            &args,
-        )
+        let (threads, shared) = (sample::DRAW_THREADS, sample::DRAW_SHARED);
+        self.driver.launch("draw", (1, n), threads, shared, &args)
     }
 }

@@ -4,7 +4,7 @@
 mod choose;
 mod pooling;
 
-pub(super) use choose::Chosen;
+pub(super) use choose::{Chosen, choose};
 
 use super::kv::{BlockPool, BlockTable};
 use super::prefix::{root, step_end};
@@ -154,8 +154,8 @@ impl<'t> Sequence<'t> {
         !self.table.is_empty()
     }
 
-    /// Gives its blocks up. What they held is computed again later in the very same steps, so that the
-    /// tokens to come are those that would have come.
+    /// Gives its blocks up. What they held is computed again later: the prompt in the very same steps, generated tokens one
+    /// by one, each alone or beside others.
     pub(super) fn put_back(&mut self, pool: &mut BlockPool) {
         self.table.release(pool);
         self.cached = 0;
@@ -174,6 +174,16 @@ impl<'t> Sequence<'t> {
             0 => 1,
             left => left.min(step_end(self.cached, step_rows) - self.cached),
         }
+    }
+
+    /// Whether its next step is a generated token's row: its whole prompt is in the cache.
+    pub(super) fn decodes(&self) -> bool {
+        !self.is_embedding() && self.cached >= self.prompt_tokens
+    }
+
+    /// Whether a step of its next `len` tokens is followed by a choice.
+    pub(super) fn chooses_after(&self, len: usize) -> bool {
+        !self.is_embedding() && len == self.pending().len()
     }
 
     /// Tokens that prompt and answer may come to.

@@ -17,6 +17,12 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             check::<f32, D>(b, heads, kv_heads, head_dim, spans, splits, &PLAIN)?;
         }
     }
+    // Of one split, of less than one, of some more.
+    let others = &[(127, 1), (0, 1), (300, 1), (128, 1)];
+    for look in [&PLAIN, &LOOKS[0], &LOOKS[3]] {
+        check::<f16, D>(b, 4, 2, 64, others, OWN, look)?;
+        check::<f32, D>(b, 3, 1, 40, others, OWN, look)?;
+    }
     for look in LOOKS {
         for splits in [1, 4] {
             check::<f16, D>(b, 4, 2, 64, long, splits, look)?;
@@ -282,6 +288,9 @@ fn check_flash<D: Driver>(
     Ok(())
 }
 
+/// Rows split by their own numbers of tokens.
+const OWN: u32 = 0;
+
 fn check<E: Element, D: Driver>(
     b: &mut Bench<'_, D>,
     heads: usize,
@@ -307,34 +316,55 @@ fn check<E: Element, D: Driver>(
         .map(|v| v * 3.0)
         .collect();
     let q_on = b.upload(&q)?;
-    let out = b.alloc(4 * q.len())?;
-    let partial = b.alloc(4 * rows * heads * splits as usize * (head_dim + 2))?;
     let scale = 1.0 / (head_dim as f32).sqrt();
-    let args = AttendArgs {
-        q: q_on.ptr(),
-        cache: paging.layer(kv_heads, head_dim),
-        step: paging.step,
-        heads: heads as u32,
-        splits,
-        scale,
-        variant,
-        out: out.ptr(),
-        partial: partial.ptr(),
-    };
     let kernel = if size_of::<E>() == 4 {
         "attend_f32"
     } else {
         "attend_f16"
     };
     let grid = (rows * heads).div_ceil(attention::THREADS as usize / 32) as u32;
-    b.driver
-        .launch(kernel, (grid, splits), attention::THREADS, 0, &args)?;
-    if splits > 1 {
+    let run = |b: &mut Bench<'_, D>, own: bool, splits: u32| {
+        let out = b.alloc(4 * q.len())?;
+        let partial = b.alloc(4 * rows * heads * splits as usize * (head_dim + 2))?;
+        let args = AttendArgs {
+            q: q_on.ptr(),
+            cache: paging.layer(kv_heads, head_dim),
+            step: paging.step,
+            heads: heads as u32,
+            splits,
+            own: u32::from(own),
+            scale,
+            variant,
+            out: out.ptr(),
+            partial: partial.ptr(),
+        };
         b.driver
-            .launch("attend_combine", (grid, 1), attention::THREADS, 0, &args)?;
-    }
-    b.take::<f32>(kernel, partial)?;
-    let found = b.take::<f32>(kernel, out)?;
+            .launch(kernel, (grid, splits), attention::THREADS, 0, &args)?;
+        if splits > 1 {
+            b.driver
+                .launch("attend_combine", (grid, 1), attention::THREADS, 0, &args)?;
+        }
+        b.take::<f32>(kernel, partial)?;
+        b.take::<f32>(kernel, out)
+    };
+    let most = spans.iter().map(|(past, len)| past + len).max();
+    let (found, splits) = match splits {
+        OWN => {
+            let splits = attention::most_own_splits(most.unwrap_or(1)) as u32;
+            let found = run(b, true, splits)?;
+            // Beside rows that have more.
+            let again = run(b, true, splits + 3)?;
+            let pairs = found.iter().zip(&again);
+            let differing = pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+            let case = format!(
+                "{heads}/{kv_heads} heads of {head_dim}, other grids{}",
+                look.name()
+            );
+            b.report(kernel, case, differing as f64, 0.0);
+            (found, splits)
+        }
+        splits => (run(b, false, splits)?, splits),
+    };
 
     let expected = attention(
         &q,

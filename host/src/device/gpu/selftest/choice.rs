@@ -2,9 +2,10 @@
 
 use super::Driver;
 use super::bench::Bench;
+use crate::device::gpu::program::bytes;
 use crate::error::Result;
 use crate::sampling::{self, SamplingParams};
-use kernels::sample::{self, ArgmaxArgs, DrawArgs};
+use kernels::sample::{self, ArgmaxArgs, DrawArgs, DrawRow};
 
 pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
     for vocabulary in [1, 33, 5000] {
@@ -118,15 +119,20 @@ fn check_argmax<D: Driver>(b: &mut Bench<'_, D>, vocabulary: usize) -> Result<()
     Ok(())
 }
 
+/// Six rows at once.
 fn check_draw<D: Driver>(
     b: &mut Bench<'_, D>,
     case: &str,
     params: &SamplingParams,
     vocabulary: usize,
 ) -> Result<()> {
-    let draws = 6;
-    let mut wrong = 0;
-    for draw in 0..draws {
+    const DRAWS: usize = 6;
+    let work = b.alloc(4 * vocabulary * DRAWS)?;
+    let out = b.alloc(4 * DRAWS)?;
+    let mut rows = Vec::new();
+    let mut expected = Vec::new();
+    let mut held = Vec::new();
+    for draw in 0..DRAWS {
         // Coarse values give ties at every threshold.
         let mut logits: Vec<f32> = b
             .random
@@ -137,7 +143,10 @@ fn check_draw<D: Driver>(
         if draw == 1 {
             logits[0] = f32::NAN;
         }
-        let mut seen: Vec<u32> = (0..7).map(|_| b.random.below(vocabulary) as u32).collect();
+        // Of different numbers, and none in one row.
+        let mut seen: Vec<u32> = (0..40 * draw)
+            .map(|_| b.random.below(vocabulary) as u32)
+            .collect();
         seen.sort_unstable();
         seen.dedup();
         let u = if draw == 0 {
@@ -145,14 +154,19 @@ fn check_draw<D: Driver>(
         } else {
             (b.random.next() >> 40) as f32 / (1 << 24) as f32
         };
+        // Not the same for all.
+        let mut params = params.clone();
+        if draw == 3 && params.temperature > 0.0 {
+            params.temperature *= 2.0;
+            params.top_k /= 2;
+        }
         let (on, seen_on) = (b.upload(&logits)?, b.upload(&seen)?);
-        let work = b.alloc(4 * vocabulary)?;
-        let out = b.alloc(4)?;
-        let args = DrawArgs {
+        rows.push(DrawRow {
             logits: on.ptr(),
-            work: work.ptr(),
-            vocabulary: vocabulary as u32,
+            work: work.ptr::<f32>().wrapping_add(draw * vocabulary),
             seen: seen_on.ptr(),
+            out: out.ptr::<u32>().wrapping_add(draw),
+            vocabulary: vocabulary as u32,
             seen_len: seen.len() as u32,
             penalty: params.repetition_penalty,
             temperature: params.temperature,
@@ -160,25 +174,33 @@ fn check_draw<D: Driver>(
             top_p: sampling::fraction(params.top_p),
             min_p: sampling::fraction(params.min_p),
             u: sampling::fraction(u),
-            out: out.ptr(),
-        };
-        let grid = (vocabulary.div_ceil(64) as u32, 1);
-        b.driver.launch("scale_logits", grid, 64, 0, &args)?;
-        b.driver.launch("penalise", (1, 1), 64, 0, &args)?;
-        b.driver.launch(
-            "draw",
-            (1, 1),
-            sample::DRAW_THREADS,
-            sample::DRAW_SHARED,
-            &args,
-        )?;
-        b.take::<f32>("draw", work)?;
-        let found = b.take::<u32>("draw", out)?[0];
-        let expected = sampling::sample(params, u, &seen, &mut logits);
-        wrong += usize::from(found != expected);
+        });
+        held.extend([on, seen_on]);
+        expected.push(sampling::sample(&params, u, &seen, &mut logits));
     }
+    let rows_on = b.upload(bytes(&rows))?;
+    let args = DrawArgs {
+        rows: rows_on.ptr(),
+    };
+    let n = DRAWS as u32;
+    let grid = (vocabulary.div_ceil(64) as u32, n);
+    b.driver.launch("scale_logits", grid, 64, 0, &args)?;
+    b.driver.launch("penalise", (4, n), 64, 0, &args)?;
+    b.driver.launch(
+        "draw",
+        (1, n),
+        sample::DRAW_THREADS,
+        sample::DRAW_SHARED,
+        &args,
+    )?;
+    b.take::<f32>("draw", work)?;
+    let found = b.take::<u32>("draw", out)?;
+    for memory in held {
+        b.take::<u32>("draw", memory)?;
+    }
+    let wrong = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
     for kernel in ["draw", "penalise", "scale_logits"] {
-        let case = format!("{case}, {vocabulary}, choices of {draws}");
+        let case = format!("{case}, {vocabulary}, choices of {DRAWS} rows");
         b.report(kernel, case, wrong as f64, 0.0);
     }
     Ok(())

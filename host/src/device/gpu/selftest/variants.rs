@@ -325,6 +325,7 @@ fn check_q8<D: Driver>(
         step: paging.step,
         heads: heads as u32,
         splits: 1,
+        own: 0,
         scale,
         variant: Variant::NONE,
         out: out.ptr(),
