@@ -110,7 +110,7 @@ pub struct AttendArgs {
 impl AttendArgs {
     /// Splits of a row that sees `tokens`, and the tokens of each.
     #[inline(always)]
-    fn split(&self, tokens: usize) -> (usize, usize) {
+    pub(crate) fn split(&self, tokens: usize) -> (usize, usize) {
         if self.own != 0 {
             let own = own_split(tokens);
             (tokens.div_ceil(own), own)
@@ -198,7 +198,7 @@ impl LoadEight for Q8 {
     }
 }
 
-const LOG2_E: f32 = core::f32::consts::LOG2_E;
+pub(crate) const LOG2_E: f32 = core::f32::consts::LOG2_E;
 
 /// Scores are kept in units of log2, so that an exponential is one instruction. "No token yet" is a
 /// finite number, so that differences of it never become NaN.

@@ -41,6 +41,8 @@ pub mod experts;
 #[cfg(not(cuda_sm_90a))]
 pub mod flash;
 #[cfg(not(cuda_sm_90a))]
+pub mod heads;
+#[cfg(not(cuda_sm_90a))]
 pub mod one;
 #[cfg(not(cuda_sm_90a))]
 pub mod rows;
@@ -68,6 +70,8 @@ cuda_std::kernels![
     attention::attend_f16,
     attention::attend_f32,
     attention::attend_q8,
+    heads::attend_heads_64,
+    heads::attend_heads_128,
     decode::decode,
     decode::decode_bulk,
     dense::dense_128x128,

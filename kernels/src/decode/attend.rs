@@ -18,7 +18,7 @@ use super::{
     Current, DecodeArgs, LATE, PLAIN, ROWS_AT, Source, WARPS, WIDE, Warp, blocks, cache_block, get,
     lane, may_be, sync, thread,
 };
-use crate::attention::NONE;
+use crate::attention::{LOG2_E, NONE};
 use crate::rows::BLOCK_TOKENS;
 use crate::unrolled;
 use cuda_std::half::pack_f16x2;
@@ -35,19 +35,17 @@ pub const WIDTH: u32 = 64;
 /// Most elements of a head.
 pub const MAX_HEAD_DIM: u32 = 128;
 /// Tokens of a tile: the rows of a product.
-pub(super) const TOKENS: u32 = 16;
+pub(crate) const TOKENS: u32 = 16;
 /// Elements of a lane at a time, 16 bytes of the cache; four lanes take a chunk.
 pub(super) const EIGHT: u32 = 8;
-pub(super) const CHUNK: u32 = 4 * EIGHT;
+pub(crate) const CHUNK: u32 = 4 * EIGHT;
 /// Heads up to so many elements wide are of two chunks at most, others of four.
 pub const NARROW_DIM: u32 = 2 * CHUNK;
-
-const LOG2_E: f32 = core::f32::consts::LOG2_E;
 
 /// Shared memory before the warps' parts: queries, as both halves' fragments of up to four chunks; then the
 /// step's own key and value.
 const FRESH_AT: u32 = MAX_HEAD_DIM / CHUNK * 32 * 32;
-const ASKED_BYTES: u32 = FRESH_AT + 2 * 2 * MAX_HEAD_DIM;
+pub(crate) const ASKED_BYTES: u32 = FRESH_AT + 2 * 2 * MAX_HEAD_DIM;
 
 /// Bytes of shared memory that attention needs, with so many query heads for each key-value head and so many splits.
 pub const fn attend_bytes(group: u32, head_dim: u32, splits: u32) -> u32 {
@@ -154,7 +152,7 @@ impl Piece {
 
 /// Shared memory of a piece.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(crate) struct Place {
     asked: u32,
     parts: SharedPtr<f32>,
 }
@@ -162,9 +160,15 @@ pub(super) struct Place {
 impl Place {
     #[inline(always)]
     fn here() -> Place {
+        Place::at(ROWS_AT)
+    }
+
+    /// From so many bytes into shared memory on.
+    #[inline(always)]
+    pub fn at(start: u32) -> Place {
         Place {
-            asked: ROWS_AT,
-            parts: shared::at(ROWS_AT + ASKED_BYTES),
+            asked: start,
+            parts: shared::at(start + ASKED_BYTES),
         }
     }
 
@@ -180,7 +184,16 @@ impl Place {
         shared::at(self.asked + ((2 * chunk + rest) * 32 + lane()) * 16)
     }
 
-    /// Four elements of a head's query, from `element` on.
+    /// Leaves four elements of a head's query there, scaled, from `element` on.
+    #[inline(always)]
+    pub unsafe fn put_query(&self, head: u32, element: u32, v: [f32; 4]) {
+        let (near, far) = (split(v[0], v[1]), split(v[2], v[3]));
+        for rest in 0..2 {
+            let to = self.query_of(head, element, rest as u32);
+            unsafe { to.store_v2([near[rest], far[rest]]) }
+        }
+    }
+
     #[inline(always)]
     fn query_of(&self, head: u32, element: u32, rest: u32) -> SharedPtr<u32> {
         let (chunk, t) = (element / CHUNK, element % CHUNK / EIGHT);
@@ -197,7 +210,7 @@ impl Place {
 
 /// [`kind::ATTEND`](super::kind::ATTEND).
 #[inline(always)]
-pub unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
+pub(super) unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
         let mut index = block_idx_x();
         while index < pieces(op) {
@@ -234,13 +247,13 @@ pub(super) unsafe fn pieces(op: impl Source) -> u32 {
 }
 
 /// This lane's keys of a tile, as they lie in the cache: eight elements of two keys for each of `K` chunks.
-type Keys<const K: usize> = [[[u32; 4]; 2]; K];
+pub(crate) type Keys<const K: usize> = [[[u32; 4]; 2]; K];
 /// Its values: eight elements of four.
-pub(super) type Values = [[u32; 4]; 4];
+pub(crate) type Values = [[u32; 4]; 4];
 
 /// Row and column of this lane's place in a fragment.
 #[inline(always)]
-pub(super) fn place_in_fragment() -> (u32, u32) {
+pub(crate) fn place_in_fragment() -> (u32, u32) {
     (lane() / 4, lane() % 4)
 }
 
@@ -261,13 +274,15 @@ pub(super) unsafe fn tile_at(a: &DecodeArgs, op: impl Source, kv_head: u32, base
     }
 }
 
-/// Keys of the tile at `at`, of its tokens before `tokens`.
+/// Keys of the tile that begins at `from`, of its tokens before `tokens`.
 #[inline(always)]
-pub(super) unsafe fn load_keys<const K: usize>(op: Current, at: usize, tokens: u32) -> Keys<K> {
+pub(crate) unsafe fn load_keys<const K: usize>(
+    from: *const u8,
+    head_dim: u32,
+    tokens: u32,
+) -> Keys<K> {
     unsafe {
-        let head_dim = get!(op, cache.head_dim);
         let (g, t) = place_in_fragment();
-        let from = get!(op, cache.keys).add(at);
         let mut keys = [[[0; 4]; 2]; K];
         // From place to place by constants: addresses of their own would take as many registers as what is loaded.
         for r in 0..2 {
@@ -285,11 +300,14 @@ pub(super) unsafe fn load_keys<const K: usize>(op: Current, at: usize, tokens: u
 
 /// Values likewise, from element `element` on.
 #[inline(always)]
-pub(super) unsafe fn load_values(op: Current, at: usize, tokens: u32, element: u32) -> Values {
+pub(crate) unsafe fn load_values(
+    from: *const u8,
+    head_dim: u32,
+    tokens: u32,
+    element: u32,
+) -> Values {
     unsafe {
-        let head_dim = get!(op, cache.head_dim);
         let element = element + lane() / 4 * EIGHT;
-        let from = get!(op, cache.values).add(at);
         let mut values = [[0; 4]; 4];
         for i in 0..4 {
             let token = value_token(i as u32);
@@ -397,11 +415,7 @@ pub(super) unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Pla
         }
         v = v.map(|v| if active { v * scale } else { 0.0 });
         if element < K as u32 * CHUNK {
-            let (near, far) = (split(v[0], v[1]), split(v[2], v[3]));
-            for rest in 0..2 {
-                let to = place.query_of(warp, element, rest as u32);
-                to.store_v2([near[rest], far[rest]]);
-            }
+            place.put_query(warp, element, v);
         }
     }
 }
@@ -464,10 +478,11 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
         let (mut keys, mut values) = ([[[0; 4]; 2]; K], [[0; 4]; 4]);
         // The first are on their way while the query is awaited.
         if any {
+            let (dim, there) = (get!(op, cache.head_dim), end.saturating_sub(base));
             let at = tile_at(a, op, piece.kv_head, base);
-            keys = load_keys(op, at, end.saturating_sub(base));
+            keys = load_keys(get!(op, cache.keys).add(at), dim, there);
             let at = tile_at(a, op, piece.kv_head, here(base));
-            values = load_values(op, at, end.saturating_sub(base), piece.element);
+            values = load_values(get!(op, cache.values).add(at), dim, there, piece.element);
         }
         let mut own = here(own_token(op, base));
         ask::<K>(a, op, place, piece);
@@ -489,12 +504,13 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
             base += TOKENS * WARPS;
             own = own.wrapping_sub(TOKENS * WARPS);
             if base < piece.to {
+                let (dim, there) = (get!(op, cache.head_dim), end.saturating_sub(base));
                 let at = tile_at(a, op, piece.kv_head, base);
-                keys = load_keys(op, at, end.saturating_sub(base));
-                values = load_values(op, at, end.saturating_sub(base), piece.element);
+                keys = load_keys(get!(op, cache.keys).add(at), dim, there);
+                values = load_values(get!(op, cache.values).add(at), dim, there, piece.element);
             }
         }
-        running.leave(place.parts, &piece, warp);
+        running.leave(place.parts, HEAD_PARTS, piece.heads, warp);
     }
 }
 
@@ -520,12 +536,12 @@ pub(super) unsafe fn own_token(op: Current, base: u32) -> u32 {
 }
 
 /// Sums of a tile's scores: of either half of the queries, and of two halves of a chunk.
-type Scores = [[[f32; 4]; 2]; 2];
-pub(super) const NO_SCORES: Scores = [[[0.0; 4]; 2]; 2];
+pub(crate) type Scores = [[[f32; 4]; 2]; 2];
+pub(crate) const NO_SCORES: Scores = [[[0.0; 4]; 2]; 2];
 
 /// Adds the products of a chunk of the queries with that of this lane's two keys.
 #[inline(always)]
-pub(super) unsafe fn add_scores(scores: &mut Scores, place: Place, chunk: u32, k: &[[u32; 4]; 2]) {
+pub(crate) unsafe fn add_scores(scores: &mut Scores, place: Place, chunk: u32, k: &[[u32; 4]; 2]) {
     for rest in 0..2 {
         let q = unsafe { place.query(chunk, rest as u32).load_v4() };
         for h in 0..2 {
@@ -538,7 +554,7 @@ pub(super) unsafe fn add_scores(scores: &mut Scores, place: Place, chunk: u32, k
 
 /// The scores of the tile at token `base`, of tokens before `to`.
 #[inline(always)]
-pub(super) fn seen(scores: &Scores, base: u32, to: u32) -> [f32; 4] {
+pub(crate) fn seen(scores: &Scores, base: u32, to: u32) -> [f32; 4] {
     let mut s: [f32; 4] = unrolled!(4, |i| {
         let [[a, b], [c, d]] = [0, 1].map(|rest: usize| scores[rest].map(|v| v[i]));
         (a + b) + (c + d)

@@ -5,8 +5,9 @@
 //! written; the cache's last blocks, which this one writes into, warps read themselves.
 
 use super::attend::{
-    CHUNK, EIGHT, NO_SCORES, Piece, Place, TOKENS, WIDTH, add_scores, ask, cached_end, load_keys,
-    load_values, own_token, pieces, place_in_fragment, put_key, put_value, seen, tile_at,
+    CHUNK, EIGHT, HEAD_PARTS, NO_SCORES, Piece, Place, TOKENS, WIDTH, add_scores, ask, cached_end,
+    load_keys, load_values, own_token, pieces, place_in_fragment, put_key, put_value, seen,
+    tile_at,
 };
 use super::ring::Ring;
 use super::running::Running;
@@ -88,12 +89,14 @@ pub(super) unsafe fn walk<const K: usize, const H: usize>(
         let recent = base < piece.to;
         let (mut keys, mut values) = ([[[0; 4]; 2]; K], [[[0; 4]; 4]; H]);
         if recent {
+            let dim = get!(op, cache.head_dim);
             let there = cached_end(op, &piece).saturating_sub(base);
             let at = tile_at(a, op, piece.kv_head, base);
-            keys = load_keys(op, at, there);
+            keys = load_keys(get!(op, cache.keys).add(at), dim, there);
             for h in 0..H {
                 let at = tile_at(a, op, piece.kv_head, here(base));
-                values[h] = load_values(op, at, there, h as u32 * WIDTH);
+                let from = get!(op, cache.values).add(at);
+                values[h] = load_values(from, dim, there, h as u32 * WIDTH);
             }
         }
         ask::<K>(a, op, place, piece);
@@ -131,7 +134,7 @@ pub(super) unsafe fn walk<const K: usize, const H: usize>(
             add_tile::<K, H>(op, place, start, warp % 2, &mut running);
             w.place.release();
         }
-        running.leave(place.parts(), &piece, warp);
+        running.leave(place.parts(), HEAD_PARTS, piece.heads, warp);
     }
 }
 

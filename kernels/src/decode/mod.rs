@@ -23,7 +23,7 @@
 //! A buffer is written again only by an operation that could not have begun before every reader was done:
 //! each block's part of an operation needs the whole output of the one before.
 
-mod attend;
+pub(crate) mod attend;
 mod embed;
 mod finish;
 mod long;
@@ -32,7 +32,7 @@ mod op;
 mod product;
 mod ring;
 mod row;
-mod running;
+pub(crate) mod running;
 mod seal;
 mod task;
 mod window;

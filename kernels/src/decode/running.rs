@@ -1,6 +1,6 @@
 //! A warp's running softmax over tiles of tokens (arXiv:2205.14135), and where it leaves what comes of it.
 
-use super::attend::{EIGHT, HEAD_PARTS, PART, Piece, Values, WIDTH, place_in_fragment};
+use super::attend::{EIGHT, PART, Values, WIDTH, place_in_fragment};
 use crate::attention::NONE;
 use crate::unrolled;
 use cuda_std::half::{F16, pack_f16x2};
@@ -15,7 +15,7 @@ const ONES: u32 = 0x3c00_3c00;
 type Weights = [[u32; 2]; 2];
 
 /// Of heads `2 t` and `2 t + 1` in lane `t` of four; of `H` times [`WIDTH`] elements.
-pub(super) struct Running<const H: usize> {
+pub(crate) struct Running<const H: usize> {
     peak: [f32; 2],
     /// The weights' own, by a product with ones: the same in every lane of a head.
     mass: [f32; 4],
@@ -92,15 +92,16 @@ impl<const H: usize> Running<H> {
         }
     }
 
-    /// Leaves it in warp `warp`'s parts of the piece. Who had no tokens leaves parts of no weight.
+    /// Leaves it in warp `warp`'s parts of so many heads, `stride` words from each to the next, in halves of wide ones. Who had no
+    /// tokens leaves parts of no weight.
     #[inline(always)]
-    pub unsafe fn leave(&self, parts: SharedPtr<f32>, piece: &Piece, warp: u32) {
+    pub unsafe fn leave(&self, parts: SharedPtr<f32>, stride: u32, heads: u32, warp: u32) {
         let (g, t) = place_in_fragment();
         for i in 0..2 {
             let head = 2 * t + i as u32;
-            if head < piece.heads {
+            if head < heads {
                 for h in 0..H {
-                    let of_head = (head * H as u32 + h as u32) * HEAD_PARTS;
+                    let of_head = (head * H as u32 + h as u32) * stride;
                     let part = parts.add(of_head + warp * PART);
                     for j in [0, 2] {
                         let (s, next) = (self.sums[h][j], self.sums[h][j + 1]);

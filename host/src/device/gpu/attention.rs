@@ -7,7 +7,7 @@ use super::{Address, Buffer, Cache, Driver, Gpu, Scratch};
 use crate::device::{Attention, CachePlace, CacheType, HeadNorm, Heads, Qkv, RopeLayout};
 use crate::error::{Error, Result};
 use kernels::attention::{self, AttendArgs, MAX_SPLITS, Variant};
-use kernels::decode::{self, Input, NO_OP, Op, kind};
+use kernels::decode::{self, Input, MAX_HEAD_DIM, NO_OP, Op, kind};
 use kernels::flash::{self, FlashArgs};
 use kernels::rows::{CacheLayer, CastArgs, RopeCacheArgs, Rotation, cache_types};
 use kernels::types::GROUP;
@@ -411,14 +411,27 @@ impl<D: Driver> Gpu<D> {
             out: target,
             partial: partial as *mut f32,
         };
-        let kernel = match cache.shape.ty {
-            CacheType::F16 => "attend_f16",
-            CacheType::F32 => "attend_f32",
-            CacheType::Q8_0 => "attend_q8",
-        };
         let grid = (blocks(tasks, attention::THREADS / 32), splits);
-        self.driver
-            .launch(kernel, grid, attention::THREADS, 0, &args)?;
+        let half = cache.shape.ty == CacheType::F16 && !self.exact;
+        if own && half && heads.head_dim <= MAX_HEAD_DIM as usize && op.soft_cap.is_none() {
+            let (kernel, dims) = match heads.head_dim <= 64 {
+                true => ("attend_heads_64", 64),
+                false => ("attend_heads_128", 128),
+            };
+            let (kv_heads, group) = (heads.kv_heads as u32, heads.heads / heads.kv_heads);
+            let grid = rows as u32 * kernels::heads::blocks_of_row(kv_heads, group as u32);
+            let (threads, shared) = (kernels::heads::THREADS, kernels::heads::shared_bytes(dims));
+            self.driver
+                .launch(kernel, (grid, splits), threads, shared, &args)?;
+        } else {
+            let kernel = match cache.shape.ty {
+                CacheType::F16 => "attend_f16",
+                CacheType::F32 => "attend_f32",
+                CacheType::Q8_0 => "attend_q8",
+            };
+            self.driver
+                .launch(kernel, grid, attention::THREADS, 0, &args)?;
+        }
         if splits > 1 {
             self.driver
                 .launch("attend_combine", (grid.0, 1), attention::THREADS, 0, &args)?;

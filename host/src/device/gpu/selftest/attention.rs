@@ -21,6 +21,8 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
     let others = &[(127, 1), (0, 1), (300, 1), (128, 1)];
     for look in [&PLAIN, &LOOKS[0], &LOOKS[3]] {
         check::<f16, D>(b, 4, 2, 64, others, OWN, look)?;
+        check::<f16, D>(b, 9, 1, 128, others, OWN, look)?;
+        check::<f16, D>(b, 5, 1, 40, others, OWN, look)?;
         check::<f32, D>(b, 3, 1, 40, others, OWN, look)?;
     }
     for look in LOOKS {
@@ -288,6 +290,9 @@ fn check_flash<D: Driver>(
     Ok(())
 }
 
+/// What kernels that take a key-value head for all its query heads begin with.
+const HEADS: &str = "attend_heads";
+
 /// Rows split by their own numbers of tokens.
 const OWN: u32 = 0;
 
@@ -323,7 +328,8 @@ fn check<E: Element, D: Driver>(
         "attend_f16"
     };
     let grid = (rows * heads).div_ceil(attention::THREADS as usize / 32) as u32;
-    let run = |b: &mut Bench<'_, D>, own: bool, splits: u32| {
+    let (kv, group) = (kv_heads as u32, (heads / kv_heads) as u32);
+    let run = |b: &mut Bench<'_, D>, kernel: &'static str, own: bool, splits: u32| {
         let out = b.alloc(4 * q.len())?;
         let partial = b.alloc(4 * rows * heads * splits as usize * (head_dim + 2))?;
         let args = AttendArgs {
@@ -338,8 +344,18 @@ fn check<E: Element, D: Driver>(
             out: out.ptr(),
             partial: partial.ptr(),
         };
-        b.driver
-            .launch(kernel, (grid, splits), attention::THREADS, 0, &args)?;
+        if kernel.starts_with(HEADS) {
+            let grid = (
+                rows as u32 * kernels::heads::blocks_of_row(kv, group),
+                splits,
+            );
+            let shared = kernels::heads::shared_bytes(head_dim as u32);
+            b.driver
+                .launch(kernel, grid, kernels::heads::THREADS, shared, &args)?;
+        } else {
+            b.driver
+                .launch(kernel, (grid, splits), attention::THREADS, 0, &args)?;
+        }
         if splits > 1 {
             b.driver
                 .launch("attend_combine", (grid, 1), attention::THREADS, 0, &args)?;
@@ -347,25 +363,6 @@ fn check<E: Element, D: Driver>(
         b.take::<f32>(kernel, partial)?;
         b.take::<f32>(kernel, out)
     };
-    let most = spans.iter().map(|(past, len)| past + len).max();
-    let (found, splits) = match splits {
-        OWN => {
-            let splits = attention::most_own_splits(most.unwrap_or(1)) as u32;
-            let found = run(b, true, splits)?;
-            // Beside rows that have more.
-            let again = run(b, true, splits + 3)?;
-            let pairs = found.iter().zip(&again);
-            let differing = pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-            let case = format!(
-                "{heads}/{kv_heads} heads of {head_dim}, other grids{}",
-                look.name()
-            );
-            b.report(kernel, case, differing as f64, 0.0);
-            (found, splits)
-        }
-        splits => (run(b, false, splits)?, splits),
-    };
-
     let expected = attention(
         &q,
         &cached,
@@ -377,15 +374,42 @@ fn check<E: Element, D: Driver>(
         look,
         sinks.as_deref(),
     );
-    let case = format!(
-        "{heads}/{kv_heads} heads of {head_dim}, {} spans, {splits} splits{}",
-        spans.len(),
-        look.name()
-    );
-    let error = nmse(&found, &expected);
-    b.report(kernel, case.clone(), error, 1e-10);
-    if splits > 1 {
-        b.report("attend_combine", case, error, 1e-10);
+    let mut kernels = vec![kernel];
+    if splits == OWN && size_of::<E>() == 2 && look.soft_cap == 0.0 {
+        kernels.push(match head_dim <= 64 {
+            true => "attend_heads_64",
+            false => "attend_heads_128",
+        });
+    }
+    let most = spans.iter().map(|(past, len)| past + len).max();
+    for kernel in kernels {
+        let (found, splits) = match splits {
+            OWN => {
+                let splits = attention::most_own_splits(most.unwrap_or(1)) as u32;
+                let found = run(b, kernel, true, splits)?;
+                // Beside rows that have more.
+                let again = run(b, kernel, true, splits + 3)?;
+                let pairs = found.iter().zip(&again);
+                let differing = pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+                let case = format!(
+                    "{heads}/{kv_heads} heads of {head_dim}, other grids{}",
+                    look.name()
+                );
+                b.report(kernel, case, differing as f64, 0.0);
+                (found, splits)
+            }
+            splits => (run(b, kernel, false, splits)?, splits),
+        };
+        let case = format!(
+            "{heads}/{kv_heads} heads of {head_dim}, {} spans, {splits} splits{}",
+            spans.len(),
+            look.name()
+        );
+        let error = nmse(&found, &expected);
+        b.report(kernel, case.clone(), error, 1e-10);
+        if splits > 1 {
+            b.report("attend_combine", case, error, 1e-10);
+        }
     }
     Ok(())
 }
