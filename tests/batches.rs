@@ -86,11 +86,16 @@ fn greatest(logits: &[f32]) -> usize {
     (0..logits.len()).max_by(order).expect("logits")
 }
 
+fn root_mean_square(values: impl ExactSizeIterator<Item = f32>) -> f64 {
+    let count = values.len() as f64;
+    let squares = values.map(|v| f64::from(v) * f64::from(v));
+    (squares.sum::<f64>() / count).sqrt()
+}
+
 /// The root mean square of `a - b`, in that of `b`.
 fn difference(a: &[f32], b: &[f32]) -> f64 {
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let error: f64 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();
-    (error / b.iter().map(|&b| square(b)).sum::<f64>()).sqrt()
+    let error = root_mean_square(a.iter().zip(b).map(|(a, b)| a - b));
+    error / root_mean_square(b.iter().copied())
 }
 
 /// Companies of two to five.
@@ -105,6 +110,9 @@ const TOGETHER: [&[usize]; 6] = [
 
 /// Lengths within a split of attention, at its end, behind it, and of three.
 const LENGTHS: [usize; 5] = [2, 128, 129, 37, 260];
+
+/// The largest error of a few hundred logits, in their root mean square.
+const LARGEST_ERROR: f64 = 4.0;
 
 /// `limit`: how far a row beside others may be from the same row alone, about twice what was measured. Products of several
 /// rows take activations in f16.
@@ -144,7 +152,12 @@ fn check(name: &str, exact: bool, cache_type: Option<CacheType>, limit: f64) {
     for (m, together) in first.iter().enumerate() {
         let together = together.as_deref().expect("every sequence was in a step");
         let alone = &logits(runner, &all, &[m])[0];
-        assert_eq!(greatest(together), greatest(alone), "{name}: sequence {m}");
+        // Models of random weights have near ties, which rounding may turn round. Then two logits are off, one up and one
+        // down, by at most so many times the root mean square of all errors, which are about normal.
+        let scale = limit * root_mean_square(alone.iter().copied());
+        let short = together[greatest(together)] - together[greatest(alone)];
+        let most = 2.0 * LARGEST_ERROR * scale;
+        assert!(f64::from(short) <= most, "{name}: sequence {m}: {short}");
         worst = worst.max(difference(together, alone));
     }
     println!("{name} exact={exact}: {worst:.1e} from alone");

@@ -1,9 +1,7 @@
 //! Steps with rows of several sequences: who is in them, who is not, and that each gets its own tokens.
 
 use super::fake::{FakeRunner, device_failure};
-use super::tests::{
-    alone, answer, assert_idle, drain, request, start, start_with, wait_for_tokens,
-};
+use super::tests::{alone, answer, assert_idle, drain, request, start_with, wait_for_tokens};
 use super::*;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -13,6 +11,18 @@ fn slow(context: usize, milliseconds: u64) -> FakeRunner {
     let mut runner = FakeRunner::hashing(context);
     runner.step_time = Duration::from_millis(milliseconds);
     runner
+}
+
+/// All who can go together do, however long steps take.
+fn always() -> EngineConfig {
+    EngineConfig {
+        min_batch: Some(2),
+        ..EngineConfig::default()
+    }
+}
+
+fn start(runner: FakeRunner) -> EngineHandle {
+    start_with(runner, always())
 }
 
 /// Reads a job's events on a thread of its own.
@@ -62,7 +72,7 @@ fn no_more_go_together_than_the_setting_and_the_device_say() {
         let shapes = runner.shapes.clone();
         let config = EngineConfig {
             max_batch: setting,
-            ..EngineConfig::default()
+            ..always()
         };
         let engine = start_with(runner, config);
         let jobs = PROMPTS.map(|p| engine.submit(request(p, 40)).unwrap());
@@ -71,6 +81,56 @@ fn no_more_go_together_than_the_setting_and_the_device_say() {
         }
         let found = shapes.lock().unwrap().iter().map(|s| s.1).max();
         assert_eq!(found, Some(most));
+    }
+}
+
+#[test]
+fn fewer_than_the_setting_says_take_turns() {
+    for (sequences, together) in [(2, false), (3, true), (4, true)] {
+        let runner = slow(1024, 1);
+        let (lost, ahead) = (runner.lost.clone(), runner.ahead.clone());
+        let shapes = runner.shapes.clone();
+        let config = EngineConfig {
+            min_batch: Some(3),
+            ..EngineConfig::default()
+        };
+        let engine = start_with(runner, config);
+        let prompts = &PROMPTS[..sequences];
+        let jobs = prompts.iter().map(|p| engine.submit(request(p, 60)));
+        let jobs = jobs.map(Result::unwrap).collect();
+        for (events, prompt) in read_all(jobs).iter().zip(prompts) {
+            assert_eq!(answer(events).0, alone(prompt, 60));
+        }
+        assert_eq!(steps_of(&shapes, sequences) > 50, together, "{sequences}");
+        // Two that are left of three or four take turns again.
+        assert_eq!(steps_of(&shapes, 2), 0, "{sequences}");
+        assert_eq!(lost.load(Ordering::SeqCst), 0);
+        // In turns steps begin ahead, as of one alone: all of a turn but the first.
+        let ahead = ahead.load(Ordering::SeqCst);
+        assert_eq!(ahead > 90, !together, "{ahead} steps of {sequences}");
+        assert_idle(&engine);
+    }
+}
+
+#[test]
+fn what_is_faster_is_found_out() {
+    // Milliseconds of a token alone and of a step of two.
+    for (token, step, together) in [(1, 20, false), (2, 1, true)] {
+        let mut runner = slow(1024, token);
+        runner.together_time = Some(Duration::from_millis(step));
+        let (lost, shapes) = (runner.lost.clone(), runner.shapes.clone());
+        let engine = start_with(runner, EngineConfig::default());
+        let prompts = &PROMPTS[..2];
+        let jobs = prompts.iter().map(|p| engine.submit(request(p, 300)));
+        let jobs = jobs.map(Result::unwrap).collect();
+        for (events, prompt) in read_all(jobs).iter().zip(prompts) {
+            assert_eq!(answer(events).0, alone(prompt, 300));
+        }
+        let found = steps_of(&shapes, 2);
+        let expected = if together { 200..300 } else { 8..20 };
+        assert!(expected.contains(&found), "{found} steps of both");
+        assert_eq!(lost.load(Ordering::SeqCst), 0);
+        assert_idle(&engine);
     }
 }
 

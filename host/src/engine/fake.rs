@@ -37,6 +37,8 @@ pub struct FakeRunner {
     /// The likeliest token after a sequence.
     next: Next,
     pub step_time: Duration,
+    /// That of a step of several sequences, where it is another.
+    pub together_time: Option<Duration>,
     pub max_batch: usize,
     /// Rows and sequences of each step.
     pub shapes: Arc<Mutex<Vec<(usize, usize)>>>,
@@ -83,6 +85,7 @@ impl FakeRunner {
             cache: vec![u32::MAX; context.div_ceil(BLOCK_TOKENS) * BLOCK_TOKENS],
             next: Box::new(next),
             step_time: Duration::ZERO,
+            together_time: None,
             max_batch: 8,
             shapes: Arc::default(),
             steps: Arc::default(),
@@ -161,7 +164,8 @@ impl Runner for FakeRunner {
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<()> {
-        std::thread::sleep(self.step_time);
+        let time = self.together_time.filter(|_| batch.spans.len() > 1);
+        std::thread::sleep(time.unwrap_or(self.step_time));
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
         assert!(self.panic_at != Some(step), "asked to");
         if let Some((at, error)) = self.fail_at

@@ -5,8 +5,8 @@
 //! - [`EngineHandle::submit`] queues a [`Request`] and returns its [`Job`], the receiving end of its
 //!   [`Event`]s;
 //! - [`kv`] gives each sequence its blocks of the cache, and [`prefix`] keeps the beginnings of prompts there;
-//!   [`sequence`] is one request's state; [`scheduler`] picks whose rows the next step has and runs it; [`grammar`]
-//!   constrains answers;
+//!   [`sequence`] is one request's state; [`scheduler`] picks whose rows the next step has and runs it, and
+//!   [`pace`] tells it what is faster; [`grammar`] constrains answers;
 //! - [`direct`] drives a runner without any of this, for the commands that look at logits.
 //!
 //! Everything between the thread and the world goes through channels. Nobody waits for the device
@@ -18,6 +18,7 @@ pub mod grammar;
 mod job;
 pub mod kv;
 mod metrics;
+mod pace;
 pub mod prefix;
 mod scheduler;
 mod sequence;
@@ -94,6 +95,9 @@ pub struct EngineConfig {
     /// Requests whose next tokens one step computes together at most; `None` for as many as the device does well, which are
     /// never exceeded. With 1 every token is, bit for bit, what it would be alone.
     pub max_batch: Option<usize>,
+    /// Requests from which on their next tokens are computed together; fewer take turns. `None` for what is faster, measured
+    /// as the engine runs.
+    pub min_batch: Option<usize>,
     /// How long a request may take from submission to its end.
     pub timeout: Option<Duration>,
     /// How long a client may leave its events unread while others wait for its place.
@@ -106,6 +110,7 @@ impl Default for EngineConfig {
             max_queue: 256,
             max_running: 1024,
             max_batch: None,
+            min_batch: None,
             timeout: None,
             stall: Duration::from_secs(1),
         }

@@ -2,15 +2,15 @@
 //!
 //! One turn of the loop: receive what was submitted, end what was cancelled, abandoned or is too late,
 //! admit from the queue while there is room, run one step. A step is up to [`Runner::step_rows`] rows of one
-//! sequence's prompt, or a row of each sequence that generates, one token each, up to [`Runner::max_batch`]: reading the
-//! weights is most of such a step, and they are read once for all. A prompt that begins like an earlier one finds
-//! its steps done ([`super::prefix`]).
+//! sequence's prompt, or a generated token's row of one sequence, or of each that generates, up to
+//! [`Runner::max_batch`]: reading the weights is most of such a step, and they are read once for all. Which of these two is
+//! faster, [`super::pace`] knows. A prompt that begins like an earlier one finds its steps done ([`super::prefix`]).
 //!
 //! Whose turn it is: that of the sequence that has had the least device time since it came, where a new
-//! one starts level with the one that has had least. If it generates, all others that do come along, or those of
-//! them that have had least. A step counts in full for everyone in it, so that together they have one share beside
+//! one starts level with the one that has had least. If it generates, and together is faster, all others that do come along,
+//! or those of them that have had least. A step counts in full for everyone in it, so that together they have one share beside
 //! those that work on prompts. So a long prompt or a long answer holds nobody up for more than its share, and at most one step
-//! lies between a cancellation and its effect. A sequence that generates alone goes on as long as steps of
+//! lies between a cancellation and its effect. A turn of a sequence that generates by itself lasts as long as steps of
 //! its own have begun on the device already: another's step would be the loss of them.
 //!
 //! How many rows a product has decides how it is summed. Rows of prompts are never mixed with others', so what a
@@ -18,6 +18,7 @@
 //! another beside others, whoever and however many they are ([`crate::device::Device::MAX_BATCH`]).
 
 use super::kv::BlockPool;
+use super::pace::Pace;
 use super::sequence::{Chosen, Sequence, choose, end_unstarted};
 use super::{Code, Failure, Outcome, Shared, Submission};
 use crate::device::{Batch, Span};
@@ -46,6 +47,8 @@ pub(super) fn run(runner: Box<dyn Runner>, shared: &Shared, submissions: Receive
         submissions,
         pool,
         max_batch,
+        pace: Pace::new(shared.config.min_batch, max_batch),
+        unfinished: false,
         queue: VecDeque::new(),
         running: Vec::new(),
         ran: true,
@@ -74,6 +77,10 @@ struct Step {
     /// Whose rows, in ascending order of `index`.
     members: Vec<Member>,
     begin: bool,
+    /// It was to be of several sequences.
+    together: bool,
+    /// It begins as the device has nothing else to do.
+    at_once: bool,
 }
 
 /// A sequence's part of a step.
@@ -95,6 +102,9 @@ struct Scheduler<'t> {
     pool: BlockPool,
     /// Sequences whose generated tokens' rows go together at most.
     max_batch: usize,
+    pace: Pace,
+    /// The last step had rows that no next token was chosen from, so that the device may still be at it.
+    unfinished: bool,
     /// First come, first served.
     queue: VecDeque<Submission>,
     /// In the order in which they started.
@@ -264,10 +274,12 @@ impl<'t> Scheduler<'t> {
             .into_iter()
             .filter(|&i| running[i].decodes())
             .collect();
-        let others = self.max_batch > 1 && decoding.iter().any(|&i| i != first);
-        if !others || !running[first].decodes() {
+        // One whose prompt is about to end is one more that generates.
+        let prompt = !running[first].decodes();
+        let together = self.pace.is_together(decoding.len() + usize::from(prompt));
+        if !together || prompt {
             // What is about to go together with others begins nothing of its own.
-            return Some(Turn::One(first, !others));
+            return Some(Turn::One(first, !together));
         }
         decoding.sort_by_key(by_time);
         decoding.truncate(self.max_batch);
@@ -304,6 +316,9 @@ impl<'t> Scheduler<'t> {
 
     /// The step of a turn; `None` where the cache has no room for any row of it.
     fn plan(&mut self, turn: Turn) -> Option<Step> {
+        let goes_on = matches!(turn, Turn::One(i, _) if self.running[i].begun > 0);
+        // Steps that a sequence leaves behind as it ends run all the same.
+        let at_once = !self.unfinished && (goes_on || self.runner.steps_begun() == 0);
         let (indices, begin, together) = match turn {
             Turn::One(i, begin) => (vec![i], begin, false),
             Turn::Together(indices) => (indices, false, true),
@@ -350,6 +365,8 @@ impl<'t> Scheduler<'t> {
             batch,
             members,
             begin,
+            together,
+            at_once,
         })
     }
 
@@ -413,6 +430,7 @@ impl<'t> Scheduler<'t> {
         if members.iter().any(|member| member.decodes) {
             metrics.batch_rows.observe(members.len() as f64);
         }
+        self.measure(step, took);
         for sequence in &mut self.running {
             sequence.begun = 0;
         }
@@ -437,6 +455,23 @@ impl<'t> Scheduler<'t> {
                 let sequence = self.running.remove(member.index);
                 sequence.end(outcome, &mut self.pool);
             }
+        }
+    }
+
+    /// What a step's time says about going together or in turns.
+    fn measure(&mut self, step: &Step, took: Duration) {
+        let members = &step.members;
+        self.pace.passed(took);
+        self.unfinished = members.iter().any(|member| member.output.is_none());
+        let decodes = members.iter().all(|member| member.decodes);
+        if !decodes || self.unfinished || !step.at_once {
+            return;
+        }
+        match members.len() {
+            // What is left of those that were to go together is not what a turn is.
+            1 if step.together => {}
+            1 => self.pace.took_alone(took),
+            rows => self.pace.took_together(rows, took),
         }
     }
 

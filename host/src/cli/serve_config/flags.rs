@@ -73,6 +73,10 @@ pub(super) struct Flags {
     /// [default: 64 on a GPU, 1 on the CPU; at most that]
     #[arg(long, env = "KIGO_MAX_BATCH", value_name = "N", value_parser = positive)]
     pub(super) max_batch: Option<usize>,
+    /// Requests from which on tokens are computed together; fewer take turns [default: what is faster, measured as the worker
+    /// runs]
+    #[arg(long, env = "KIGO_MIN_BATCH", value_name = "N", value_parser = positive)]
+    pub(super) min_batch: Option<usize>,
     /// Seconds that running requests have after SIGTERM [default: 30]
     #[arg(long, env = "KIGO_DRAIN_TIMEOUT", value_name = "S")]
     pub(super) drain_timeout: Option<u64>,

@@ -64,6 +64,7 @@ impl Settings {
             max_queue,
             max_running,
             max_batch,
+            min_batch,
             drain_timeout,
             api_key_file,
             max_connections,
@@ -180,6 +181,7 @@ impl Settings {
             max_queue: f.max_queue.unwrap_or(plain.max_queue),
             max_running: f.max_running.unwrap_or(plain.max_running),
             max_batch: f.max_batch,
+            min_batch: f.min_batch,
             timeout: f
                 .inference_timeout_sec
                 .map(|s| Duration::from_secs(s as u64)),
@@ -247,6 +249,7 @@ impl Settings {
         set("max_queue", number(engine.max_queue));
         set("max_running", number(engine.max_running));
         set("max_batch", engine.max_batch.and_then(number));
+        set("min_batch", engine.min_batch.and_then(number));
         let drain = f.drain_timeout.unwrap_or(config.drain_timeout.as_secs());
         set("drain_timeout", number(drain as usize));
         let keys = f.api_key_file.as_ref().map(|p| p.display().to_string());
@@ -357,12 +360,13 @@ mod tests {
         let path = folder.path().join("kigo.toml");
         let text = "model = \"m\"\nport = 9000\nmax_queue = 7\ndrain_timeout = 3\ncors_origin = [\"http://a\"]\n\
                     cache_type = \"q8_0\"\nlora = [\"a.gguf:0.5\", \"b.gguf\"]\nidle_timeout_sec = 5\n\
-                    max_batch = 3\n";
+                    max_batch = 3\nmin_batch = 5\n";
         std::fs::write(&path, text).unwrap();
         let s = settings(&format!("--config {} --max-queue 9", path.display())).unwrap();
         let (_, engine) = s.engine_config();
         assert_eq!(engine.max_queue, 9);
         assert_eq!(engine.max_batch, Some(3));
+        assert_eq!(engine.min_batch, Some(5));
         assert_eq!(s.listen.to_string(), "127.0.0.1:9000");
         let config = s.server_config().unwrap();
         assert_eq!(config.drain_timeout, Duration::from_secs(3));
@@ -420,6 +424,17 @@ mod tests {
         assert_eq!(s.engine_config().1.max_batch, Some(1));
         assert!(s.shown().contains("max_batch = 1"));
         assert!(Line::try_parse_from(["serve", "--max-batch", "0"]).is_err());
+    }
+
+    #[test]
+    fn from_how_many_on_they_go_together_is_measured_unless_somebody_says() {
+        let s = settings("").unwrap();
+        assert_eq!(s.engine_config().1.min_batch, None);
+        assert!(!s.shown().contains("min_batch"));
+        let s = settings("--min-batch 4").unwrap();
+        assert_eq!(s.engine_config().1.min_batch, Some(4));
+        assert!(s.shown().contains("min_batch = 4"));
+        assert!(Line::try_parse_from(["serve", "--min-batch", "0"]).is_err());
     }
 
     #[test]
