@@ -4,9 +4,10 @@
 //! sequence has steps begun ahead. So a few are faster in turns and many together; from how many on depends on the model and
 //! the device. `n` sequences get a token each in `n` times what a token takes alone, or in one step of `n` rows:
 //!
-//! - alone: the mean of the last [`ALONE`] tokens. A step that others have begun behind takes longer than one that was begun
-//!   before it was asked for, so single ones say little. One right after another sequence's step has nothing begun for it:
-//!   such is the price of turns, and it counts.
+//! - alone: the last [`ALONE`] tokens, the median of the times that runs of [`RUN`] took. A step that others have begun behind
+//!   takes longer than one that was begun before it was asked for, so single ones say little; and one may take a hundred times as
+//!   long, as after a batch that has grown the device's memory. One right after another sequence's step has nothing begun for
+//!   it: such is the price of turns, and it counts.
 //! - together: the median of the last [`TOGETHER`] steps of about as many rows (products take rows in eights), so that
 //!   the first, which may load kernels and take memory, has no say.
 //!
@@ -15,8 +16,9 @@
 
 use std::time::Duration;
 
-/// Steps of one sequence that a mean is of.
-const ALONE: usize = 16;
+/// Steps of one sequence that an estimate is of: three runs of about as many as begin ahead.
+const ALONE: usize = 3 * RUN;
+const RUN: usize = 8;
 /// Steps of several that a median is of.
 const TOGETHER: usize = 8;
 /// Numbers of rows in a group of so many take about as long.
@@ -46,6 +48,16 @@ impl<const N: usize> Window<N> {
 
     fn sum(&self) -> Duration {
         self.times.iter().sum()
+    }
+
+    /// The median of what the runs of [`RUN`] took, whichever steps they begin with.
+    fn run(&self) -> Duration {
+        let mut runs = [Duration::ZERO; ALONE / RUN];
+        for (run, times) in runs.iter_mut().zip(self.times.chunks_exact(RUN)) {
+            *run = times.iter().sum();
+        }
+        runs.sort_unstable();
+        runs[runs.len() / 2]
     }
 
     fn median(&self) -> Duration {
@@ -78,8 +90,7 @@ pub(super) struct Pace {
     max_batch: usize,
     /// Device time so far: the clock by which estimates grow old.
     now: Duration,
-    /// Steps of one sequence that are still to pass before any is measured: the first ones load kernels and take memory, which a
-    /// mean would be long in forgetting.
+    /// Steps of one sequence that are still to pass before any is measured: the first ones load kernels and take memory.
     warming: usize,
     alone: Window<ALONE>,
     /// Steps of 1 to [`GROUP`] rows, then of as many more, and so on up to `max_batch`.
@@ -114,9 +125,8 @@ impl Pace {
         if !self.alone.is_known(self.now) {
             return false;
         }
-        // The mean times the rows, against the median.
-        let in_turns = self.alone.sum().saturating_mul(rows as u32);
-        in_turns > together.median().saturating_mul(ALONE as u32)
+        let in_turns = self.alone.run().saturating_mul(rows as u32);
+        in_turns > together.median().saturating_mul(RUN as u32)
     }
 
     /// A generated token's step with nobody else's row took so long.
@@ -216,6 +226,9 @@ mod tests {
         let mut pace = measured(us(100), us(150));
         together(&mut pace, 3, 2, us(50_000));
         assert!(pace.is_together(2));
+        let mut pace = measured(us(100), us(250));
+        alone(&mut pace, 1, us(50_000));
+        assert!(!pace.is_together(2), "nor one alone");
         // Of each eight steps one waits for all: 800 us for eight tokens.
         let mut pace = measured(us(1), us(150));
         for _ in 0..4 {
@@ -241,13 +254,13 @@ mod tests {
         alone(&mut pace, 2081, us(100));
         together(&mut pace, TOGETHER, 2, us(150));
         assert!(pace.is_together(2), "faster by now");
-        // Together, until 100 times the 16 tokens are over.
+        // Together, until 100 times the 24 tokens are over.
         let mut steps = 0;
         while pace.is_together(2) {
             together(&mut pace, 1, 2, us(150));
             steps += 1;
         }
-        assert!((1000..1100).contains(&steps), "{steps} steps of 150 us");
+        assert!((1500..1700).contains(&steps), "{steps} steps of 150 us");
         alone(&mut pace, ALONE, us(50));
         assert!(!pace.is_together(2), "100 us against 150");
     }
