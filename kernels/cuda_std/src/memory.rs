@@ -347,26 +347,6 @@ pub unsafe fn prefetch_l2<T>(pointer: *const T) {
     }
 }
 
-/// Asks for `bytes` of global memory in L2, by the copy engine.
-///
-/// # Safety
-/// `pointer` is valid for `bytes` and 16-byte aligned, `bytes` a multiple of 16.
-#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
-#[inline(always)]
-pub unsafe fn prefetch_bulk_l2<T>(pointer: *const T, bytes: u32) {
-    #[cfg(target_arch = "nvptx64")]
-    unsafe {
-        asm!("cp.async.bulk.prefetch.L2.global [{}], {};", in(reg64) pointer as u64, in(reg32) bytes,
-            options(readonly, nostack, preserves_flags));
-    }
-    #[cfg(not(target_arch = "nvptx64"))]
-    {
-        if !(pointer as usize as u32 | bytes).is_multiple_of(16) {
-            emulator::fail("a bulk prefetch that is not aligned to 16 bytes".to_owned());
-        }
-    }
-}
-
 /// Loads four words that other blocks may write meanwhile: each is whole, their order is free. In a loop
 /// that waits, call [`crate::thread::nanosleep`] or [`crate::thread::spin`].
 ///
