@@ -58,7 +58,7 @@ pub const fn attend_bytes(group: u32, head_dim: u32, splits: u32) -> u32 {
     ASKED_BYTES + heads * halves * HEAD_PARTS * 4
 }
 
-/// Pieces of one split, of several or not.
+/// Pieces of each split, where the tokens are split or are not: a wide head's values are in two only where they are not.
 pub const fn attend_pieces(kv_heads: u32, group: u32, head_dim: u32, split: bool) -> u32 {
     let halves = if split { 1 } else { head_dim.div_ceil(WIDTH) };
     kv_heads * group.div_ceil(HEADS) * halves

@@ -269,7 +269,8 @@ pub struct Gpu<D: Driver> {
     heads: usize,
     /// Whether heads are no wider than a decode step's attention takes.
     narrow: bool,
-    /// What attention of a decode step is cut into before its tokens are, set along with `heads`.
+    /// What attention of a decode step is cut into besides its tokens, where these are not split and where they are; set along
+    /// with `heads`.
     pieces: [u32; 2],
     /// What the attention that is recorded next does to its queries and keys.
     late: Option<attention::LateTurn>,
