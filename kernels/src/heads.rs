@@ -8,7 +8,7 @@
 use crate::attention::{AttendArgs, LOG2_E, NONE, with_sink};
 use crate::decode::attend::{
     ASKED_BYTES, HEADS, NO_SCORES, PART, Place, TOKENS, WIDTH, add_scores, load_keys, load_values,
-    place_in_fragment, seen,
+    seen, value_token,
 };
 use crate::decode::running::Running;
 use crate::rows::BLOCK_TOKENS;
@@ -120,9 +120,8 @@ unsafe fn attend<const K: usize, const H: usize>(a: &AttendArgs) {
                 add_scores(&mut scores, place, c as u32, &keys[c]);
             }
             let mut s = seen(&scores, base, to);
-            let (g, _) = place_in_fragment();
             for i in 0..4 {
-                if base + g + i as u32 / 2 * 8 < from {
+                if base + value_token(i as u32) < from {
                     s[i] = NONE;
                 }
             }
@@ -136,7 +135,7 @@ unsafe fn attend<const K: usize, const H: usize>(a: &AttendArgs) {
             }
         }
         let parts = place.parts();
-        running.leave(parts, STRIDE, heads, warp);
+        running.leave(parts, STRIDE, heads, warp, true);
         sync_threads();
         // Four elements a thread.
         let mut i = thread_idx_x();

@@ -402,11 +402,11 @@ pub struct OpTiming {
     pub bytes: u64,
     /// Multiplications and additions with them.
     pub operations: u64,
-    /// Nanoseconds from its begin until its input was there.
+    /// Nanoseconds from the last output of the operation before it until its input was in the last block.
     pub wait_ns: u64,
-    /// From then until its output was written.
+    /// From then until its last output was written.
     pub work_ns: u64,
-    /// From its begin to that of the next.
+    /// Both.
     pub total_ns: u64,
 }
 

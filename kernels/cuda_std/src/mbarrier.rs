@@ -107,7 +107,8 @@ pub unsafe fn arrive_expecting(barrier: SharedPtr<u64>, bytes: u32) {
     }
 }
 
-/// Starts a copy of `bytes` from global to shared memory, by the copy engine; its arrival counts at `barrier`.
+/// Starts a copy of `bytes` from global to shared memory, by the copy engine; its arrival counts at `barrier`. What is copied is the
+/// first to leave the second-level cache.
 ///
 /// # Safety
 /// `to` and `from` are valid for `bytes` and 16-byte aligned, `bytes` a multiple of 16; the barrier expects them.
@@ -116,7 +117,12 @@ pub unsafe fn arrive_expecting(barrier: SharedPtr<u64>, bytes: u32) {
 pub unsafe fn copy_bulk(to: SharedPtr<u8>, from: *const u8, bytes: u32, barrier: SharedPtr<u64>) {
     #[cfg(target_arch = "nvptx64")]
     unsafe {
-        asm!("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{0}], [{1}], {2}, [{3}];",
+        asm!(
+            "{{",
+            ".reg .b64 policy;",
+            "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;",
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [{0}], [{1}], {2}, [{3}], policy;",
+            "}}",
             in(reg32) to.addr(), in(reg64) from as u64, in(reg32) bytes, in(reg32) barrier.addr(),
             options(nostack, preserves_flags));
     }

@@ -2,22 +2,23 @@
 //!
 //! A piece is up to [`HEADS`] query heads that share a key-value head, over a split of the tokens; where there is one split, with
 //! [`WIDTH`] elements of the values, else with all, which come [through the ring](super::long). A block takes one at a time, its warps
-//! tiles of 16 tokens. With the tokens as rows of `K Qᵀ` and the
-//! elements as rows of `Vᵀ Pᵀ` the heads are the eight columns of both products, so that keys and values are read once
-//! for all of them, straight into fragments: which element is which of a product's summands, and which of its rows, is
+//! tiles of 16 tokens. The heads are eight rows of `Q Kᵀ`, whose columns are the tokens, and the columns of `Vᵀ Pᵀ`, whose rows are
+//! the elements: what is a fragment of the scores is one of the weights, and keys and values are read once
+//! for all heads, straight into fragments. Which element is which of a product's summands, and which of its rows, is
 //! free, and chosen so that a lane's are neighbours. A query and a weight are two f16 each, of which the second is what the
-//! first leaves over: products are those of f32 that way, in all but the last bits.
+//! first leaves over: products are those of f32 that way, in all but the last bits. Of a query they are two of `Q`'s sixteen rows.
 //!
 //! A warp's [running softmax](super::running) goes from tile to tile; warps merge in shared memory, splits in
-//! [`merge`](super::merge).
+//! [`merge`](super::merge), which some of the blocks do once they are through with their pieces.
 
-use super::long;
+use super::join::{KEPT_BYTES, Kept, join, leave};
 use super::running::{Running, split};
 use super::seal::Seal;
 use super::{
-    Current, DecodeArgs, LATE, PLAIN, ROWS_AT, Source, WARPS, WIDE, Warp, blocks, cache_block, get,
-    lane, may_be, sync, thread,
+    Current, DecodeArgs, LATE, ROWS_AT, Source, WARPS, WIDE, Warp, blocks, cache_block, get, lane,
+    may_be, sync, thread,
 };
+use super::{long, merge};
 use crate::attention::{LOG2_E, NONE};
 use crate::rows::BLOCK_TOKENS;
 use crate::unrolled;
@@ -42,10 +43,12 @@ pub(crate) const CHUNK: u32 = 4 * EIGHT;
 /// Heads up to so many elements wide are of two chunks at most, others of four.
 pub const NARROW_DIM: u32 = 2 * CHUNK;
 
-/// Shared memory before the warps' parts: queries, as both halves' fragments of up to four chunks; then the
+/// Shared memory before the warps' parts: queries, as fragments of both halves of up to four chunks; then the
 /// step's own key and value.
 const FRESH_AT: u32 = MAX_HEAD_DIM / CHUNK * 32 * 32;
-pub(crate) const ASKED_BYTES: u32 = FRESH_AT + 2 * 2 * MAX_HEAD_DIM;
+/// And of the piece what is needed once its tokens are through.
+const PIECE_AT: u32 = FRESH_AT + 2 * 2 * MAX_HEAD_DIM;
+pub(crate) const ASKED_BYTES: u32 = PIECE_AT + KEPT_BYTES;
 
 /// Bytes of shared memory that attention needs, with so many query heads for each key-value head and so many splits.
 pub const fn attend_bytes(group: u32, head_dim: u32, splits: u32) -> u32 {
@@ -64,6 +67,22 @@ pub const fn attend_pieces(kv_heads: u32, group: u32, head_dim: u32, split: bool
     kv_heads * group.div_ceil(HEADS) * halves
 }
 
+/// Words that a head's splits leave, for each of these.
+pub const fn split_words(head_dim: u32) -> u32 {
+    head_dim + OCTET
+}
+
+/// Elements of a head whose parts lie together, a sector of the memory: what is written of less takes longer to be seen by others.
+pub const OCTET: u32 = 8;
+
+/// Where split `split` of so many leaves element `element` of a head; or, behind the last, its peak and mass. Those of all splits are
+/// neighbours, as who merges them reads them at once.
+#[inline(always)]
+pub(super) fn part_at(head_dim: u32, splits: u32, head: u32, element: u32, split: u32) -> u32 {
+    let before = element % OCTET;
+    (head * split_words(head_dim) + element - before) * splits + OCTET * split + before
+}
+
 /// Words of a part: the elements' sums, their peak and mass, two unused.
 pub const PART: u32 = WIDTH + 4;
 
@@ -76,6 +95,23 @@ pub(super) const HEAD_PARTS: u32 = WARPS * PART + 4;
 unsafe fn share(n: u32, d: u32) -> u32 {
     if d == 1 { n } else { unsafe { quotient(n, d) } }
 }
+
+/// `n / splits`, of an operation's splits.
+#[inline(always)]
+unsafe fn split_share(op: impl Source, n: u32) -> u32 {
+    unsafe {
+        if get!(op, splits) == 1 {
+            n
+        } else {
+            // Exact up to 2^32 / splits.
+            ((u64::from(n) * u64::from(get!(op, inverse_splits))) >> 32) as u32
+        }
+    }
+}
+
+/// The thread that says what the piece is, of a warp that waits for no query.
+const KEEPER: u32 = 32 * (WARPS - 1);
+const _: () = assert!(KEEPER / 32 >= HEADS + 2);
 
 /// What a block takes at a time.
 #[derive(Clone, Copy)]
@@ -100,7 +136,7 @@ impl Piece {
         unsafe {
             let (splits, head_dim) = (get!(op, splits), get!(op, cache.head_dim));
             let group = get!(op, group);
-            let whole = share(index, splits);
+            let whole = split_share(op, index);
             let split = index - whole * splits;
             let most = if splits == 1 { WIDTH } else { MAX_HEAD_DIM };
             let (parts, pieces) = (head_dim.div_ceil(most), group.div_ceil(HEADS));
@@ -111,7 +147,8 @@ impl Piece {
             let first = (piece - kv_head * pieces) * HEADS;
             // Whole blocks of the cache.
             let tokens = position + 1;
-            let chunk = share(tokens + splits - 1, splits).next_multiple_of(BLOCK_TOKENS as u32);
+            let chunk = tokens.div_ceil(BLOCK_TOKENS as u32) + splits - 1;
+            let chunk = split_share(op, chunk) * BLOCK_TOKENS as u32;
             let from = if split * chunk < tokens {
                 split * chunk
             } else {
@@ -178,27 +215,30 @@ impl Place {
         self.parts
     }
 
-    /// This lane's query elements of a chunk, the greater halves or what these leave over.
+    /// This lane's fragment of the queries, of either half of a chunk.
     #[inline(always)]
-    pub fn query(&self, chunk: u32, rest: u32) -> SharedPtr<u32> {
-        shared::at(self.asked + ((2 * chunk + rest) * 32 + lane()) * 16)
+    pub fn query(&self, chunk: u32, half: u32) -> SharedPtr<u32> {
+        shared::at(self.asked + ((2 * chunk + half) * 32 + lane()) * 16)
     }
 
     /// Leaves four elements of a head's query there, scaled, from `element` on.
     #[inline(always)]
     pub unsafe fn put_query(&self, head: u32, element: u32, v: [f32; 4]) {
         let (near, far) = (split(v[0], v[1]), split(v[2], v[3]));
-        for rest in 0..2 {
-            let to = self.query_of(head, element, rest as u32);
-            unsafe { to.store_v2([near[rest], far[rest]]) }
-        }
+        let (chunk, t, half) = (
+            element / CHUNK,
+            element % CHUNK / EIGHT,
+            element % EIGHT / 4,
+        );
+        let at = ((2 * chunk + half) * 32 + head * 4 + t) * 16;
+        let to = shared::at::<u32>(self.asked + at);
+        unsafe { to.store_v4([near[0], near[1], far[0], far[1]]) }
     }
 
+    /// What [`join`](super::join) keeps of the piece.
     #[inline(always)]
-    fn query_of(&self, head: u32, element: u32, rest: u32) -> SharedPtr<u32> {
-        let (chunk, t) = (element / CHUNK, element % CHUNK / EIGHT);
-        let at = ((2 * chunk + rest) * 32 + head * 4 + t) * 16;
-        shared::at(self.asked + at + element % EIGHT * 2)
+    pub fn kept(&self) -> SharedPtr<u32> {
+        shared::at(self.asked + PIECE_AT)
     }
 
     /// Elements of the step's key (`kind` 0) or value (1), as the cache holds them.
@@ -212,9 +252,12 @@ impl Place {
 #[inline(always)]
 pub(super) unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
-        let mut index = block_idx_x();
+        let mut index = first_piece(op);
         while index < pieces(op) {
             let (place, piece) = (Place::here(), Piece::of(op, index, get!(op, now.position)));
+            if thread() == KEEPER {
+                Kept::new(op, &piece).store(place);
+            }
             let wide = may_be(WIDE) && get!(op, cache.head_dim) > NARROW_DIM;
             if get!(op, splits) == 1 {
                 if wide {
@@ -222,18 +265,32 @@ pub(super) unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 } else {
                     walk::<2>(a, op, place, piece);
                 }
-                join::<1>(op, place.parts, here(index));
+                join::<1>(op, place);
             } else if wide {
-                long::walk::<4, 2>(a, op, place, piece, w);
-                join::<2>(op, place.parts, here(index));
+                let behind = long::walk::<4, 2>(a, op, place, piece, w);
+                join::<2>(op, place);
+                long::pass(w, behind);
             } else {
-                long::walk::<2, 1>(a, op, place, piece, w);
-                join::<1>(op, place.parts, here(index));
+                let behind = long::walk::<2, 1>(a, op, place, piece, w);
+                join::<1>(op, place);
+                long::pass(w, behind);
             }
-            sync();
-            index += blocks();
+            index += blocks() - get!(op, first_block);
+            // Of the last the operation's end is the barrier.
+            if index < pieces(op) {
+                sync();
+            }
+        }
+        if get!(op, splits) > 1 && block_idx_x() < get!(op, mergers) {
+            merge::merge(op);
         }
     }
+}
+
+/// The block's first piece, if there is one of that number; its others are as far apart as there are blocks that take pieces.
+#[inline(always)]
+pub(super) unsafe fn first_piece(op: impl Source) -> u32 {
+    unsafe { block_idx_x().wrapping_sub(get!(op, first_block)) }
 }
 
 /// Pieces of an operation, with its splits.
@@ -257,9 +314,10 @@ pub(crate) fn place_in_fragment() -> (u32, u32) {
     (lane() / 4, lane() % 4)
 }
 
-/// The token of a tile whose value is the lane's `i`th: a product's summands `2 t`, `2 t + 1`, `2 t + 8`, `2 t + 9`.
+/// The token of a tile whose score, and whose value, is the lane's `i`th: a product's columns, and then summands, `2 t`, `2 t + 1`,
+/// `2 t + 8`, `2 t + 9`.
 #[inline(always)]
-fn value_token(i: u32) -> u32 {
+pub(crate) fn value_token(i: u32) -> u32 {
     2 * (lane() % 4) + i % 2 + i / 2 * 8
 }
 
@@ -355,42 +413,74 @@ pub(super) unsafe fn put_value(
     }
 }
 
-/// Waits for the queries, a warp for each head, and for the step's own key and value, a warp each, and leaves them
-/// where all warps find them. A barrier must follow.
+/// What a lane has asked for of a piece's queries, a warp for each head, or of the step's own key and value, a warp each.
+#[derive(Clone, Copy)]
+pub(super) struct Asked {
+    from: *const f32,
+    active: bool,
+    words: [u32; 4],
+}
+
+impl Asked {
+    /// Looks for it the first time.
+    #[inline(always)]
+    pub unsafe fn first(op: Current, piece: Piece) -> Asked {
+        unsafe {
+            let (warp, element) = (thread() / 32, 4 * lane());
+            let head_dim = get!(op, cache.head_dim);
+            let fresh = get!(op, fresh);
+            let (from, exists);
+            if warp < HEADS {
+                exists = warp < piece.heads;
+                from = get!(op, input.x).wrapping_add(((piece.head + warp) * head_dim) as usize);
+            } else {
+                let own = get!(op, now.position) < piece.to;
+                exists = warp < HEADS + 2 && !fresh.is_null() && own;
+                let first = (warp - HEADS) * get!(op, cache.kv_heads) + piece.kv_head;
+                from = fresh.cast_const().wrapping_add((first * head_dim) as usize);
+            }
+            let mut asked = Asked {
+                from: from.wrapping_add(element as usize),
+                active: exists && element < head_dim,
+                words: [0; 4],
+            };
+            if asked.active {
+                asked.words = ld_relaxed_v4_u32(asked.from);
+            }
+            asked
+        }
+    }
+}
+
+/// Waits for what has been asked for, and leaves it where all warps find it. A barrier must follow.
 #[inline(always)]
-pub(super) unsafe fn ask<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece: Piece) {
+pub(super) unsafe fn ask<const K: usize>(
+    a: &DecodeArgs,
+    op: Current,
+    place: Place,
+    piece: Piece,
+    asked: Asked,
+) {
     unsafe {
         let (warp, element) = (thread() / 32, 4 * lane());
         if warp >= HEADS + 2 {
             return;
         }
         let head_dim = get!(op, cache.head_dim);
-        let fresh = get!(op, fresh);
         let seal = Seal::of(op, get!(op, input.from));
         let query = warp < HEADS;
-        let (from, exists);
-        if query {
-            exists = warp < piece.heads;
-            from = get!(op, input.x).wrapping_add(((piece.head + warp) * head_dim) as usize);
-        } else {
-            exists = !fresh.is_null() && get!(op, now.position) < piece.to;
-            let first = (warp - HEADS) * get!(op, cache.kv_heads) + piece.kv_head;
-            from = fresh.cast_const().wrapping_add((first * head_dim) as usize);
-        }
-        let active = exists && element < head_dim;
+        let Asked {
+            from,
+            active,
+            mut words,
+        } = asked;
         let scale = f32::from_bits(here((get!(op, scale) * LOG2_E).to_bits()));
-        let mut words = [0; 4];
-        loop {
-            let mut all = true;
-            if active {
-                words = ld_relaxed_v4_u32(from.add(element as usize));
-                all = seal.all_on(words);
-            }
-            // The lanes stay together.
-            if warp::all(all) {
-                break;
-            }
+        // The lanes stay together.
+        while !warp::all(!active || seal.all_on(words)) {
             spin();
+            if active {
+                words = ld_relaxed_v4_u32(from);
+            }
         }
         let mut v = words.map(|w| seal.open(w));
         if may_be(LATE) && get!(op, late) != 0 && warp <= HEADS {
@@ -485,7 +575,8 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
             values = load_values(get!(op, cache.values).add(at), dim, there, piece.element);
         }
         let mut own = here(own_token(op, base));
-        ask::<K>(a, op, place, piece);
+        let asked = Asked::first(op, piece);
+        ask::<K>(a, op, place, piece, asked);
         sync();
         let mut running = Running::<1>::new();
         while base < piece.to {
@@ -510,7 +601,7 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
                 values = load_values(get!(op, cache.values).add(at), dim, there, piece.element);
             }
         }
-        running.leave(place.parts, HEAD_PARTS, piece.heads, warp);
+        leave(&running, place, warp);
     }
 }
 
@@ -535,124 +626,33 @@ pub(super) unsafe fn own_token(op: Current, base: u32) -> u32 {
     }
 }
 
-/// Sums of a tile's scores: of either half of the queries, and of two halves of a chunk.
+/// Sums of a tile's scores: of either half of the tokens, and of two halves of a chunk.
 pub(crate) type Scores = [[[f32; 4]; 2]; 2];
 pub(crate) const NO_SCORES: Scores = [[[0.0; 4]; 2]; 2];
 
 /// Adds the products of a chunk of the queries with that of this lane's two keys.
 #[inline(always)]
 pub(crate) unsafe fn add_scores(scores: &mut Scores, place: Place, chunk: u32, k: &[[u32; 4]; 2]) {
-    for rest in 0..2 {
-        let q = unsafe { place.query(chunk, rest as u32).load_v4() };
-        for h in 0..2 {
-            let keys = [k[0][2 * h], k[1][2 * h], k[0][2 * h + 1], k[1][2 * h + 1]];
-            let sum = &mut scores[rest][h];
-            *sum = mma::m16n8k16_f16(keys, [q[2 * h], q[2 * h + 1]], *sum);
+    for h in 0..2 {
+        let queries = unsafe { place.query(chunk, h as u32).load_v4() };
+        for half in 0..2 {
+            let sum = &mut scores[half][h];
+            *sum = mma::m16n8k16_f16(queries, [k[half][2 * h], k[half][2 * h + 1]], *sum);
         }
     }
 }
 
-/// The scores of the tile at token `base`, of tokens before `to`.
+/// The scores of head `g` and [`value_token`]s of the tile at token `base`, of tokens before `to`.
 #[inline(always)]
 pub(crate) fn seen(scores: &Scores, base: u32, to: u32) -> [f32; 4] {
     let mut s: [f32; 4] = unrolled!(4, |i| {
-        let [[a, b], [c, d]] = [0, 1].map(|rest: usize| scores[rest].map(|v| v[i]));
-        (a + b) + (c + d)
+        let [a, b] = scores[i / 2].map(|v| v[i % 2] + v[i % 2 + 2]);
+        a + b
     });
-    let (g, _) = place_in_fragment();
     for i in 0..4 {
-        if base + g + i as u32 / 2 * 8 >= to {
+        if base + value_token(i as u32) >= to {
             s[i] = NONE;
         }
     }
     s
-}
-
-/// Warps whose parts are merged at once: one after the other they would take as long as everything else.
-const BATCH: usize = 4;
-const BATCHES: usize = WARPS as usize / BATCH;
-
-/// Threads that merge the warps' parts, four elements each, of `H` times [`WIDTH`]: the block's last, whose warps have no tokens
-/// where a sequence is short. They know what goes where by the time that the others are done.
-const fn joining<const H: usize>() -> u32 {
-    HEADS * H as u32 * WIDTH / 4
-}
-const _: () = assert!(joining::<2>() <= 32 * WARPS);
-
-/// Merges the warps' parts of piece `index`, once they are there, and writes what comes of it.
-#[inline(always)]
-unsafe fn join<const H: usize>(op: Current, parts: SharedPtr<f32>, index: u32) {
-    unsafe {
-        let i = thread().wrapping_sub(32 * WARPS - joining::<H>());
-        let (mut warps, mut splits, mut at, mut to) = (0, 0, 0, 0);
-        let mut seal = Seal::PLAIN;
-        let e = i % (WIDTH / 4) * 4;
-        if i < joining::<H>() {
-            // Not known from before: it would take registers that the tiles need.
-            let piece = Piece::of(op, index, get!(op, now.position));
-            let part = i / (WIDTH / 4);
-            let (head, half) = (part / H as u32, part % H as u32);
-            if head < piece.heads && half * WIDTH + e < piece.width {
-                let number = if get!(op, sealed) != 0 {
-                    get!(op, number)
-                } else {
-                    PLAIN
-                };
-                seal = Seal::of(op, number);
-                warps = piece.warps();
-                splits = get!(op, splits);
-                at = parts.add(part * HEAD_PARTS).addr();
-                let (head, head_dim) = (piece.head + head, get!(op, cache.head_dim));
-                to = if splits == 1 {
-                    head * head_dim + piece.element + e
-                } else {
-                    let part = head * head_dim.div_ceil(WIDTH) + half;
-                    (part * splits + piece.split) * PART + e
-                };
-            }
-        }
-        let (seal, to) = (seal.here(), get!(op, out).add(here(to) as usize));
-        let (warps, splits, at) = (here(warps), here(splits), here(at));
-        sync();
-        if splits == 0 {
-            return;
-        }
-        let part = |w: usize| SharedPtr::<f32>::from_addr(at).add(w as u32 * PART);
-        let mut stats = [[[0.0; 2]; BATCH]; BATCHES];
-        for b in 0..BATCHES {
-            for k in 0..BATCH {
-                stats[b][k] = part(b * BATCH + k).add(WIDTH).load_v2();
-            }
-        }
-        let tops = stats.map(|s| s.into_iter().fold(NONE, |top, s| top.max(s[0])));
-        let peak = tops.into_iter().fold(NONE, f32::max);
-        // As its word will have it: what is rounded off would count as much as the peak is great.
-        let peak = seal.open(seal.close(peak));
-        let (mut sums, mut mass) = ([0.0; 4], 0.0);
-        for b in 0..BATCHES {
-            if (b * BATCH) as u32 >= warps {
-                break;
-            }
-            let mut parts = [[0.0; 4]; BATCH];
-            for k in 0..BATCH {
-                parts[k] = part(b * BATCH + k).add(e).load_v4();
-            }
-            for k in 0..BATCH {
-                let weight = float::exp2_approx(stats[b][k][0] - peak);
-                mass += weight * stats[b][k][1];
-                for n in 0..4 {
-                    sums[n] += weight * parts[k][n];
-                }
-            }
-        }
-        if splits == 1 {
-            let inverse = float::rcp_approx(mass);
-            seal.write_four(to, sums.map(|s| s * inverse));
-        } else {
-            seal.write_four(to, sums);
-            if e == 0 {
-                seal.write_four(to.add(WIDTH as usize), [peak, mass, 0.0, 0.0]);
-            }
-        }
-    }
 }

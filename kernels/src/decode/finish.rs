@@ -203,7 +203,7 @@ unsafe fn clear_rest(w: &Warp, task: u32, team: u32) {
     }
 }
 
-/// Notes the time in the first finisher of block 0.
+/// Notes the time in the block's first finisher.
 #[inline(always)]
 unsafe fn note_output(a: &DecodeArgs, index: u32) {
     if thread() == 32 * WARPS {

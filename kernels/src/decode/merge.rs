@@ -1,8 +1,8 @@
 //! Merging the parts that attention's splits have left of a row.
 
-use super::attend::{PART, WIDTH};
+use super::attend::{OCTET, part_at};
 use super::seal::Seal;
-use super::{Current, WARPS, blocks, get, lane, thread};
+use super::{Current, WARPS, get, lane, thread};
 use crate::attention::NONE;
 use cuda_std::int::quotient;
 use cuda_std::memory::ld_relaxed_v4_u32;
@@ -13,34 +13,53 @@ use cuda_std::{float, warp};
 pub const MAX_SPLITS: u32 = 32 * EACH as u32;
 const EACH: usize = 3;
 
-/// [`kind::MERGE`](super::kind::MERGE): a warp for each four elements, a lane for every 32nd split.
+const WORDS: usize = OCTET as usize;
+
+/// In the blocks that merge, a warp for each eight elements of the row, a lane for every 32nd split.
 ///
 /// `Σ 2^(pₛ - p) sumₛ / Σ 2^(pₛ - p) massₛ`, with `p` the greatest of the peaks `pₛ` (arXiv:2205.14135, section 3.1).
 #[inline(always)]
 pub unsafe fn merge(op: Current) {
     unsafe {
         let (head_dim, splits) = (get!(op, cache.head_dim), get!(op, splits));
-        let seal = Seal::of(op, get!(op, input.from));
+        // Parts and the row they become are of one operation.
+        let seal = Seal::of(op, get!(op, number)).here();
+        // Of a task's elements every fourth lane has one, in the end.
+        let own = lane() / 16 * 4 + lane() / 8 % 2 * 2 + lane() / 4 % 2;
         // Neighbours in different blocks.
-        let mut task = block_idx_x() + thread() / 32 * blocks();
-        while task < get!(op, heads) * (head_dim / 4) {
-            let head = quotient(task, head_dim / 4);
-            let element = 4 * (task - head * (head_dim / 4));
-            let part = head * head_dim.div_ceil(WIDTH) + element / WIDTH;
-            let parts = get!(op, input.x).add((part * splits * PART) as usize);
+        let mut task = block_idx_x() + thread() / 32 * get!(op, mergers);
+        while task < get!(op, heads) * (head_dim / OCTET) {
+            let head = quotient(task, head_dim / OCTET);
+            let element = OCTET * (task - head * (head_dim / OCTET));
+            let of_first = |element: u32| {
+                let at = part_at(head_dim, splits, head, element, lane());
+                get!(op, parts).cast_const().add(at as usize)
+            };
+            let (stats_at, values_at) = (of_first(head_dim), of_first(element));
+            let to = get!(op, out).add((head * head_dim + element + own) as usize);
             let exists = |i: usize| lane() + 32 * (i as u32) < splits;
             let mut stats = [[0u32; 4]; EACH];
-            let mut values = [[0u32; 4]; EACH];
+            let mut values = [[[0u32; 4]; 2]; EACH];
+            let look = |i: usize| {
+                let after = WORDS * 32 * i;
+                let values = [0, 4].map(|half| ld_relaxed_v4_u32(values_at.add(after + half)));
+                (ld_relaxed_v4_u32(stats_at.add(after)), values)
+            };
+            for i in 0..EACH {
+                if exists(i) {
+                    (stats[i], values[i]) = look(i);
+                }
+            }
             loop {
                 let mut all = true;
                 for i in 0..EACH {
-                    if exists(i) {
-                        let split = lane() + 32 * i as u32;
-                        let part = parts.add((split * PART) as usize);
-                        stats[i] = ld_relaxed_v4_u32(part.add(WIDTH as usize));
-                        values[i] = ld_relaxed_v4_u32(part.add((element % WIDTH) as usize));
-                        all &= seal.on(stats[i][0]) && seal.on(stats[i][1]);
-                        all &= seal.all_on(values[i]);
+                    let there = seal.on(stats[i][0])
+                        && seal.on(stats[i][1])
+                        && seal.all_on(values[i][0])
+                        && seal.all_on(values[i][1]);
+                    if exists(i) && !there {
+                        all = false;
+                        (stats[i], values[i]) = look(i);
                     }
                 }
                 if warp::all(all) {
@@ -55,30 +74,45 @@ pub unsafe fn merge(op: Current) {
                 }
             }
             peak = warp::reduce_max_f32(peak);
-            let (mut mass, mut sums) = (0.0, [0.0f32; 4]);
+            let (mut mass, mut sums) = (0.0, [0.0f32; WORDS]);
             for i in 0..EACH {
                 if exists(i) {
                     let weight = float::exp2_approx(seal.open(stats[i][0]) - peak);
                     mass += weight * seal.open(stats[i][1]);
-                    for k in 0..4 {
-                        sums[k] += weight * seal.open(values[i][k]);
+                    for k in 0..WORDS {
+                        sums[k] += weight * seal.open(values[i][k / 4][k % 4]);
                     }
                 }
             }
-            mass = warp::reduce_sum_f32(mass);
-            let inverse = float::rcp_approx(mass);
-            let mut mine = 0.0;
-            for k in 0..4 {
-                let sum = warp::reduce_sum_f32(sums[k]);
-                if lane() == k as u32 {
-                    mine = sum * inverse;
-                }
+            // Halves of the lanes take halves of the elements, and so on: fewer exchanges than of all elements among all lanes.
+            let four: [f32; 4] = halved(&sums, 16);
+            let two: [f32; 2] = halved(&four, 8);
+            let [mut sum] = halved(&two, 4);
+            for width in [2, 1] {
+                sum += warp::shuffle_xor(sum, width);
             }
-            if lane() < 4 {
-                let to = get!(op, out).add((head * head_dim + element + lane()) as usize);
-                Seal::of(op, get!(op, number)).write(to, mine);
+            let mass = warp::reduce_sum_f32(mass);
+            if lane() % 4 == 0 {
+                seal.write(to, sum * float::rcp_approx(mass));
             }
-            task += blocks() * WARPS;
+            task += get!(op, mergers) * WARPS;
         }
     }
+}
+
+/// Of two lanes `width` apart the first gets the sums of both of the first half of their elements, the other those of the second.
+#[inline(always)]
+fn halved<const N: usize, const H: usize>(sums: &[f32; N], width: u32) -> [f32; H] {
+    const { assert!(N == 2 * H) };
+    let upper = lane() & width != 0;
+    let mut half = [0.0; H];
+    for k in 0..H {
+        let (keep, pass) = if upper {
+            (sums[k + H], sums[k])
+        } else {
+            (sums[k], sums[k + H])
+        };
+        half[k] = keep + warp::shuffle_xor(pass, width);
+    }
+    half
 }

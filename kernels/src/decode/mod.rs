@@ -26,6 +26,7 @@
 pub(crate) mod attend;
 mod embed;
 mod finish;
+mod join;
 mod long;
 mod merge;
 mod op;
@@ -53,8 +54,8 @@ use cuda_std::thread::{
 use ring::Place;
 use window::{AHEAD, Current, Listed, Source, WINDOW, await_op, copy_op, get, matrix_at};
 
-pub use attend::{MAX_HEAD_DIM, NARROW_DIM, PART, WIDTH, attend_bytes, attend_pieces};
-pub use long::turn_bytes;
+pub use attend::{MAX_HEAD_DIM, NARROW_DIM, OCTET, attend_bytes, attend_pieces, split_words};
+pub use long::{EAGER_TURNS, turn_bytes};
 pub use merge::MAX_SPLITS;
 pub use op::{INVERSE_UNIT, Input, NO_OP, Now, OP_BYTES, Op, kind};
 pub use product::BATCH;
@@ -139,6 +140,8 @@ pub struct DecodeArgs {
     pub sequence: u32,
     /// Bytes of the ring: room for any turn, and for all that teams wait for at the same time.
     pub ring_bytes: u32,
+    /// Most bytes on their way into the ring.
+    pub flying: u32,
     /// Most tiles of a row in a turn.
     pub turn_tiles: u32,
     /// Bytes of the input row, or of what attention needs; see [`shared_bytes`].
@@ -147,7 +150,7 @@ pub struct DecodeArgs {
     pub table: *const u32,
     /// For every block two words: the halves of its greatest rank, each with `sequence` above it.
     pub ranks: *mut u64,
-    /// Null, or where to write when block 0 came how far: [`globaltimer`] for each operation and [`point`].
+    /// Null, or where to write when each block came how far: [`globaltimer`] for each of its operations and [`point`].
     pub trace: *mut u64,
     /// Where the id that a step chooses is written, its number above it: at that number modulo [`CHOICES`], in memory that the
     /// host can read.
@@ -174,15 +177,15 @@ pub mod point {
     pub const COUNT: usize = 3;
 }
 
-/// Notes the time in this thread of block 0, if it is asked for.
+/// Notes the time in this thread, if it is asked for.
 #[inline(always)]
 unsafe fn note(a: &DecodeArgs, index: u32, point: usize) {
     if !may_be(TRACED) {
         return;
     }
     // Not known beforehand, for which it would take a register: no memory of a device lies in the first four gigabytes.
-    if here(block_idx_x()) == 0 && here((a.trace as u64 >> 32) as u32) != 0 {
-        let at = here(index) as usize * point::COUNT + point;
+    if here((a.trace as u64 >> 32) as u32) != 0 {
+        let at = (here(block_idx_x()) * a.count + here(index)) as usize * point::COUNT + point;
         unsafe { a.trace.add(at).write(globaltimer()) }
     }
 }
@@ -377,8 +380,6 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
                 } else {
                     if kind == kind::ATTEND {
                         attend::attend(&a, op, &mut w);
-                    } else if kind == kind::MERGE {
-                        merge::merge(op);
                     } else {
                         embed::embed(&a, op);
                     }

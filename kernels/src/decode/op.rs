@@ -14,13 +14,11 @@ pub mod kind {
     /// rotates, and keys go to `fresh` alone.
     pub const QKV: u32 = 2;
     /// Attention of the row over the cache, `input.x` being the queries. With `late`, the heads of these and the keys in
-    /// `fresh` are normed and rotated first, and the keys go to the cache. `out` is a row of heads or, in several
-    /// splits, f32 `[heads][head_dim / WIDTH][splits][PART]`: sums not yet normalised, their peak and mass, two unused.
+    /// `fresh` are normed and rotated first, and the keys go to the cache. `out` is a row of heads. In several splits it is
+    /// merged from what these leave at `parts`.
     pub const ATTEND: u32 = 3;
-    /// A row of heads from what an attention in several splits left at `input.x`.
-    pub const MERGE: u32 = 4;
     /// `out = table[token] * scale`.
-    pub const EMBED: u32 = 5;
+    pub const EMBED: u32 = 4;
 }
 
 /// The input row of an operation.
@@ -100,6 +98,14 @@ pub struct Op {
     pub group: u32,
     /// Parts that the tokens are cut into, at most [`MAX_SPLITS`]: a block takes one at a time.
     pub splits: u32,
+    /// `2^32 / splits`, rounded up; of no use where there is one.
+    pub inverse_splits: u32,
+    /// Whether the ring has room for [`EAGER_TURNS`](super::EAGER_TURNS) of the cache: then no warp has to wait for another one to have
+    /// read its tile, and may await its own before the query is there.
+    pub eager: u32,
+    /// The first block that takes pieces of an attention; and how many of the first blocks merge what its splits have left.
+    pub first_block: u32,
+    pub mergers: u32,
     /// Of the attention scores, or of the embedding.
     pub scale: f32,
     pub input: Input,
@@ -116,6 +122,9 @@ pub struct Op {
     /// f32 `[2][kv_heads * head_dim]`: this step's keys and values, sealed, as the cache holds them; null for
     /// an attention whose last token is in the cache.
     pub fresh: *mut f32,
+    /// What attention in several splits leaves, f32 `[heads][head_dim / OCTET + 1][splits][OCTET]`: sums not yet normalised, then their
+    /// peak and mass, the rest unused.
+    pub parts: *mut f32,
     /// f32.
     pub out: *mut f32,
     /// Tiles of the row that are a product of their own, for so many blocks, from bit 16 on; the rest is for the others. Zero where
@@ -182,6 +191,10 @@ pub const NO_OP: Op = Op {
     heads: 0,
     group: 0,
     splits: 0,
+    inverse_splits: 0,
+    eager: 0,
+    first_block: 0,
+    mergers: 0,
     scale: 0.0,
     input: Input {
         x: core::ptr::null(),
@@ -209,6 +222,7 @@ pub const NO_OP: Op = Op {
         head_dim: 0,
     },
     fresh: core::ptr::null_mut(),
+    parts: core::ptr::null_mut(),
     out: core::ptr::null_mut(),
     cut: 0,
     shares: Shares::NONE,

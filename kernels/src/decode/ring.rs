@@ -342,6 +342,9 @@ pub(super) struct Ring {
     oldest: Place,
     start: u32,
     count: u32,
+    /// The oldest turn that may not have come, and how many bytes are on their way from it on.
+    coming: Place,
+    flying: u32,
 }
 
 impl Ring {
@@ -354,7 +357,16 @@ impl Ring {
             oldest: Place::first(),
             start: first,
             count: 0,
+            coming: Place::first(),
+            flying: 0,
         }
+    }
+
+    /// The oldest turn that may not have come has.
+    #[inline(always)]
+    unsafe fn arrived(&mut self) {
+        unsafe { self.flying -= self.coming.head().add(3).load() }
+        self.coming = self.coming.next();
     }
 
     /// Waits until a place is free, and so many bytes from where the next turn begins on: there, or at the ring's start.
@@ -362,6 +374,12 @@ impl Ring {
     unsafe fn make_room(&mut self, a: &DecodeArgs, bytes: u32) {
         let first = shared::at::<u8>(ROWS_AT + a.row_bytes).addr();
         let end = first + a.ring_bytes;
+        while self.flying > 0 && self.flying + bytes > a.flying {
+            unsafe {
+                mbarrier::wait(self.coming.come(), self.coming.parity());
+                self.arrived();
+            }
+        }
         loop {
             if self.count < MAX_TURNS {
                 // Turns lie from `start` on to `at`, or to the ring's end and on from its first byte.
@@ -376,6 +394,9 @@ impl Ring {
             }
             unsafe {
                 mbarrier::wait(self.oldest.read(), self.oldest.parity());
+                if self.oldest.0 == self.coming.0 {
+                    self.arrived();
+                }
                 self.oldest = self.oldest.next();
                 self.count -= 1;
                 if self.count > 0 {
@@ -397,7 +418,7 @@ impl Ring {
         unsafe {
             self.make_room(a, all);
             let place = self.next;
-            let head = [0, 0, self.at, 0];
+            let head = [0, 0, self.at, all];
             if BULK {
                 #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
                 if warp::elect() {
@@ -439,6 +460,7 @@ impl Ring {
             self.start = self.at;
         }
         self.count += 1;
+        self.flying += bytes;
         self.at += bytes;
         self.next = self.next.next();
     }
@@ -564,7 +586,7 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                         (s.types & 0xffff) | (pitch << PITCH_SHIFT),
                         s.tiles[0] | (s.tiles[1] << 16),
                         ring.at,
-                        0,
+                        size,
                     ];
                     if BULK {
                         #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]

@@ -14,10 +14,11 @@ const ONES: u32 = 0x3c00_3c00;
 /// A tile's weights, as B's fragments: rounded to f16, and what the rounding leaves over.
 type Weights = [[u32; 2]; 2];
 
-/// Of heads `2 t` and `2 t + 1` in lane `t` of four; of `H` times [`WIDTH`] elements.
+/// Of `H` times [`WIDTH`] elements.
 pub(crate) struct Running<const H: usize> {
-    peak: [f32; 2],
-    /// The weights' own, by a product with ones: the same in every lane of a head.
+    /// Of head `g`.
+    peak: f32,
+    /// Of heads `2 t` and `2 t + 1`, as all sums: the weights' own, by a product with ones, the same in every lane of a head.
     mass: [f32; 4],
     /// Of elements `8 g + 2 j` and the next.
     sums: [[[f32; 4]; 4]; H],
@@ -31,31 +32,47 @@ pub(super) fn split(low: f32, high: f32) -> [u32; 2] {
     [word, pack_f16x2(low - back(word), high - back(word >> 16))]
 }
 
+/// The same number, known from here on.
+#[inline(always)]
+fn unknown(v: f32) -> f32 {
+    f32::from_bits(here(v.to_bits()))
+}
+
 impl<const H: usize> Running<H> {
     #[inline(always)]
     pub fn new() -> Self {
         Self {
-            peak: [NONE; 2],
+            peak: NONE,
             // Where it is known to begin with zero, the first tile gets code of its own.
             mass: [f32::from_bits(here(0)), 0.0, 0.0, 0.0],
             sums: [[[0.0; 4]; 4]; H],
         }
     }
 
-    /// Takes a tile's scores in, of which this lane has those of tokens `g` and `g + 8`.
+    /// Of no tokens, where others have had some: as numbers that are made here, and not before it is known who has, when keys and
+    /// values take all registers.
+    #[inline(always)]
+    pub fn none() -> Self {
+        let mut none = Self::new();
+        none.mass = none.mass.map(unknown);
+        none.sums = none.sums.map(|part| part.map(|sums| sums.map(unknown)));
+        none
+    }
+
+    /// Takes a tile's scores in, of which this lane has four of head `g`.
     #[inline(always)]
     pub fn weigh(&mut self, s: [f32; 4]) -> Weights {
-        let mut top = [s[0].max(s[2]), s[1].max(s[3])];
-        for width in [4, 8, 16] {
-            for i in 0..2 {
-                top[i] = top[i].max(warp::shuffle_xor(top[i], width));
-            }
+        let mut top = s[0].max(s[1]).max(s[2].max(s[3]));
+        for width in [1, 2] {
+            top = top.max(warp::shuffle_xor(top, width));
         }
         // Nothing has been summed yet for the first tile, which most often is the only one.
         if self.mass[0] != 0.0 {
+            top = top.max(self.peak);
+            let shrink = float::exp2_approx(self.peak - top);
+            let (_, t) = place_in_fragment();
             for i in 0..2 {
-                top[i] = top[i].max(self.peak[i]);
-                let shrink = float::exp2_approx(self.peak[i] - top[i]);
+                let shrink = warp::shuffle_idx(shrink, (2 * t + i as u32) * 4);
                 self.mass[i] *= shrink;
                 self.mass[i + 2] *= shrink;
                 for h in 0..H {
@@ -67,9 +84,9 @@ impl<const H: usize> Running<H> {
             }
         }
         self.peak = top;
-        let weights: [f32; 4] = unrolled!(4, |i| float::exp2_approx(s[i] - top[i % 2]));
+        let weights: [f32; 4] = unrolled!(4, |i| float::exp2_approx(s[i] - top));
         let (near, far) = (split(weights[0], weights[1]), split(weights[2], weights[3]));
-        let p = [0, 1].map(|rest| [mma::transpose(near[rest]), mma::transpose(far[rest])]);
+        let p = [0, 1].map(|rest| [near[rest], far[rest]]);
         for p in p {
             self.mass = mma::m16n8k16_f16([ONES; 4], p, self.mass);
         }
@@ -93,10 +110,24 @@ impl<const H: usize> Running<H> {
     }
 
     /// Leaves it in warp `warp`'s parts of so many heads, `stride` words from each to the next, in halves of wide ones. Who had no
-    /// tokens leaves parts of no weight.
+    /// tokens leaves parts of no weight, without sums where `sums` is not set.
     #[inline(always)]
-    pub unsafe fn leave(&self, parts: SharedPtr<f32>, stride: u32, heads: u32, warp: u32) {
+    pub unsafe fn leave(
+        &self,
+        parts: SharedPtr<f32>,
+        stride: u32,
+        heads: u32,
+        warp: u32,
+        sums: bool,
+    ) {
         let (g, t) = place_in_fragment();
+        if g < heads && t == 0 {
+            for h in 0..H {
+                let of_head = (g * H as u32 + h as u32) * stride;
+                let part = parts.add(of_head + warp * PART);
+                unsafe { part.add(WIDTH).store(self.peak) }
+            }
+        }
         for i in 0..2 {
             let head = 2 * t + i as u32;
             if head < heads {
@@ -106,10 +137,12 @@ impl<const H: usize> Running<H> {
                     for j in [0, 2] {
                         let (s, next) = (self.sums[h][j], self.sums[h][j + 1]);
                         let at = part.add(g * EIGHT + 2 * j as u32);
-                        unsafe { at.store_v4([s[i], s[i + 2], next[i], next[i + 2]]) }
+                        if sums {
+                            unsafe { at.store_v4([s[i], s[i + 2], next[i], next[i + 2]]) }
+                        }
                     }
                     if g == 0 {
-                        unsafe { part.add(WIDTH).store_v2([self.peak[i], self.mass[i]]) }
+                        unsafe { part.add(WIDTH + 1).store(self.mass[i]) }
                     }
                 }
             }

@@ -51,6 +51,17 @@ impl Seal {
         }
     }
 
+    /// What it is made of, for who keeps it elsewhere.
+    #[inline(always)]
+    pub fn words(self) -> (u32, u32) {
+        (self.mask, self.number)
+    }
+
+    #[inline(always)]
+    pub fn from_words(mask: u32, number: u32) -> Seal {
+        Seal { mask, number }
+    }
+
     /// Whether `word` has arrived.
     #[inline(always)]
     pub fn on(self, word: u32) -> bool {

@@ -333,8 +333,8 @@ impl TaskRow {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shares {
-    /// The first block that has any, and above it, from bit [`Shares::SHIFT`] on, how many do: not those that an attention before
-    /// keeps longest.
+    /// The first block that has any, and above it, from bit [`Shares::SHIFT`] on, how many do: around an attention not those that have
+    /// its pieces, or merge them.
     pub span: u32,
     /// Tasks of each of them.
     pub each: u32,

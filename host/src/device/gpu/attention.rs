@@ -1,5 +1,6 @@
 //! Attention: from normed rows to queries, keys and values, into the cache, and over it.
 
+use super::attending::Attending;
 use super::ops::{ELEMENTWISE, NormRows, blocks};
 use super::products::{Rows, Target, bias_ptr, part};
 use super::recording::Role;
@@ -138,8 +139,11 @@ impl<D: Driver> Gpu<D> {
             self.decode.needs |= decode::LATE;
         }
         let group = (h.heads / h.kv_heads) as u32;
-        self.pieces = [false, true]
-            .map(|split| decode::attend_pieces(h.kv_heads as u32, group, h.head_dim as u32, split));
+        let rows = [op.q, op.k, op.v].map(|l| l.weight.matrix.rows.div_ceil(decode::ROWS));
+        self.attending = Attending {
+            pieces: decode::attend_pieces(h.kv_heads as u32, group, h.head_dim as u32, true),
+            before: rows.iter().sum(),
+        };
         let len = op.q.weight.cols;
         let rotation = rotation(op);
         let cache_type = match cache.shape.ty {
@@ -294,16 +298,15 @@ impl<D: Driver> Gpu<D> {
             let splits = self.decode_splits();
             let row = Role::Buffer(out.address);
             let row_at = self.numbered(row, heads.heads * heads.head_dim)?;
-            let (role, to) = if splits == 1 {
-                (row, row_at)
-            } else {
-                let parts = heads.heads * heads.head_dim.div_ceil(decode::WIDTH as usize);
-                let values = parts * splits as usize * decode::PART as usize;
-                (
-                    Role::Parts(values),
-                    self.numbered(Role::Parts(values), values)?,
-                )
-            };
+            let mut outputs = vec![row];
+            let mut parts = ptr::null_mut();
+            if splits > 1 {
+                let words = decode::split_words(heads.head_dim as u32) as usize;
+                let values = heads.heads * splits as usize * words;
+                let role = Role::Parts(values);
+                parts = self.numbered(role, values)?;
+                outputs.push(role);
+            }
             let fresh = Role::Fresh(2 * heads.kv_heads * heads.head_dim);
             let input = self.input(q.ptr(), None, heads.heads * heads.head_dim, false)?;
             let late = self.late;
@@ -322,23 +325,11 @@ impl<D: Driver> Gpu<D> {
                 splits,
                 scale: heads.scale,
                 fresh: self.numbered(fresh, 0)?,
-                out: to,
+                parts,
+                out: row_at,
                 ..NO_OP
             };
-            self.push("attention", op, &[role]);
-            if splits > 1 {
-                let merge = Op {
-                    kind: kind::MERGE,
-                    input: Input {
-                        x: to,
-                        from: self.number_of(role)?,
-                        ..op.input
-                    },
-                    out: row_at,
-                    ..op
-                };
-                self.push("merge", merge, &[row]);
-            }
+            self.push("attention", op, &outputs);
             return Ok(());
         }
         let (rows, len) = (self.current.rows, heads.heads * heads.head_dim);

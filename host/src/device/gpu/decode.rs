@@ -8,14 +8,14 @@
 //! What operations hand each other lies in buffers of its own, whose words carry the number of their writer
 //! (`kernels::decode`, [`super::recording`]).
 
-use super::program::{Behind, Cost, Plan, Room, cost, listing, plan};
+use super::program::{Behind, Cost, FLYING, Plan, Room, cost, listing, plan};
 use super::recording::{Recording, Role, Writes, next_base};
 use super::{Address, Allocation, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
 use kernels::decode::{
-    CHOICES, CHOSEN, DecodeArgs, MAX_SEGMENTS, MAX_SPLITS, NO_OP, NUMBERS, Op, Segment, THREADS,
-    TRACED, kind, point,
+    CHOICES, CHOSEN, DecodeArgs, MAX_SEGMENTS, NO_OP, NUMBERS, Op, Segment, THREADS, TRACED, kind,
+    point,
 };
 use std::collections::HashMap;
 
@@ -236,22 +236,11 @@ impl<D: Driver> Gpu<D> {
         self.decode.splits
     }
 
-    /// Blocks that a product after attention leaves out, since attention keeps them longest: where these are few.
-    fn busy_blocks(&self) -> u32 {
-        let [pieces, _] = self.pieces;
-        if self.decode.splits == 1 && pieces <= self.driver.multiprocessors() / 8 {
-            pieces
-        } else {
-            0
-        }
-    }
-
-    /// Where the step's last operation was attention: what a product of its result is named, and the blocks that it
-    /// leaves out.
-    pub(super) fn after_attention(&self) -> Option<(&'static str, u32)> {
-        let last = self.decode.recording.as_ref()?.ops.last()?;
-        let attention = matches!(last.kind, kind::ATTEND | kind::MERGE);
-        attention.then(|| ("attention out", self.busy_blocks()))
+    /// Whether the step's last operation was attention.
+    pub(super) fn after_attention(&self) -> bool {
+        let recording = self.decode.recording.as_ref();
+        let last = recording.and_then(|r| r.ops.last());
+        last.is_some_and(|op| op.kind == kind::ATTEND)
     }
 
     /// A step of one row.
@@ -313,8 +302,7 @@ impl<D: Driver> Gpu<D> {
         let splits = if tokens < SPLIT_FROM {
             1
         } else {
-            let [_, pieces] = self.pieces;
-            (self.driver.multiprocessors() / pieces).clamp(1, MAX_SPLITS)
+            self.attending.splits(tokens, self.driver.multiprocessors())
         };
         Shape { outputs, splits }
     }
@@ -447,6 +435,7 @@ impl<D: Driver> Gpu<D> {
             position: run.position,
             sequence: first,
             ring_bytes: room.ring_bytes,
+            flying: FLYING,
             turn_tiles: room.turn_tiles,
             row_bytes: room.row_bytes,
             table: self.current.tables.as_ref().map_or(0, |t| t.address) as *const u32,
@@ -467,7 +456,8 @@ impl<D: Driver> Gpu<D> {
     /// See [`Device::profile`](crate::device::Device::profile).
     pub(super) fn timings(&mut self) -> Result<Vec<OpTiming>> {
         let longest = |programs: &HashMap<Shape, Program>| programs.values().map(|p| p.count).max();
-        let point_bytes = 8 * point::COUNT;
+        let blocks = self.driver.multiprocessors() as usize;
+        let point_bytes = 8 * point::COUNT * blocks;
         let traced = self.decode.traced.take();
         let Some(trace) = self.decode.trace.as_ref().map(|t| t.address) else {
             let bytes = point_bytes * longest(&self.decode.programs).unwrap_or(0) as usize;
@@ -484,28 +474,33 @@ impl<D: Driver> Gpu<D> {
         let Some(program) = self.decode.programs.get(&shape) else {
             return Ok(Vec::new());
         };
-        let mut times = vec![0u64; program.count as usize * point::COUNT];
+        let count = program.count as usize;
+        let mut times = vec![0u64; blocks * count * point::COUNT];
         self.driver
             .read(trace, bytemuck::cast_slice_mut(&mut times))?;
-        let at = |i: usize, point: usize| times[i * point::COUNT + point];
-        let last = program.names.len().saturating_sub(1);
+        // The last block's. Where none notes it in this step, it is an earlier one's or zero.
+        let last = |i: usize, point: usize| {
+            let of = |block: usize| times[(block * count + i) * point::COUNT + point];
+            (0..blocks).map(of).max().unwrap_or(0)
+        };
+        let first = (0..blocks).map(|block| times[block * count * point::COUNT + point::BEGIN]);
+        let begin = first.min().unwrap_or(0);
         let timing = |(i, name): (usize, &&'static str)| {
-            let (begin, output) = (at(i, point::BEGIN), at(i, point::OUTPUT));
-            let next = if i < last {
-                at(i + 1, point::BEGIN)
-            } else {
-                output
+            let before = match i.checked_sub(1) {
+                Some(before) => last(before, point::OUTPUT),
+                None => begin,
             };
-            let input = at(i, point::INPUT).clamp(begin, output.max(begin));
+            let output = last(i, point::OUTPUT).max(before);
+            let input = last(i, point::INPUT).clamp(before, output);
             let cost = program.costs[i];
             let seen = if cost.each_token { tokens } else { 1 };
             OpTiming {
                 name,
                 bytes: seen * cost.bytes,
                 operations: seen * cost.operations,
-                wait_ns: input - begin,
-                work_ns: output.saturating_sub(input),
-                total_ns: next.saturating_sub(begin),
+                wait_ns: input - before,
+                work_ns: output - input,
+                total_ns: output - before,
             }
         };
         Ok(program.names.iter().enumerate().map(timing).collect())

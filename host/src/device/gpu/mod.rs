@@ -3,6 +3,7 @@
 //! Launches go through a [`Driver`]: [`cuda`] on a card, [`emulated`] on a machine without one. Everything
 //! above that line is the same code, so what the emulator checks is what the card runs.
 
+mod attending;
 mod attention;
 pub mod cuda;
 mod decode;
@@ -269,9 +270,8 @@ pub struct Gpu<D: Driver> {
     heads: usize,
     /// Whether heads are no wider than a decode step's attention takes.
     narrow: bool,
-    /// What attention of a decode step is cut into besides its tokens, where these are not split and where they are; set along
-    /// with `heads`.
-    pieces: [u32; 2],
+    /// What decides how a decode step's attention is split; set along with `heads`.
+    attending: attending::Attending,
     /// What the attention that is recorded next does to its queries and keys.
     late: Option<attention::LateTurn>,
     /// Whether steps of one row may be fused; see [`Device::set_plain`].
@@ -321,7 +321,7 @@ impl<D: Driver> Gpu<D> {
             scratch: HashMap::new(),
             heads: 1,
             narrow: true,
-            pieces: [1; 2],
+            attending: attending::Attending::default(),
             late: None,
             plain: true,
         })

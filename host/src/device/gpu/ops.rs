@@ -15,7 +15,7 @@ use super::recording::Role;
 use super::{Address, Buffer, Driver, Gpu, Scratch, Weight};
 use crate::device::{Activation, CachePart, GateUp, Head, Linear, Norm, NormKind, Residual};
 use crate::error::{Error, Result};
-use kernels::decode::{Input, NO_OP, Op, PLAIN, Shares, kind};
+use kernels::decode::{Input, NO_OP, Op, PLAIN, kind};
 use kernels::rows::{ActivateArgs, EmbedArgs, FinishArgs, NormArgs, activations, norms};
 use kernels::types::{GROUP, NO_MATRIX};
 use std::ptr;
@@ -251,15 +251,13 @@ impl<D: Driver> Gpu<D> {
             let role = Role::Buffer(x.address);
             let add_from = self.number_of(role)?;
             let to = self.numbered(role, linear.weight.matrix.rows as usize)?;
-            let (name, skip) = self.after_attention().unwrap_or(("down", 0));
-            let blocks = self.driver.multiprocessors();
-            let cut = if skip == 0 {
-                cut_of(&linear.weight.matrix, blocks)
+            let (name, cut) = if self.after_attention() {
+                ("attention out", 0)
             } else {
-                0
+                let blocks = self.driver.multiprocessors();
+                ("down", cut_of(&linear.weight.matrix, blocks))
             };
             let op = Op {
-                shares: Shares::of(0, skip, blocks - skip),
                 add: 1,
                 add_from,
                 cut,

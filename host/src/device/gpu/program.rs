@@ -2,6 +2,7 @@
 //! need of shared memory, what the device reads of them, what they cost.
 
 use super::Driver;
+use super::attending::share_attention;
 use crate::error::{Error, Result};
 use kernels::decode::{
     self, BATCH, INVERSE_UNIT, MAX_TURNS, MOST_CUT, Op, ROWS, Segment, Shares, WARPS, kind,
@@ -22,7 +23,9 @@ pub(super) struct Plan {
 /// # Errors
 /// Where the shared memory has not even room for one turn of the weights beside a row, or a matrix is too tall.
 pub(super) fn plan<D: Driver>(driver: &D, ops: &[Op], blocks: u32, shared: usize) -> Result<Plan> {
-    let mut groups = cut(ops, blocks);
+    let mut ops = ops.to_vec();
+    share_attention(&mut ops, blocks);
+    let mut groups = cut(&ops, blocks);
     let count = groups.len() as u32;
     let mut firsts = Vec::new();
     let mut index = 0;
@@ -61,11 +64,19 @@ pub(super) fn plan<D: Driver>(driver: &D, ops: &[Op], blocks: u32, shared: usize
         op.alone = u32::from(op.teams == 1 && parts <= WARPS);
         op.group = op.heads / op.cache.kv_heads.max(1);
         op.shares = Shares::of(tasks, shares.first(), shares.blocks());
+        if op.kind == kind::ATTEND && op.splits > 1 {
+            let turns = decode::EAGER_TURNS * decode::turn_bytes(op.cache.head_dim);
+            op.eager = u32::from(turns <= room.ring_bytes);
+        }
         op.input.inverse_len = 1.0 / op.input.len as f32;
     }
     balance(&mut ops, blocks);
     Ok(Plan { ops, count, room })
 }
+
+/// Most bytes of weights on their way to a multiprocessor: as many keep the memory at work. Where more wait for it, whoever looks for
+/// another block's words waits behind them.
+pub(super) const FLYING: u32 = 64 << 10;
 
 /// Parts of a row of so many values.
 fn parts(len: u32) -> u32 {
@@ -82,8 +93,9 @@ fn cut(ops: &[Op], blocks: u32) -> Vec<Vec<Op>> {
         let is_halved = |x: *const f32| halved.iter().any(|h| h.cast_const() == x);
         op.input.halves = u32::from(is_halved(op.input.x));
         op.add_halves = u32::from(op.add != 0 && is_halved(op.out));
-        let skip = op.shares.first();
-        op.shares = Shares::of(0, skip, blocks - skip);
+        if op.shares == Shares::NONE {
+            op.shares = Shares::of(0, 0, blocks);
+        }
         halved.retain(|h| *h != op.out);
         if op.cut == 0 {
             groups.push(vec![op]);
@@ -262,7 +274,7 @@ fn product_bytes(op: &Op) -> u64 {
     op.matrices.iter().map(bytes).sum()
 }
 
-fn is_product(op: &Op) -> bool {
+pub(super) fn is_product(op: &Op) -> bool {
     matches!(op.kind, kind::PRODUCT | kind::GATE_UP | kind::QKV)
 }
 
@@ -418,15 +430,15 @@ pub(super) fn bytes<T: Copy>(values: &[T]) -> &[u8] {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use gguf::GgmlType;
     use kernels::types::LAYOUTS;
 
     /// An H100's.
-    const BLOCKS: u32 = 132;
+    pub(in super::super) const BLOCKS: u32 = 132;
 
-    fn matrix(ty: GgmlType, rows: u32, cols: u32) -> Matrix {
+    pub(in super::super) fn matrix(ty: GgmlType, rows: u32, cols: u32) -> Matrix {
         let layout = LAYOUTS.iter().find(|l| l.ty == ty as u32).unwrap();
         Matrix {
             base: 0x10000 as *const u8,

@@ -86,6 +86,10 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
     ] {
         attend(b, heads, kv_heads, head_dim, past, splits, None)?;
     }
+    // More turns of the cache than a ring has room for, of which one of these has a small one.
+    for past in [1500, 1501, 1502] {
+        attend(b, 3, 1, 64, past, 3, None)?;
+    }
     // Heads that are normed and rotated by the attention: all, some and none of their elements.
     for (heads, kv_heads, head_dim, past, splits, dims, halves) in [
         (4, 2, 128, 40, 1, 128, true),
@@ -167,6 +171,7 @@ fn launch_steps<D: Driver>(
         position: position as u32,
         sequence: SEQUENCE,
         ring_bytes: room.ring_bytes,
+        flying: 8192,
         turn_tiles: room.turn_tiles,
         row_bytes: room.row_bytes,
         table,

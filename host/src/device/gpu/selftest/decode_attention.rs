@@ -77,8 +77,8 @@ pub fn attend<D: Driver>(
     }
     let (query_norm_on, key_norm_on) = (b.upload(&query_norm)?, b.upload(&key_norm)?);
     let (table_on, fresh_on) = (b.upload(&table)?, b.upload(&fresh)?);
-    let parts = heads * head_dim.div_ceil(decode::WIDTH as usize);
-    let parts = b.alloc(4 * parts * splits as usize * decode::PART as usize)?;
+    let words = decode::split_words(head_dim as u32) as usize;
+    let parts = b.alloc(4 * heads * splits as usize * words)?;
     let row = b.alloc(4 * len)?;
     let m = b.matrix(GgmlType::F32, 9, len)?;
     let out = b.alloc(4 * m.rows)?;
@@ -115,36 +115,21 @@ pub fn attend<D: Driver>(
         scale,
         number: 3,
         sealed: 1,
-        out: if splits == 1 { row.ptr() } else { parts.ptr() },
-        ..NO_OP
-    };
-    let merge = Op {
-        kind: kind::MERGE,
-        input: Input {
-            from: 3,
-            ..input(&parts, None, 0.0, len, false)
-        },
-        number: 4,
+        parts: parts.ptr(),
         out: row.ptr(),
-        ..attention
+        ..NO_OP
     };
     let product = Op {
         kind: kind::PRODUCT,
         input: Input {
-            from: if splits == 1 { 3 } else { 4 },
+            from: 3,
             ..input(&row, None, 0.0, len, true)
         },
         matrices: [m.matrix, NO_MATRIX, NO_MATRIX],
         out: out.ptr(),
         ..NO_OP
     };
-    let all = [attention, merge, product];
-    let ops = if splits == 1 {
-        vec![attention, product]
-    } else {
-        all.to_vec()
-    };
-    launch(b, &ops, 9, 0, past, paging.step.tables)?;
+    launch(b, &[attention, product], 9, 0, past, paging.step.tables)?;
     b.take::<u32>("decode", parts)?;
     b.take::<u32>("decode", row)?;
     let found = b.take::<f32>("decode", out)?;
