@@ -19,7 +19,7 @@ use kernels::decode::{
 };
 use std::collections::HashMap;
 
-/// From so many tokens on they are split among all blocks: merging what these find takes as long as a block takes for
+/// From so many tokens on they are split among blocks: merging what these find takes as long as a block takes for
 /// some hundred more.
 const SPLIT_FROM: usize = 512;
 
