@@ -15,8 +15,8 @@ use super::join::{KEPT_BYTES, Kept, join, leave};
 use super::running::{Running, split};
 use super::seal::Seal;
 use super::{
-    Current, DecodeArgs, LATE, ROWS_AT, Source, WARPS, WIDE, Warp, blocks, cache_block, get, lane,
-    may_be, sync, thread,
+    Current, DecodeArgs, LATE, ROWS_AT, WARPS, WIDE, Warp, blocks, cache_block, get, lane, may_be,
+    sync, thread,
 };
 use super::{long, merge};
 use crate::attention::{LOG2_E, NONE};
@@ -96,16 +96,61 @@ unsafe fn share(n: u32, d: u32) -> u32 {
     if d == 1 { n } else { unsafe { quotient(n, d) } }
 }
 
-/// `n / splits`, of an operation's splits.
-#[inline(always)]
-unsafe fn split_share(op: impl Source, n: u32) -> u32 {
-    unsafe {
-        if get!(op, splits) == 1 {
+/// How an attention is cut into pieces.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Cutting {
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    /// As [`Op::group`](super::Op::group), and so on.
+    pub group: u32,
+    pub splits: u32,
+    pub inverse_splits: u32,
+    pub first_block: u32,
+}
+
+impl Cutting {
+    #[inline(always)]
+    pub(super) unsafe fn of(op: Current) -> Cutting {
+        unsafe {
+            Cutting {
+                kv_heads: get!(op, cache.kv_heads),
+                head_dim: get!(op, cache.head_dim),
+                group: get!(op, group),
+                splits: get!(op, splits),
+                inverse_splits: get!(op, inverse_splits),
+                first_block: get!(op, first_block),
+            }
+        }
+    }
+
+    /// `n / splits`.
+    #[inline(always)]
+    fn share(&self, n: u32) -> u32 {
+        if self.splits == 1 {
             n
         } else {
             // Exact up to 2^32 / splits.
-            ((u64::from(n) * u64::from(get!(op, inverse_splits))) >> 32) as u32
+            ((u64::from(n) * u64::from(self.inverse_splits)) >> 32) as u32
         }
+    }
+
+    /// How many pieces there are, of all splits.
+    #[inline(always)]
+    pub(super) fn pieces(&self) -> u32 {
+        attend_pieces(self.kv_heads, self.group, self.head_dim, self.splits > 1) * self.splits
+    }
+
+    /// The block's first piece, if there is one of that number.
+    #[inline(always)]
+    pub(super) fn first(&self) -> u32 {
+        block_idx_x().wrapping_sub(self.first_block)
+    }
+
+    /// From one of a block's pieces to its next: as many as there are blocks that take any.
+    #[inline(always)]
+    pub(super) fn step(&self) -> u32 {
+        blocks() - self.first_block
     }
 }
 
@@ -132,11 +177,15 @@ pub(super) struct Piece {
 impl Piece {
     /// Piece `index` where the row's token is number `position`.
     #[inline(always)]
-    pub unsafe fn of(op: impl Source, index: u32, position: u32) -> Piece {
+    pub unsafe fn of(cutting: Cutting, index: u32, position: u32) -> Piece {
         unsafe {
-            let (splits, head_dim) = (get!(op, splits), get!(op, cache.head_dim));
-            let group = get!(op, group);
-            let whole = split_share(op, index);
+            let Cutting {
+                splits,
+                head_dim,
+                group,
+                ..
+            } = cutting;
+            let whole = cutting.share(index);
             let split = index - whole * splits;
             let most = if splits == 1 { WIDTH } else { MAX_HEAD_DIM };
             let (parts, pieces) = (head_dim.div_ceil(most), group.div_ceil(HEADS));
@@ -148,7 +197,7 @@ impl Piece {
             // Whole blocks of the cache.
             let tokens = position + 1;
             let chunk = tokens.div_ceil(BLOCK_TOKENS as u32) + splits - 1;
-            let chunk = split_share(op, chunk) * BLOCK_TOKENS as u32;
+            let chunk = cutting.share(chunk) * BLOCK_TOKENS as u32;
             let from = if split * chunk < tokens {
                 split * chunk
             } else {
@@ -252,9 +301,10 @@ impl Place {
 #[inline(always)]
 pub(super) unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     unsafe {
-        let mut index = first_piece(op);
-        while index < pieces(op) {
-            let (place, piece) = (Place::here(), Piece::of(op, index, get!(op, now.position)));
+        let mut index = Cutting::of(op).first();
+        while index < Cutting::of(op).pieces() {
+            let piece = Piece::of(Cutting::of(op), index, get!(op, now.position));
+            let place = Place::here();
             if thread() == KEEPER {
                 Kept::new(op, &piece).store(place);
             }
@@ -275,31 +325,15 @@ pub(super) unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 join::<1>(op, place);
                 long::pass(w, behind);
             }
-            index += blocks() - get!(op, first_block);
+            index += Cutting::of(op).step();
             // Of the last the operation's end is the barrier.
-            if index < pieces(op) {
+            if index < Cutting::of(op).pieces() {
                 sync();
             }
         }
         if get!(op, splits) > 1 && block_idx_x() < get!(op, mergers) {
             merge::merge(op);
         }
-    }
-}
-
-/// The block's first piece, if there is one of that number; its others are as far apart as there are blocks that take pieces.
-#[inline(always)]
-pub(super) unsafe fn first_piece(op: impl Source) -> u32 {
-    unsafe { block_idx_x().wrapping_sub(get!(op, first_block)) }
-}
-
-/// Pieces of an operation, with its splits.
-#[inline(always)]
-pub(super) unsafe fn pieces(op: impl Source) -> u32 {
-    unsafe {
-        let (group, splits) = (get!(op, group), get!(op, splits));
-        let (kv_heads, head_dim) = (get!(op, cache.kv_heads), get!(op, cache.head_dim));
-        attend_pieces(kv_heads, group, head_dim, splits > 1) * splits
     }
 }
 
@@ -323,13 +357,31 @@ pub(crate) fn value_token(i: u32) -> u32 {
 
 /// Where the tile at token `base` begins in the cache, in bytes.
 #[inline(always)]
-pub(super) unsafe fn tile_at(a: &DecodeArgs, op: impl Source, kv_head: u32, base: u32) -> usize {
+pub(super) unsafe fn tile_at(a: &DecodeArgs, op: Current, kv_head: u32, base: u32) -> usize {
     unsafe {
-        let tokens = BLOCK_TOKENS as u32;
-        let block = cache_block(a, base);
-        let row = (block * get!(op, cache.kv_heads) + kv_head) * tokens + base % tokens;
-        row as usize * get!(op, cache.head_dim) as usize * 2
+        at_token(
+            a,
+            get!(op, cache.kv_heads),
+            get!(op, cache.head_dim),
+            kv_head,
+            base,
+        )
     }
+}
+
+/// Where the row of token `token` and of a head begins in a cache of so many and such heads, in bytes.
+#[inline(always)]
+pub(super) unsafe fn at_token(
+    a: &DecodeArgs,
+    kv_heads: u32,
+    head_dim: u32,
+    kv_head: u32,
+    token: u32,
+) -> usize {
+    let tokens = BLOCK_TOKENS as u32;
+    let block = unsafe { cache_block(a, token) };
+    let row = (block * kv_heads + kv_head) * tokens + token % tokens;
+    row as usize * head_dim as usize * 2
 }
 
 /// Keys of the tile that begins at `from`, of its tokens before `tokens`.

@@ -5,14 +5,15 @@
 //! written; the cache's last blocks, which this one writes into, warps read themselves.
 
 use super::attend::{
-    Asked, CHUNK, EIGHT, NO_SCORES, Piece, Place, TOKENS, Values, WIDTH, add_scores, ask,
-    cached_end, first_piece, load_keys, load_values, own_token, pieces, place_in_fragment, put_key,
-    put_value, seen, tile_at,
+    Asked, CHUNK, EIGHT, NO_SCORES, Piece, Place, TOKENS, Values, WIDTH, add_scores, ask, at_token,
+    cached_end, load_keys, load_values, own_token, place_in_fragment, put_key, put_value, seen,
+    tile_at,
 };
 use super::join::leave;
 use super::ring::Ring;
 use super::running::Running;
-use super::{Current, DecodeArgs, Listed, WARPS, Warp, blocks, get, kind, sync, thread};
+use super::task::Cached;
+use super::{Current, DecodeArgs, WARPS, Warp, get, sync, thread};
 use crate::rows::BLOCK_TOKENS;
 use cuda_std::int::{here, opaque};
 use cuda_std::shared::SharedPtr;
@@ -44,32 +45,28 @@ fn ring_end(a: &DecodeArgs, piece: &Piece) -> u32 {
     if piece.to < old { piece.to } else { old }
 }
 
-/// What the feeder does for an operation that may be an attention, of a row whose token is number `position`.
+/// What the feeder does for an attention of a row whose token is number `position`.
 #[inline(always)]
 pub(super) unsafe fn feed<const BULK: bool>(
     a: &DecodeArgs,
-    op: Listed,
+    cached: Cached,
     position: u32,
     ring: &mut Ring,
 ) {
     unsafe {
-        if get!(op, kind) != kind::ATTEND || get!(op, splits) == 1 {
-            return;
-        }
-        let head_dim = get!(op, cache.head_dim);
-        let mut index = first_piece(op);
-        while index < pieces(op) {
-            let piece = Piece::of(op, index, position);
+        let cutting = cached.cutting;
+        let (kv_heads, head_dim) = (cutting.kv_heads, cutting.head_dim);
+        let mut index = cutting.first();
+        while index < cutting.pieces() {
+            let piece = Piece::of(cutting, index, position);
             let mut base = piece.from;
             while base < ring_end(a, &piece) {
-                let at = tile_at(a, op, piece.kv_head, base);
-                let keys = get!(op, cache.keys).cast_const().wrapping_add(at);
-                let values = get!(op, cache.values).cast_const().wrapping_add(at);
-                let (half, all) = (half_bytes(head_dim), turn_bytes(head_dim));
-                ring.bring::<BULK>(a, [keys, values], half, all);
+                let at = at_token(a, kv_heads, head_dim, piece.kv_head, base);
+                let from = cached.bases.map(|base| base.wrapping_add(at));
+                ring.bring::<BULK>(a, from, half_bytes(head_dim), turn_bytes(head_dim));
                 base += TURN;
             }
-            index += blocks() - get!(op, first_block);
+            index += cutting.step();
         }
     }
 }

@@ -52,9 +52,11 @@ use cuda_std::thread::{
 };
 
 use ring::Place;
-use window::{AHEAD, Current, Listed, Source, WINDOW, await_op, copy_op, get, matrix_at};
+use window::{AHEAD, Current, Source, WINDOW, await_op, copy_op, get, matrix_at};
 
-pub use attend::{MAX_HEAD_DIM, NARROW_DIM, OCTET, attend_bytes, attend_pieces, split_words};
+pub use attend::{
+    Cutting, MAX_HEAD_DIM, NARROW_DIM, OCTET, attend_bytes, attend_pieces, split_words,
+};
 pub use long::{EAGER_TURNS, turn_bytes};
 pub use merge::MAX_SPLITS;
 pub use op::{INVERSE_UNIT, Input, NO_OP, Now, OP_BYTES, Op, kind};
@@ -62,7 +64,7 @@ pub use product::BATCH;
 pub use ring::MAX_TURNS;
 pub use row::{parts, row_bytes};
 pub use seal::{NUMBERS, PLAIN};
-pub use task::{MAX_SEGMENTS, MOST_CUT, ROWS, Segment, Shares};
+pub use task::{Cached, MAX_SEGMENTS, MOST_CUT, ROWS, Segment, Shares};
 
 /// Warps of a block that compute.
 pub const WARPS: u32 = 12;

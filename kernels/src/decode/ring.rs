@@ -6,19 +6,18 @@
 //! barriers in shared memory ([`mbarrier`]): one says that it has come, the other that every warp has read its part.
 
 use super::long;
-use super::task::{EIGHT, ROWS, SEGMENT_VECTORS, Segment};
-use super::{BARRIERS_AT, DecodeArgs, Listed, ROWS_AT, Source, WARPS, get, matrix_at};
-use crate::types::{GROUP, Matrix, PAD, Planes, Quantised, TILE, Weights};
+use super::task::{Cached, EIGHT, ROWS, SEGMENT_VECTORS, Segment};
+use super::{BARRIERS_AT, DecodeArgs, ROWS_AT, WARPS};
+use crate::types::{GROUP, PAD, Planes, Quantised, TILE, Weights};
 use crate::unrolled;
 use core::marker::PhantomData;
-use core::mem::offset_of;
 use cuda_std::int::{opaque, quotient};
 use cuda_std::mbarrier;
 #[cfg(any(not(target_arch = "nvptx64"), not(cuda_sm_90)))]
 use cuda_std::memory::cp_async_16;
-use cuda_std::memory::{cp_async_wait_all, ldg_v4_u32_here, prefetch_l2};
+use cuda_std::memory::{cp_async_wait_all, ldg_v4_u32_here};
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::{block_idx_x, grid_dim_x, lane_id};
+use cuda_std::thread::{block_idx_x, lane_id};
 use cuda_std::warp;
 
 /// How many turns may be in a ring.
@@ -531,29 +530,23 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
         let mut coming = load(a, 0);
         let mut left = a.steps * a.segment_count;
         let mut index = 0;
-        // Operations of the step that have been seen.
-        let mut past = 0;
         let mut position = a.position;
         while left > 0 {
             left -= 1;
-            // Twenty words, as the host wrote them.
-            let s = core::mem::transmute::<Coming, Segment>(coming);
+            let (this, now) = (coming, position);
             index += 1;
             if index == a.segment_count {
                 // The next step's first.
                 index = 0;
-            }
-            coming = load(a, index);
-            if past > s.op + 1 {
-                // The next step.
-                past = 0;
                 position += 1;
             }
-            while past <= s.op {
-                let op = Listed(a.ops.add(past as usize));
-                past += 1;
-                prefetch(op);
-                long::feed::<BULK>(a, op, position, &mut ring);
+            coming = load(a, index);
+            // Twenty words, as the host wrote them.
+            let s = core::mem::transmute::<Coming, Segment>(this);
+            if s.types == Cached::MARK {
+                let cached = core::mem::transmute::<Coming, Cached>(this);
+                long::feed::<BULK>(a, cached, now, &mut ring);
+                continue;
             }
             let tasks = s.shares.of_block(block_idx_x());
             let mut task = if tasks.first > s.first {
@@ -648,27 +641,6 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
 #[inline(always)]
 fn of_two<T: Copy>(second: bool, two: [T; 2]) -> T {
     if second { two[1] } else { two[0] }
-}
-
-/// Asks for what an operation reads that neither the ring nor another operation bring: norm weights and biases.
-#[inline(always)]
-unsafe fn prefetch(op: Listed) {
-    const LINE: u32 = 128;
-    let line = block_idx_x() + grid_dim_x() * lane_id();
-    unsafe {
-        let ask = |p: *const f32, len: u32| {
-            if !p.is_null() && line * (LINE / 4) < len {
-                prefetch_l2(p.add((line * (LINE / 4)) as usize));
-            }
-        };
-        ask(get!(op, input.norm), get!(op, input.len));
-        let mut m = 0;
-        while m < 3 {
-            let rows = matrix_at(m) + offset_of!(Matrix, rows) as u32;
-            ask(op.bias(m), op.word(rows));
-            m += opaque(1);
-        }
-    }
 }
 
 const _: () = assert!(TILE == 32 && GROUP == 32, "the tiles of `types`");

@@ -7,7 +7,7 @@
 
 use super::ring::{FLOAT_TURN, RAGGED_TURN, piece_bytes, turn_bytes};
 use super::row::GROUPS;
-use super::{Current, Op, Source, get, kind, matrix_at};
+use super::{Current, Cutting, Op, Source, get, kind, matrix_at};
 use crate::types::{FLOATS, GROUP, Matrix, PAD, type_bit};
 use core::mem::offset_of;
 use cuda_std::int::quotient;
@@ -42,14 +42,40 @@ pub struct Segment {
     /// Types of either eight, a byte each, [`FLOAT_TURN`] and [`RAGGED_TURN`]; above them, where that is not all of a row, how much
     /// of it is brought, in vectors of 16 bytes.
     pub types: u32,
-    /// Index of the operation.
-    pub op: u32,
+    pub unused: u32,
     pub shares: Shares,
 }
 
 /// Vectors of a segment.
 pub const SEGMENT_VECTORS: usize = 5;
 const _: () = assert!(size_of::<Segment>() == 16 * SEGMENT_VECTORS);
+
+/// Keys and values of an attention over a long sequence, among the segments.
+#[repr(C, align(16))]
+#[derive(Clone, Copy)]
+pub struct Cached {
+    /// Where keys and values begin.
+    pub bases: [*const u8; 2],
+    pub cutting: Cutting,
+    pub unused: [u32; 4],
+    /// [`Cached::MARK`], where a segment has its types.
+    pub mark: u32,
+    pub rest: [u32; 5],
+}
+
+const _: () = assert!(size_of::<Cached>() == size_of::<Segment>());
+const _: () = assert!(offset_of!(Cached, mark) == offset_of!(Segment, types));
+
+impl Cached {
+    /// No segment's types.
+    pub const MARK: u32 = u32::MAX;
+
+    /// As it lies among segments.
+    pub fn segment(self) -> Segment {
+        // Plain numbers and addresses both.
+        unsafe { core::mem::transmute::<Cached, Segment>(self) }
+    }
+}
 
 /// Most segments of an operation.
 pub const MAX_SEGMENTS: usize = 5;
@@ -66,7 +92,7 @@ impl Segment {
         span: 0,
         second: 0,
         types: 0,
-        op: 0,
+        unused: 0,
         shares: Shares::NONE,
     };
 
@@ -174,8 +200,8 @@ impl Op {
         self.rotation.halves != 0 && self.rotation.dims != 0
     }
 
-    /// Its segments, if it is operation `index` of a program; those without tasks are none.
-    pub fn segments(&self, index: u32) -> [Segment; MAX_SEGMENTS] {
+    /// Its segments; those without tasks are none.
+    pub fn segments(&self) -> [Segment; MAX_SEGMENTS] {
         let mut segments = [Segment::NONE; MAX_SEGMENTS];
         let [m, up, value] = &self.matrices;
         match self.kind {
@@ -218,15 +244,32 @@ impl Op {
             _ => {}
         }
         segments.map(|s| Segment {
-            op: index,
             shares: self.shares,
             ..s
         })
     }
 
+    /// What of the cache comes through the ring.
+    pub fn cached(&self) -> Option<Cached> {
+        (self.kind == kind::ATTEND && self.splits > 1).then(|| Cached {
+            bases: [self.cache.keys, self.cache.values].map(|p| p.cast_const()),
+            cutting: Cutting {
+                kv_heads: self.cache.kv_heads,
+                head_dim: self.cache.head_dim,
+                group: self.group,
+                splits: self.splits,
+                inverse_splits: self.inverse_splits,
+                first_block: self.first_block,
+            },
+            unused: [0; 4],
+            mark: Cached::MARK,
+            rest: [0; 5],
+        })
+    }
+
     /// Tasks of a product, one per block at a time.
     pub fn count_tasks(&self) -> u32 {
-        let segments = self.segments(0);
+        let segments = self.segments();
         segments.iter().map(|s| s.end).max().unwrap_or(0)
     }
 }

@@ -4,9 +4,7 @@
 use super::op::{NO_OP, Now, OP_BYTES, Op};
 use super::{DecodeArgs, FINISHERS, NUMBERS, WARPS, WINDOW_AT, lane, thread};
 use crate::types::Matrix;
-use cuda_std::memory::{
-    cp_async_4, cp_async_16, cp_async_commit, cp_async_wait, ldg_u32, ldg_v2_u32,
-};
+use cuda_std::memory::{cp_async_4, cp_async_16, cp_async_commit, cp_async_wait};
 use cuda_std::shared::{self, Scalar, SharedPtr};
 use cuda_std::thread::{block_idx_x, grid_dim_x};
 
@@ -71,23 +69,6 @@ impl Source for Current {
     #[inline(always)]
     unsafe fn long(self, offset: u32) -> u64 {
         unsafe { u64::load(self.0 + offset) }
-    }
-}
-
-/// An operation in the program, in global memory.
-#[derive(Clone, Copy)]
-pub(super) struct Listed(pub(super) *const Op);
-
-impl Source for Listed {
-    #[inline(always)]
-    unsafe fn word(self, offset: u32) -> u32 {
-        unsafe { ldg_u32(self.0.cast::<u8>().add(offset as usize).cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn long(self, offset: u32) -> u64 {
-        let [low, high] = unsafe { ldg_v2_u32(self.0.cast::<u8>().add(offset as usize)) };
-        u64::from(low) | (u64::from(high) << 32)
     }
 }
 

@@ -5,7 +5,7 @@ use super::Driver;
 use super::attending::share_attention;
 use crate::error::{Error, Result};
 use kernels::decode::{
-    self, BATCH, INVERSE_UNIT, MAX_TURNS, MOST_CUT, Op, ROWS, Segment, Shares, WARPS, kind,
+    self, BATCH, Cached, INVERSE_UNIT, MAX_TURNS, MOST_CUT, Op, ROWS, Segment, Shares, WARPS, kind,
 };
 use kernels::types::{FLOATS, GROUP, Matrix, TILE, type_bit};
 
@@ -232,7 +232,7 @@ fn divisor(op: &Op, tasks: u32) -> u32 {
 
 /// Bytes of the largest turn of an operation.
 pub(super) fn turn_bytes(op: &Op, turn_tiles: u32) -> u32 {
-    let segments = op.segments(0);
+    let segments = op.segments();
     let turns = segments.iter().map(|s| s.turn_bytes(turn_tiles));
     turns.max().unwrap_or(0)
 }
@@ -395,16 +395,13 @@ pub(super) struct Behind {
 
 /// What the device reads of a program: its operations, each block's tasks, segments.
 pub(super) fn listing(ops: &[Op], blocks: u32) -> (Vec<u8>, Behind) {
-    let segments = ops.iter().enumerate();
-    let mut segments: Vec<Segment> = segments
-        .flat_map(|(i, op)| op.segments(i as u32))
-        .filter(|s| s.first < s.end)
-        .collect();
+    let mut segments = Vec::new();
+    for op in ops {
+        segments.extend(op.segments().into_iter().filter(|s| s.first < s.end));
+        segments.extend(op.cached().map(Cached::segment));
+    }
     let segment_count = segments.len() as u32;
-    segments.push(Segment {
-        op: ops.len().saturating_sub(1) as u32,
-        ..Segment::NONE
-    });
+    segments.push(Segment::NONE);
     let tasks: Vec<u32> = ops
         .iter()
         .flat_map(|op| (0..blocks).map(|block| op.shares.of_block(block).word()))
@@ -481,7 +478,7 @@ pub(super) mod tests {
                     matrices: [m, kernels::types::NO_MATRIX, kernels::types::NO_MATRIX],
                     ..decode::NO_OP
                 };
-                let segment = op.segments(0)[0];
+                let segment = op.segments()[0];
                 // Odd numbers of 16 bytes, which a turn of two tiles has all of.
                 assert_eq!(m.row_bytes % 32, 16, "{ty:?} {cols}");
                 assert_eq!(segment.lengths(), [m.row_bytes; 2], "{ty:?} {cols}");
