@@ -125,7 +125,7 @@ unsafe fn attend<const K: usize, const H: usize>(a: &AttendArgs) {
                     s[i] = NONE;
                 }
             }
-            let p = running.weigh(s);
+            let [p] = running.weigh([s]);
             for h in 0..H {
                 running.add(h, &values[h], &p);
             }

@@ -642,7 +642,7 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
             for c in 0..K {
                 add_scores(&mut scores, place, c as u32, &keys[c]);
             }
-            let p = running.weigh(seen(&scores, base, piece.to));
+            let [p] = running.weigh([seen(&scores, base, piece.to)]);
             running.add(0, &values, &p);
             base += TOKENS * WARPS;
             own = own.wrapping_sub(TOKENS * WARPS);

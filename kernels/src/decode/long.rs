@@ -20,13 +20,17 @@ use cuda_std::shared::SharedPtr;
 
 /// Tokens of a turn.
 const TURN: u32 = BLOCK_TOKENS as u32;
-const _: () = assert!(TURN == 2 * TOKENS, "two warps take a turn's tiles");
+const _: () = assert!(TURN == 2 * TOKENS, "a turn is two tiles");
 
-/// Turns between two of a warp's.
-const BETWEEN: u32 = WARPS / 2 - 1;
+/// Warps that share a turn of which each takes so many tiles.
+const fn sharers(tiles: usize) -> u32 {
+    2 / tiles as u32
+}
 
-/// Those in which each of a block's warps has a tile, and one more: so much may be lost at the ring's end.
-pub const EAGER_TURNS: u32 = WARPS / 2 + 1;
+/// Turns in which each of a block's warps has so many tiles.
+const fn round(tiles: usize) -> u32 {
+    WARPS / sharers(tiles)
+}
 
 /// Bytes of a turn, and as many more as are read past its last row.
 pub const fn turn_bytes(head_dim: u32) -> u32 {
@@ -73,8 +77,8 @@ pub(super) unsafe fn feed<const BULK: bool>(
 
 /// This warp's share of the block's piece, left in its parts; how many turns are left to [`pass`], for which nobody waits.
 ///
-/// Whatever does not need the query comes before the wait for it: a warp's first tile is in registers by then, where the ring has
-/// room for all warps'.
+/// Of a turn two neighbours have each a tile, or, where there are more turns than for one round of such pairs, a warp has both: its
+/// products and exchanges then go side by side.
 #[inline(always)]
 pub(super) unsafe fn walk<const K: usize, const H: usize>(
     a: &DecodeArgs,
@@ -84,52 +88,101 @@ pub(super) unsafe fn walk<const K: usize, const H: usize>(
     w: &mut Warp,
 ) -> u32 {
     unsafe {
-        let warp = here(thread() / 32);
         let old = ring_end(a, &piece);
         let old = if piece.from < old { old } else { piece.from };
-        let mut turns = (old - piece.from) / TURN;
-        // Tile `n` is warp `n % WARPS`'s, and of those that do not come through the ring there are fewer than warps.
-        let after = (warp + WARPS - 2 * turns % WARPS) % WARPS;
+        let old = Old {
+            end: old,
+            turns: (old - piece.from) / TURN,
+        };
+        let room = get!(op, room);
+        // Both tiles of a wide head would take more registers than there are.
+        if H == 1 && old.turns > round(1) && room > round(2) {
+            share::<K, H, 2>(a, op, place, piece, old, true, w)
+        } else {
+            share::<K, H, 1>(a, op, place, piece, old, room > round(1), w)
+        }
+    }
+}
+
+/// What comes through the ring of a piece.
+#[derive(Clone, Copy)]
+struct Old {
+    /// The first token behind it.
+    end: u32,
+    turns: u32,
+}
+
+/// [`walk`], where a warp takes `N` tiles of a turn.
+///
+/// Whatever does not need the query comes before the wait for it: a warp's first tiles are in registers by then, if `eager`, which is
+/// where the ring has room for a turn more than a [`round`]. Else warps would wait for each other's for ever; and at the ring's end one
+/// may be lost.
+#[inline(always)]
+unsafe fn share<const K: usize, const H: usize, const N: usize>(
+    a: &DecodeArgs,
+    op: Current,
+    place: Place,
+    piece: Piece,
+    old: Old,
+    eager: bool,
+    w: &mut Warp,
+) -> u32 {
+    unsafe {
+        let warp = here(thread() / 32);
+        let mut turns = old.turns;
+        let mine = warp / sharers(N);
+        // Its first tile of a turn.
+        let first = warp % sharers(N);
+        // Tiles behind the turns go to the warps that would have the next ones', one each: they are fewer than warps.
+        let shares = sharers(N) * turns % WARPS;
+        let after = (warp + WARPS - shares) % WARPS;
         let asked = Asked::first(op, piece);
         // Where a warp has one of these it is its first.
-        let mut base = here(old + after * TOKENS);
-        let mut to = piece.to;
+        let mut base = here(old.end + after * TOKENS);
+        let mut to = if piece.to < base + TOKENS {
+            piece.to
+        } else {
+            base + TOKENS
+        };
         let mut own = u32::MAX;
-        let (mut keys, mut values) = ([[[0; 4]; 2]; K], [[[0; 4]; 4]; H]);
+        let mut keys = [[[[0; 4]; 2]; K]; N];
+        let mut values = [[[[0; 4]; 4]; H]; N];
         let mut any = base < to;
-        // Of a turn two neighbours have each a tile: so many turns pass by before a warp's first.
-        let before = if turns < warp / 2 { turns } else { warp / 2 };
+        // So many turns pass by before a warp's first.
+        let before = if turns < mine { turns } else { mine };
         if any {
             let dim = get!(op, cache.head_dim);
             let there = cached_end(op, &piece).saturating_sub(base);
             let at = tile_at(a, op, piece.kv_head, base);
-            keys = load_keys(get!(op, cache.keys).add(at), dim, there);
+            keys[0] = load_keys(get!(op, cache.keys).add(at), dim, there);
             for h in 0..H {
                 let at = tile_at(a, op, piece.kv_head, here(base));
                 let from = get!(op, cache.values).add(at);
-                values[h] = load_values(from, dim, there, h as u32 * WIDTH);
+                values[0][h] = load_values(from, dim, there, h as u32 * WIDTH);
             }
             own = own_token(op, base);
         }
         // And before its next.
         let mut others = before;
-        if get!(op, eager) != 0 {
+        if eager {
             pass(w, before);
             turns -= before;
             others = 0;
             if !any && turns > 0 {
                 any = true;
-                (base, to) = (0, TOKENS);
-                let tile = Tile::next(op, warp % 2, w);
-                for c in 0..K {
-                    keys[c] = tile.keys(c as u32);
-                }
-                for h in 0..H {
-                    values[h] = tile.values(h as u32);
+                (base, to) = (0, N as u32 * TOKENS);
+                let tiles = Tile::next::<N>(op, first, w);
+                for n in 0..N {
+                    for c in 0..K {
+                        keys[n][c] = tiles[n].keys(c as u32);
+                    }
+                    for h in 0..H {
+                        values[n][h] = tiles[n].values(h as u32);
+                    }
                 }
                 w.place.release();
                 turns -= 1;
-                others = BETWEEN;
+                others = round(N) - 1;
             }
         }
         ask::<K>(a, op, place, piece, asked);
@@ -139,18 +192,27 @@ pub(super) unsafe fn walk<const K: usize, const H: usize>(
             running = Running::<H>::new();
             if own < TOKENS {
                 let head_dim = get!(op, cache.head_dim);
-                put_key(&mut keys, place, own, head_dim);
+                put_key(&mut keys[0], place, own, head_dim);
                 for h in 0..H {
-                    put_value(&mut values[h], place, own, h as u32 * WIDTH, head_dim);
+                    put_value(&mut values[0][h], place, own, h as u32 * WIDTH, head_dim);
                 }
             }
-            let mut scores = NO_SCORES;
+            let mut scores = [NO_SCORES; N];
             for c in 0..K {
-                add_scores(&mut scores, place, c as u32, &keys[c]);
+                for n in 0..N {
+                    add_scores(&mut scores[n], place, c as u32, &keys[n][c]);
+                }
             }
-            let p = running.weigh(seen(&scores, base, to));
-            for h in 0..H {
-                running.add(h, &values[h], &p);
+            let mut base = base;
+            let p = running.weigh(scores.map(|scores| {
+                let from = base;
+                base += TOKENS;
+                seen(&scores, from, to)
+            }));
+            for n in 0..N {
+                for h in 0..H {
+                    running.add(h, &values[n][h], &p[n]);
+                }
             }
         } else {
             running = Running::none();
@@ -158,20 +220,24 @@ pub(super) unsafe fn walk<const K: usize, const H: usize>(
         while turns > others {
             pass(w, others);
             turns -= others + 1;
-            others = BETWEEN;
-            let tile = Tile::next(op, warp % 2, w);
-            let mut scores = NO_SCORES;
+            others = round(N) - 1;
+            let tiles = Tile::next::<N>(op, first, w);
+            let mut scores = [NO_SCORES; N];
             for c in 0..K {
-                add_scores(&mut scores, place, c as u32, &tile.keys(c as u32));
+                for n in 0..N {
+                    add_scores(&mut scores[n], place, c as u32, &tiles[n].keys(c as u32));
+                }
             }
-            let p = running.weigh(seen(&scores, 0, TOKENS));
-            for h in 0..H {
-                running.add(h, &tile.values(h as u32), &p);
+            let p = running.weigh(scores.map(|scores| seen(&scores, 0, TOKENS)));
+            for n in 0..N {
+                for h in 0..H {
+                    running.add(h, &tiles[n].values(h as u32), &p[n]);
+                }
             }
             w.place.release();
         }
         leave(&running, place, warp);
-        if get!(op, eager) == 0 {
+        if !eager {
             // Others may be waiting for room.
             pass(w, turns);
             turns = 0;
@@ -202,18 +268,21 @@ struct Tile {
 }
 
 impl Tile {
-    /// Tile `tile` of the next turn, once it has come.
+    /// Tiles from `first` on of the next turn, once it has come.
     #[inline(always)]
-    unsafe fn next(op: Current, tile: u32, w: &Warp) -> Tile {
+    unsafe fn next<const N: usize>(op: Current, first: u32, w: &Warp) -> [Tile; N] {
         unsafe {
             let start = w.place.wait().start;
             let row = 2 * get!(op, cache.head_dim);
             let (g, t) = place_in_fragment();
-            Tile {
-                keys: start + (tile * TOKENS + g) * row + 2 * EIGHT * t,
-                values: start + (TURN + tile * TOKENS + 2 * t) * row + 2 * EIGHT * g,
-                row,
-            }
+            core::array::from_fn(|n| {
+                let token = (first + n as u32) * TOKENS;
+                Tile {
+                    keys: start + (token + g) * row + 2 * EIGHT * t,
+                    values: start + (TURN + token + 2 * t) * row + 2 * EIGHT * g,
+                    row,
+                }
+            })
         }
     }
 

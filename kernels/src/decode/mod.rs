@@ -57,7 +57,7 @@ use window::{AHEAD, Current, Source, WINDOW, await_op, copy_op, get, matrix_at};
 pub use attend::{
     Cutting, MAX_HEAD_DIM, NARROW_DIM, OCTET, attend_bytes, attend_pieces, split_words,
 };
-pub use long::{EAGER_TURNS, turn_bytes};
+pub use long::turn_bytes;
 pub use merge::MAX_SPLITS;
 pub use op::{INVERSE_UNIT, Input, NO_OP, Now, OP_BYTES, Op, kind};
 pub use product::BATCH;

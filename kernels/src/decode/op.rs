@@ -100,9 +100,8 @@ pub struct Op {
     pub splits: u32,
     /// `2^32 / splits`, rounded up; of no use where there is one.
     pub inverse_splits: u32,
-    /// Whether the ring has room for [`EAGER_TURNS`](super::EAGER_TURNS) of the cache: then no warp has to wait for another one to have
-    /// read its tile, and may await its own before the query is there.
-    pub eager: u32,
+    /// For how many turns of the cache the ring has room.
+    pub room: u32,
     /// The first block that takes pieces of an attention; and how many of the first blocks merge what its splits have left.
     pub first_block: u32,
     pub mergers: u32,
@@ -192,7 +191,7 @@ pub const NO_OP: Op = Op {
     group: 0,
     splits: 0,
     inverse_splits: 0,
-    eager: 0,
+    room: 0,
     first_block: 0,
     mergers: 0,
     scale: 0.0,

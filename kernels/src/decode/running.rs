@@ -59,10 +59,13 @@ impl<const H: usize> Running<H> {
         none
     }
 
-    /// Takes a tile's scores in, of which this lane has four of head `g`.
+    /// Takes tiles' scores in, of each of which this lane has four of head `g`.
     #[inline(always)]
-    pub fn weigh(&mut self, s: [f32; 4]) -> Weights {
-        let mut top = s[0].max(s[1]).max(s[2].max(s[3]));
+    pub fn weigh<const N: usize>(&mut self, s: [[f32; 4]; N]) -> [Weights; N] {
+        let mut top = NONE;
+        for s in &s {
+            top = top.max(s[0].max(s[1]).max(s[2].max(s[3])));
+        }
         for width in [1, 2] {
             top = top.max(warp::shuffle_xor(top, width));
         }
@@ -84,13 +87,15 @@ impl<const H: usize> Running<H> {
             }
         }
         self.peak = top;
-        let weights: [f32; 4] = unrolled!(4, |i| float::exp2_approx(s[i] - top));
-        let (near, far) = (split(weights[0], weights[1]), split(weights[2], weights[3]));
-        let p = [0, 1].map(|rest| [near[rest], far[rest]]);
-        for p in p {
-            self.mass = mma::m16n8k16_f16([ONES; 4], p, self.mass);
-        }
-        p
+        s.map(|s| {
+            let weights: [f32; 4] = unrolled!(4, |i| float::exp2_approx(s[i] - top));
+            let (near, far) = (split(weights[0], weights[1]), split(weights[2], weights[3]));
+            let p = [0, 1].map(|rest| [near[rest], far[rest]]);
+            for p in p {
+                self.mass = mma::m16n8k16_f16([ONES; 4], p, self.mass);
+            }
+            p
+        })
     }
 
     /// Adds a tile's values by weight, of one part of the elements.

@@ -65,8 +65,7 @@ pub(super) fn plan<D: Driver>(driver: &D, ops: &[Op], blocks: u32, shared: usize
         op.group = op.heads / op.cache.kv_heads.max(1);
         op.shares = Shares::of(tasks, shares.first(), shares.blocks());
         if op.kind == kind::ATTEND && op.splits > 1 {
-            let turns = decode::EAGER_TURNS * decode::turn_bytes(op.cache.head_dim);
-            op.eager = u32::from(turns <= room.ring_bytes);
+            op.room = room.ring_bytes / decode::turn_bytes(op.cache.head_dim);
         }
         op.input.inverse_len = 1.0 / op.input.len as f32;
     }
