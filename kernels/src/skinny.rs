@@ -320,15 +320,13 @@ const fn sectors(layout: Layout) -> ([(u32, u32); 16], usize) {
 #[inline(always)]
 unsafe fn prefetch<F: Fragments>(m: &Matrix, first: u32, unit: u32) {
     let row = first + thread_idx_x() % 32;
-    let tile = unit / TILE_UNITS * m.tile_bytes;
-    if row < m.rows && tile < m.row_bytes {
+    let tile = unit as usize / TILE_UNITS as usize;
+    if row < m.rows && tile * TILE < m.groups() {
         let (sectors, n) = const { sectors(F::LAYOUT) };
-        unsafe {
-            let at = m.base.add(row as usize * m.row_bytes as usize);
-            for (start, apart) in sectors.into_iter().take(n) {
-                let offset = tile + start + unit % TILE_UNITS * apart;
-                prefetch_l2(at.wrapping_add(offset as usize));
-            }
+        let at = m.tile_at(&F::LAYOUT, row as usize, tile);
+        for (start, apart) in sectors.into_iter().take(n) {
+            let offset = start + unit % TILE_UNITS * apart;
+            unsafe { prefetch_l2(at.wrapping_add(offset as usize)) }
         }
     }
 }

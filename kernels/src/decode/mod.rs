@@ -64,7 +64,7 @@ pub use product::BATCH;
 pub use ring::MAX_TURNS;
 pub use row::{parts, row_bytes};
 pub use seal::{NUMBERS, PLAIN};
-pub use task::{Cached, MAX_SEGMENTS, MOST_CUT, ROWS, Segment, Shares};
+pub use task::{Cached, MAX_SEGMENTS, ROWS, Segment, Shares};
 
 /// Warps of a block that compute.
 pub const WARPS: u32 = 12;

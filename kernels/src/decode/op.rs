@@ -126,7 +126,7 @@ pub struct Op {
     pub parts: *mut f32,
     /// f32.
     pub out: *mut f32,
-    /// Tiles of the row that are a product of their own, for so many blocks, from bit 16 on; the rest is for the others. Zero where
+    /// Strips of the row that are a product of their own, for so many blocks, from bit 16 on; the rest is for the others. Zero where
     /// it is not cut, and where it has been.
     pub cut: u32,
     /// How the tasks fall to the blocks.

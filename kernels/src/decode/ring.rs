@@ -452,6 +452,69 @@ impl Ring {
         }
     }
 
+    /// Brings a turn of weights. With `BULK` the copy engine does, else two lanes copy a row 16 bytes at a time.
+    #[inline(always)]
+    unsafe fn bring_rows<const BULK: bool>(&mut self, a: &DecodeArgs, s: &Segment, e: &Eights) {
+        unsafe {
+            let pieces = e.pieces;
+            let pitch = turn_pitch(pieces, s.types);
+            let size = turn_bytes(pieces, s.types);
+            self.make_room(a, size);
+            let place = self.next;
+            let head = [
+                (s.types & 0xffff) | (pitch << PITCH_SHIFT),
+                s.tiles[0] | (s.tiles[1] << 16),
+                self.at,
+                size,
+            ];
+            if BULK {
+                #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+                if warp::elect() {
+                    place.head().store_v4(head);
+                    let all = e.rows[0] * pieces[0] + e.rows[1] * pieces[1];
+                    mbarrier::arrive_expecting(place.come(), all);
+                    for i in 0..2 {
+                        let to = self.at + i as u32 * EIGHT * pitch;
+                        let rows = Rows {
+                            count: e.rows[i],
+                            within: e.within[i],
+                            bytes: pieces[i],
+                            stride: e.strides[i],
+                            pitch,
+                            octet: s.octets[i],
+                        };
+                        rows.copy(to, e.from[i], place.come());
+                    }
+                }
+            } else {
+                #[cfg(any(not(target_arch = "nvptx64"), not(cuda_sm_90)))]
+                {
+                    let lane = lane_id();
+                    let late = lane / EIGHT % 2 != 0;
+                    if lane == 0 {
+                        place.head().store_v4(head);
+                    }
+                    let row = lane % EIGHT;
+                    let exists = row < of_two(late, e.rows);
+                    let (stride, octet) = (of_two(late, e.strides), of_two(late, s.octets));
+                    let skipped = row_at(row + of_two(late, e.within), stride, octet);
+                    let from = of_two(late, e.from).wrapping_add(skipped);
+                    let mut at = lane / ROWS * 16;
+                    while exists && at < of_two(late, pieces) {
+                        let to = self.at + lane % ROWS * pitch + at;
+                        let to = SharedPtr::<u8>::from_addr(to);
+                        cp_async_16(to, from.add(at as usize));
+                        at += 32;
+                    }
+                    mbarrier::arrive_after_copies(place.come());
+                }
+            }
+            // All lanes will read the head.
+            warp::sync_warp();
+            self.push(size);
+        }
+    }
+
     /// A turn of so many bytes lies there.
     #[inline(always)]
     fn push(&mut self, bytes: u32) {
@@ -465,67 +528,76 @@ impl Ring {
     }
 }
 
+/// What a turn has of either eight.
+struct Eights {
+    rows: [u32; 2],
+    /// The first one's number in its octet.
+    within: [u32; 2],
+    /// Where that octet begins.
+    from: [*const u8; 2],
+    /// Bytes from row to row there.
+    strides: [u32; 2],
+    /// Of a row.
+    pieces: [u32; 2],
+}
+
 /// A segment, loaded ahead: no field is looked at before its time.
 type Coming = [[u32; 4]; SEGMENT_VECTORS];
 
 #[inline(always)]
 unsafe fn load(a: &DecodeArgs, index: u32) -> Coming {
     let p = unsafe { a.segments.add(index as usize).cast::<u8>() };
-    unrolled!(5, |i| unsafe { ldg_v4_u32_here(p.add(16 * i)) })
+    unrolled!(7, |i| unsafe { ldg_v4_u32_here(p.add(16 * i)) })
 }
 
 /// An eight's rows on their way.
 #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
 struct Rows {
     count: u32,
+    /// The first one's number in its octet.
+    within: u32,
     /// Of a row.
     bytes: u32,
-    /// From row to row, there and here.
+    /// From row to row, there and here; and there from octet to octet.
     stride: u32,
     pitch: u32,
-    float: bool,
+    octet: u32,
 }
 
 #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
 impl Rows {
-    /// Asks the copy engine for them. It takes what several lanes ask one after the other, in a loop that takes longer than
-    /// the copies; and so do branches.
+    /// Asks the copy engine for them, of the octet that begins at `from`. It takes what several lanes ask one after the other, in a loop
+    /// that takes longer than the copies; and so do branches.
     #[inline(always)]
     unsafe fn copy(&self, to: u32, from: *const u8, come: SharedPtr<u64>) {
-        // They lie there as they will here. Of as many bytes the copy engine brings more in one copy than in eight.
-        if self.bytes == self.stride && self.stride == self.pitch {
+        // They lie there as they will here. For a copy it takes as long as for the bytes of a row, some 50 ns.
+        if self.within == 0 && self.bytes == self.stride && self.stride == self.pitch {
             if self.count > 0 {
                 let all = self.count * self.bytes;
                 unsafe { mbarrier::copy_bulk(SharedPtr::from_addr(to), from, all, come) }
             }
             return;
         }
-        let (mut to, mut from) = (to, from);
-        let mut one = || unsafe {
-            mbarrier::copy_bulk(SharedPtr::from_addr(to), from, self.bytes, come);
-            to += self.pitch;
-            from = from.wrapping_add(self.stride as usize);
-        };
-        if self.count == EIGHT && !self.float {
-            unrolled!(8, |_i| one());
-        } else {
-            let mut i = 0;
-            while i < self.count {
-                one();
-                i += opaque(1);
-            }
+        let mut i = 0;
+        while i < self.count {
+            let to = SharedPtr::from_addr(to + i * self.pitch);
+            let from = from.wrapping_add(row_at(self.within + i, self.stride, self.octet));
+            unsafe { mbarrier::copy_bulk(to, from, self.bytes, come) }
+            i += opaque(1);
         }
     }
 }
 
-/// What the feeder warp does: it asks the copy engine for row after row. Without `BULK` two lanes copy a row 16 bytes at a
-/// time.
+/// Where row `row` from an octet's first on begins in a strip.
+#[inline(always)]
+fn row_at(row: u32, stride: u32, octet: u32) -> usize {
+    (row / EIGHT * octet + row % EIGHT * stride) as usize
+}
+
+/// What the feeder warp does: it brings turn after turn.
 #[inline(always)]
 pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
     unsafe {
-        let lane = lane_id();
-        #[cfg(any(not(target_arch = "nvptx64"), not(cuda_sm_90)))]
-        let late = lane / EIGHT % 2 != 0;
         let mut ring = Ring::new(a);
         let mut coming = load(a, 0);
         let mut left = a.steps * a.segment_count;
@@ -541,7 +613,7 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                 position += 1;
             }
             coming = load(a, index);
-            // Twenty words, as the host wrote them.
+            // Words as the host wrote them.
             let s = core::mem::transmute::<Coming, Segment>(this);
             if s.types == Cached::MARK {
                 let cached = core::mem::transmute::<Coming, Cached>(this);
@@ -562,70 +634,37 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                     let rows = s.span.saturating_sub(first.saturating_add(before));
                     if rows < EIGHT { rows } else { EIGHT }
                 });
-                let from = |i: usize| {
-                    let offset = u64::from(repeat) * u64::from(s.jump)
-                        + u64::from(first) * u64::from(s.row_bytes[i]);
-                    s.bases[i].wrapping_add(offset as usize)
-                };
-                let mut from = [from(0), from(1)];
-                let mut left = s.lengths();
-                while left[0] != 0 {
-                    let pieces = [0, 1].map(|i| piece_bytes(left[i], s.tiles[i], a.turn_tiles));
-                    let pitch = turn_pitch(pieces, s.types);
-                    let size = turn_bytes(pieces, s.types);
-                    ring.make_room(a, size);
-                    let place = ring.next;
-                    let head = [
-                        (s.types & 0xffff) | (pitch << PITCH_SHIFT),
-                        s.tiles[0] | (s.tiles[1] << 16),
-                        ring.at,
-                        size,
-                    ];
-                    if BULK {
-                        #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
-                        if warp::elect() {
-                            place.head().store_v4(head);
-                            let all = rows[0] * pieces[0] + rows[1] * pieces[1];
-                            mbarrier::arrive_expecting(place.come(), all);
-                            for i in 0..2 {
-                                let to = ring.at + i as u32 * EIGHT * pitch;
-                                let rows = Rows {
-                                    count: rows[i],
-                                    bytes: pieces[i],
-                                    stride: s.row_bytes[i],
-                                    pitch,
-                                    float: s.types & FLOAT_TURN != 0,
-                                };
-                                rows.copy(to, from[i], place.come());
-                            }
-                        }
-                    } else {
-                        #[cfg(any(not(target_arch = "nvptx64"), not(cuda_sm_90)))]
-                        {
-                            if lane == 0 {
-                                place.head().store_v4(head);
-                            }
-                            let row = lane % EIGHT;
-                            let exists = row < of_two(late, rows);
-                            let skipped = (row * of_two(late, s.row_bytes)) as usize;
-                            let from = of_two(late, from).wrapping_add(skipped);
-                            let mut at = lane / ROWS * 16;
-                            while exists && at < of_two(late, pieces) {
-                                let to = ring.at + lane % ROWS * pitch + at;
-                                let to = SharedPtr::<u8>::from_addr(to);
-                                cp_async_16(to, from.add(at as usize));
-                                at += 32;
-                            }
-                            mbarrier::arrive_after_copies(place.come());
+                let first = s.start + repeat * s.jump + first;
+                let firsts = [first, first + s.apart];
+                let mut octets = [0, 1].map(|i| {
+                    let before = u64::from(firsts[i] / EIGHT) * u64::from(s.octets[i]);
+                    s.bases[i].wrapping_add(before as usize)
+                });
+                let mut strip = 0;
+                // Of every strip as much as a turn takes.
+                while strip <= s.whole {
+                    let strides = s.strides(strip);
+                    let mut left = strides;
+                    let mut from = octets;
+                    while left[0] != 0 {
+                        let pieces = [0, 1].map(|i| piece_bytes(left[i], s.tiles[i], a.turn_tiles));
+                        let eights = Eights {
+                            rows,
+                            within: firsts.map(|row| row % EIGHT),
+                            from,
+                            strides,
+                            pieces,
+                        };
+                        ring.bring_rows::<BULK>(a, &s, &eights);
+                        for i in 0..2 {
+                            from[i] = from[i].wrapping_add(pieces[i] as usize);
+                            left[i] -= pieces[i];
                         }
                     }
-                    // All lanes will read the head.
-                    warp::sync_warp();
                     for i in 0..2 {
-                        from[i] = from[i].wrapping_add(pieces[i] as usize);
-                        left[i] -= pieces[i];
+                        octets[i] = octets[i].wrapping_add((EIGHT * strides[i]) as usize);
                     }
-                    ring.push(size);
+                    strip += 1;
                 }
                 task += 1;
             }

@@ -8,7 +8,7 @@
 use super::ring::{FLOAT_TURN, RAGGED_TURN, piece_bytes, turn_bytes};
 use super::row::GROUPS;
 use super::{Current, Cutting, Op, Source, get, kind, matrix_at};
-use crate::types::{FLOATS, GROUP, Matrix, PAD, type_bit};
+use crate::types::{FLOATS, GROUP, Matrix, type_bit};
 use core::mem::offset_of;
 use cuda_std::int::quotient;
 
@@ -24,30 +24,37 @@ pub const ROWS: u32 = 2 * EIGHT;
 #[repr(C, align(16))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// The first row of either eight of the first task.
+    /// The matrices of either eight.
     pub bases: [*const u8; 2],
     /// Its tasks, as the operation counts them: `first .. end`.
     pub first: u32,
     pub end: u32,
     pub period: u32,
-    /// Bytes from repeat to repeat.
+    /// Rows from repeat to repeat.
     pub jump: u32,
-    /// Bytes of a row of either eight.
+    /// As the matrices have them: [`Matrix::row_bytes`] and so on.
     pub row_bytes: [u32; 2],
+    pub tail_bytes: [u32; 2],
+    pub octets: [u32; 2],
     /// Bytes of a whole tile of either.
     pub tiles: [u32; 2],
+    /// Whole strips of a row.
+    pub whole: u32,
+    /// The first row of the first task's first eight, and how many rows there are from a task's first to its second one.
+    pub start: u32,
+    pub apart: u32,
+    pub unused: u32,
     /// Rows of a repeat, and how many before the second eight of the first step.
     pub span: u32,
     pub second: u32,
-    /// Types of either eight, a byte each, [`FLOAT_TURN`] and [`RAGGED_TURN`]; above them, where that is not all of a row, how much
-    /// of it is brought, in vectors of 16 bytes.
+    /// Types of either eight, a byte each, [`FLOAT_TURN`] and [`RAGGED_TURN`].
     pub types: u32,
-    pub unused: u32,
+    pub rest: u32,
     pub shares: Shares,
 }
 
 /// Vectors of a segment.
-pub const SEGMENT_VECTORS: usize = 5;
+pub const SEGMENT_VECTORS: usize = 7;
 const _: () = assert!(size_of::<Segment>() == 16 * SEGMENT_VECTORS);
 
 /// Keys and values of an attention over a long sequence, among the segments.
@@ -57,7 +64,7 @@ pub struct Cached {
     /// Where keys and values begin.
     pub bases: [*const u8; 2],
     pub cutting: Cutting,
-    pub unused: [u32; 4],
+    pub unused: [u32; 12],
     /// [`Cached::MARK`], where a segment has its types.
     pub mark: u32,
     pub rest: [u32; 5],
@@ -88,29 +95,34 @@ impl Segment {
         period: u32::MAX,
         jump: 0,
         row_bytes: [0; 2],
+        tail_bytes: [0; 2],
+        octets: [0; 2],
         tiles: [0; 2],
+        whole: 0,
+        start: 0,
+        apart: 0,
+        unused: 0,
         span: 0,
         second: 0,
         types: 0,
-        unused: 0,
+        rest: 0,
         shares: Shares::NONE,
     };
 
-    /// Bytes of either eight's rows that are brought.
+    /// Bytes from row to row of either eight in strip `strip`; nothing behind the last.
     #[inline(always)]
-    pub fn lengths(&self) -> [u32; 2] {
-        let vectors = self.types >> CUT_SHIFT;
-        if vectors == 0 {
+    pub fn strides(&self, strip: u32) -> [u32; 2] {
+        if strip < self.whole {
             self.row_bytes
         } else {
-            [16 * vectors; 2]
+            self.tail_bytes
         }
     }
 
-    /// Bytes of a turn of whole tiles, of so many at most.
+    /// Bytes of its largest turn, which has so many tiles of a row at most.
     pub fn turn_bytes(&self, turn_tiles: u32) -> u32 {
-        let lengths = self.lengths();
-        let pieces = [0, 1].map(|i| piece_bytes(lengths[i], self.tiles[i], turn_tiles));
+        let strides = self.strides(0);
+        let pieces = [0, 1].map(|i| piece_bytes(strides[i], self.tiles[i], turn_tiles));
         turn_bytes(pieces, self.types)
     }
 
@@ -123,14 +135,26 @@ impl Segment {
     /// Tasks from `first` on: all rows of `m`.
     fn rows(m: &Matrix, first: u32) -> Segment {
         Segment {
-            bases: [m.base, at(m.base, EIGHT * m.row_bytes)],
             first,
             end: first + m.rows.div_ceil(ROWS),
-            row_bytes: [m.row_bytes; 2],
-            tiles: [m.tile_bytes; 2],
+            apart: EIGHT,
             span: m.rows,
             second: EIGHT,
-            types: types(m, m),
+            ..Segment::of(m, m)
+        }
+    }
+
+    /// What follows from the matrices of either eight.
+    fn of(m: &Matrix, second: &Matrix) -> Segment {
+        let both = [m, second];
+        Segment {
+            bases: both.map(|m| m.base),
+            row_bytes: both.map(|m| m.row_bytes),
+            tail_bytes: both.map(|m| m.tail_bytes),
+            octets: both.map(|m| m.octet),
+            tiles: both.map(|m| m.tile_bytes),
+            whole: m.whole_strips(),
+            types: types(m, second),
             ..Segment::NONE
         }
     }
@@ -139,17 +163,14 @@ impl Segment {
     fn pairs(m: &Matrix, first: u32, head_dim: u32, pairs: u32) -> Segment {
         let period = pairs.div_ceil(EIGHT);
         Segment {
-            bases: [m.base, at(m.base, pairs * m.row_bytes)],
             first,
             end: first + m.rows / head_dim * period,
             period: period.max(1),
-            jump: head_dim * m.row_bytes,
-            row_bytes: [m.row_bytes; 2],
-            tiles: [m.tile_bytes; 2],
+            jump: head_dim,
+            apart: pairs,
             span: pairs,
             second: 0,
-            types: types(m, m),
-            ..Segment::NONE
+            ..Segment::of(m, m)
         }
     }
 
@@ -157,40 +178,24 @@ impl Segment {
     fn rest(m: &Matrix, first: u32, head_dim: u32, row: u32) -> Segment {
         let period = (head_dim - row).div_ceil(ROWS);
         Segment {
-            bases: [row, row + EIGHT].map(|row| at(m.base, row * m.row_bytes)),
+            start: row,
             end: first + m.rows / head_dim * period,
             period: period.max(1),
-            jump: head_dim * m.row_bytes,
+            jump: head_dim,
             span: head_dim - row,
             ..Segment::rows(m, first)
         }
     }
 }
 
-/// Where in [`Segment::types`] the length of a part of a row is.
-const CUT_SHIFT: u32 = 18;
-/// Most bytes of a part of a row.
-pub const MOST_CUT: u32 = 16 * ((1 << (32 - CUT_SHIFT)) - 1);
-
 fn types(first: &Matrix, second: &Matrix) -> u32 {
     let float = |m: &Matrix| type_bit(m.ty) & FLOATS != 0;
     let flag = |is: bool, flag: u32| if is { flag } else { 0 };
     let part = GROUPS * GROUP as u32;
-    // A row's padding comes with it.
-    let cut = if first.length() + PAD < first.row_bytes {
-        first.length() / 16
-    } else {
-        0
-    };
     first.ty
-        | (cut << CUT_SHIFT)
         | (second.ty << 8)
         | flag(float(first) && float(second), FLOAT_TURN)
         | flag(!first.cols.is_multiple_of(part), RAGGED_TURN)
-}
-
-fn at(base: *const u8, bytes: u32) -> *const u8 {
-    base.wrapping_add(bytes as usize)
 }
 
 impl Op {
@@ -209,12 +214,8 @@ impl Op {
             kind::GATE_UP => {
                 segments[0] = Segment {
                     end: m.rows.div_ceil(EIGHT),
-                    bases: [m.base, up.base],
-                    row_bytes: [m.row_bytes, up.row_bytes],
-                    tiles: [m.tile_bytes, up.tile_bytes],
-                    second: 0,
-                    types: types(m, up),
-                    ..Segment::rows(m, 0)
+                    span: m.rows,
+                    ..Segment::of(m, up)
                 };
             }
             kind::QKV => {
@@ -261,7 +262,7 @@ impl Op {
                 inverse_splits: self.inverse_splits,
                 first_block: self.first_block,
             },
-            unused: [0; 4],
+            unused: [0; 12],
             mark: Cached::MARK,
             rest: [0; 5],
         })

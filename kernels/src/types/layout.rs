@@ -2,8 +2,15 @@
 
 use super::{GROUP, LAYOUTS, Matrix, TILE};
 
-/// Bytes between rows that would else be an even number of 16 bytes apart: see [`Layout::stride`].
+/// Bytes between rows that would else be an even number of 16 bytes apart: see [`Layout::strides`].
 pub const PAD: u32 = 16;
+
+/// Rows of a quantised type lie in octets, and of each octet in strips: the first [`STRIP`] groups of all its rows, then the next ones, and
+/// so on. A decode step's turn takes a strip of two octets at most, each in one copy.
+pub const OCTET: usize = 8;
+
+/// Groups of a row in a strip.
+pub const STRIP: usize = 2 * TILE;
 
 const _: () = {
     let mut i = 0;
@@ -100,24 +107,56 @@ impl Layout {
         groups / TILE * self.tile_bytes(TILE) + self.tile_bytes(groups % TILE)
     }
 
-    /// Bytes from row to row of `cols` weights: those of a row; of short quantised ones an odd number of 16 bytes, as they lie in a
-    /// decode step's shared memory ([`crate::decode`]), so that one copy brings several.
-    pub const fn stride(&self, cols: usize) -> usize {
+    /// Whole strips of a row of `cols` weights, and how many weights of it lie in the last one, which is narrower.
+    pub const fn strips(&self, cols: usize) -> (usize, usize) {
+        if self.quantised {
+            (cols / (STRIP * GROUP), cols % (STRIP * GROUP))
+        } else {
+            (0, cols)
+        }
+    }
+
+    /// Bytes from row to row in a strip of `cols` weights: of quantised ones an odd number of 16 bytes, as they lie in a decode step's
+    /// shared memory ([`crate::decode`]), so that one copy brings several.
+    const fn stride(&self, cols: usize) -> usize {
         let bytes = self.row_bytes(cols);
-        if self.quantised && cols <= 2 * TILE * GROUP {
+        if self.quantised {
             bytes | PAD as usize
         } else {
             bytes
         }
     }
 
-    /// A matrix of this type at `base`, which has room for `rows` times [`Layout::stride`].
+    /// Bytes from row to row in the strips of rows of `cols` weights: in a whole one, and in the last one, zero where that is whole.
+    pub const fn strides(&self, cols: usize) -> (usize, usize) {
+        let (_, rest) = self.strips(cols);
+        let tail = if rest > 0 { self.stride(rest) } else { 0 };
+        (self.stride(STRIP * GROUP), tail)
+    }
+
+    /// Bytes of a matrix.
+    pub const fn matrix_bytes(&self, rows: usize, cols: usize) -> usize {
+        let (whole, _) = self.strips(cols);
+        let (row, tail) = self.strides(cols);
+        let rows = if self.quantised {
+            rows.next_multiple_of(OCTET)
+        } else {
+            rows
+        };
+        rows * (whole * row + tail)
+    }
+
+    /// A matrix of this type at `base`, which has room for [`Layout::matrix_bytes`].
     pub const fn matrix(&self, rows: usize, cols: usize, base: *const u8) -> Matrix {
+        let (whole, _) = self.strips(cols);
+        let (row, tail) = self.strides(cols);
         Matrix {
             base,
             rows: rows as u32,
             cols: cols as u32,
-            row_bytes: self.stride(cols) as u32,
+            row_bytes: if whole > 0 { row } else { 0 } as u32,
+            tail_bytes: tail as u32,
+            octet: (OCTET * (whole * row + tail)) as u32,
             tile_bytes: self.tile_bytes(TILE) as u32,
             ty: self.ty,
             unused: 0,

@@ -25,17 +25,17 @@ mod read;
 mod write;
 
 pub use float::Sixteen;
-pub use layout::{Layout, PAD, Plane};
+pub use layout::{Layout, OCTET, PAD, Plane, STRIP};
 pub(crate) use read::four_weights;
 
-/// An array of 1 to 32 elements (a power of two, or 5), each written out with its index: what goes through a closure and a
+/// An array of 1 to 32 elements (a power of two, or 7), each written out with its index: what goes through a closure and a
 /// loop, as with `core::array::from_fn`, may end up in local memory instead of registers.
 #[macro_export]
 macro_rules! unrolled {
     (1, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0) };
     (2, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1) };
     (4, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1 2 3) };
-    (5, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1 2 3 4) };
+    (7, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1 2 3 4 5 6) };
     (8, |$i:ident| $e:expr) => { $crate::unrolled!(@ $i, $e, 0 1 2 3 4 5 6 7) };
     (16, |$i:ident| $e:expr) => {
         $crate::unrolled!(@ $i, $e, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
@@ -59,7 +59,7 @@ pub const GROUP: usize = 32;
 /// Groups in a whole tile.
 pub const TILE: usize = 32;
 
-/// A weight matrix in device memory.
+/// A weight matrix in device memory, in [strips](STRIP) if it is of a quantised type.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix {
@@ -68,8 +68,12 @@ pub struct Matrix {
     pub rows: u32,
     /// Weights per row, padded with zeros to a multiple of 32.
     pub cols: u32,
-    /// Bytes from row to row, a multiple of 16.
+    /// Bytes from row to row in a whole strip, a multiple of 16; no matter where there is none.
     pub row_bytes: u32,
+    /// The same in the strip behind the whole ones, if there is one; of other types that is all of a row.
+    pub tail_bytes: u32,
+    /// Bytes from octet to octet of rows.
+    pub octet: u32,
     /// Bytes of a whole tile, a multiple of 16.
     pub tile_bytes: u32,
     /// GGML's number of the type.
@@ -83,6 +87,8 @@ pub const NO_MATRIX: Matrix = Matrix {
     rows: 0,
     cols: 0,
     row_bytes: 0,
+    tail_bytes: 0,
+    octet: 0,
     tile_bytes: 0,
     ty: 0,
     unused: 0,
@@ -95,49 +101,96 @@ impl Matrix {
         self.cols as usize / GROUP
     }
 
-    /// Bytes of a row's weights: less than [`Matrix::row_bytes`] where these are part of longer rows, or [`PAD`] bytes follow.
+    /// Its layout, unless it is [`NO_MATRIX`].
+    fn layout(&self) -> Option<&'static Layout> {
+        LAYOUTS.iter().find(|l| l.ty == self.ty)
+    }
+
+    /// Bytes of a row's weights.
     pub fn length(&self) -> u32 {
-        let layout = LAYOUTS.iter().find(|l| l.ty == self.ty);
+        let layout = self.layout();
         layout.map_or(0, |l| l.row_bytes(self.cols as usize) as u32)
     }
 
-    /// Row `r`.
+    /// Whole strips of a row.
+    pub fn whole_strips(&self) -> u32 {
+        let layout = self.layout();
+        layout.map_or(0, |l| l.strips(self.cols as usize).0 as u32)
+    }
+
+    /// Its columns of `strips` strips from strip `first` on, or of all from there on.
+    pub fn columns(&self, first: u32, strips: Option<u32>) -> Matrix {
+        const WIDTH: u32 = (STRIP * GROUP) as u32;
+        let before = first * OCTET as u32 * self.row_bytes;
+        let rest = self.cols - first * WIDTH;
+        Matrix {
+            base: self.base.wrapping_add(before as usize),
+            cols: strips.map_or(rest, |strips| strips * WIDTH),
+            tail_bytes: if strips.is_some() { 0 } else { self.tail_bytes },
+            ..*self
+        }
+    }
+
+    /// Row `r` of a float type, which lies in one piece.
     #[inline(always)]
-    unsafe fn start(&self, r: usize) -> *const u8 {
-        unsafe { self.base.add(r * self.row_bytes as usize) }
+    fn start(&self, r: usize) -> *const u8 {
+        self.base.wrapping_add(r * self.tail_bytes as usize)
+    }
+
+    /// Where tile `tile` of row `r` begins, in a matrix of type `layout`.
+    #[inline(always)]
+    pub fn tile_at(&self, layout: &Layout, r: usize, tile: usize) -> *const u8 {
+        if !layout.quantised {
+            return self.start(r).wrapping_add(tile * layout.tile_bytes(TILE));
+        }
+        let (octet, within) = (r / OCTET, r % OCTET);
+        let (strip, tile) = (tile / STRIP_TILES, tile % STRIP_TILES);
+        let row_bytes = if strip < self.groups() / STRIP {
+            self.row_bytes
+        } else {
+            self.tail_bytes
+        };
+        let before = octet * self.octet as usize
+            + strip * OCTET * self.row_bytes as usize
+            + within * row_bytes as usize;
+        self.base
+            .wrapping_add(before + tile * layout.tile_bytes(TILE))
     }
 
     /// Row `r` of a matrix of type `T`.
     #[inline(always)]
-    pub unsafe fn row<T>(&self, r: usize) -> MatrixRow<T> {
+    pub unsafe fn row<T>(&self, r: usize) -> MatrixRow<'_, T> {
         MatrixRow {
-            start: unsafe { self.start(r) },
-            groups: self.groups(),
+            matrix: self,
+            r,
             weights: PhantomData,
         }
     }
 }
 
+/// Tiles of a strip.
+const STRIP_TILES: usize = STRIP / TILE;
+
 /// A row of a matrix of type `T` in global memory. Elements of planes are counted over the row.
-pub struct MatrixRow<T> {
-    start: *const u8,
-    groups: usize,
+pub struct MatrixRow<'m, T> {
+    matrix: &'m Matrix,
+    r: usize,
     weights: PhantomData<T>,
 }
 
-impl<T: Weights> MatrixRow<T> {
+impl<T: Weights> MatrixRow<'_, T> {
     /// Element `index` of plane `plane`.
     #[inline(always)]
     unsafe fn at(&self, plane: usize, index: usize) -> *const u8 {
         let layout = T::LAYOUT;
         let per_tile = layout.tile_elements(plane);
         let (tile, element) = (index / per_tile, index % per_tile);
-        let left = self.groups - tile * TILE;
+        let left = self.matrix.groups() - tile * TILE;
         let groups = if left < TILE { left } else { TILE };
-        let offset = tile * layout.tile_bytes(TILE)
-            + layout.plane_offset(plane, groups)
-            + element * layout.planes[plane].bytes;
-        unsafe { self.start.add(offset) }
+        let offset = layout.plane_offset(plane, groups) + element * layout.planes[plane].bytes;
+        self.matrix
+            .tile_at(&layout, self.r, tile)
+            .wrapping_add(offset)
     }
 
     /// Number `index` of the plane's `E`s, elements being one or several of them.
@@ -520,7 +573,7 @@ pub trait Planes {
     }
 }
 
-impl<T: Weights> Planes for MatrixRow<T> {
+impl<T: Weights> Planes for MatrixRow<'_, T> {
     #[inline(always)]
     unsafe fn words4(&self, plane: usize, index: usize) -> [u32; 4] {
         unsafe { ldg_v4_u32_l2(self.at(plane, index)) }

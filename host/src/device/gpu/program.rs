@@ -5,9 +5,9 @@ use super::Driver;
 use super::attending::share_attention;
 use crate::error::{Error, Result};
 use kernels::decode::{
-    self, BATCH, Cached, INVERSE_UNIT, MAX_TURNS, MOST_CUT, Op, ROWS, Segment, Shares, WARPS, kind,
+    self, BATCH, Cached, INVERSE_UNIT, MAX_TURNS, Op, ROWS, Segment, Shares, WARPS, kind,
 };
-use kernels::types::{FLOATS, GROUP, Matrix, TILE, type_bit};
+use kernels::types::{FLOATS, GROUP, Matrix, STRIP, TILE, type_bit};
 
 /// What one launch carries, and with what shared memory.
 pub(super) struct Plan {
@@ -106,10 +106,10 @@ fn cut(ops: &[Op], blocks: u32) -> Vec<Vec<Op>> {
     groups
 }
 
-/// How a product is cut: so many tiles of the row for so many blocks, the rest for the others.
+/// How a product is cut: so many strips of the row for so many blocks, the rest for the others.
 #[derive(Clone, Copy)]
 struct Cut {
-    tiles: u32,
+    strips: u32,
     blocks: u32,
 }
 
@@ -120,7 +120,7 @@ struct Cut {
 pub(super) fn cut_of(matrix: &Matrix, blocks: u32) -> u32 {
     /// A look takes as long as so many parts.
     const LOOK: f64 = 3.0;
-    let tile = (TILE * GROUP) as u32;
+    let strip = (STRIP * GROUP) as u32;
     let (cols, tasks) = (matrix.cols, matrix.rows.div_ceil(ROWS));
     let warps = f64::from(WARPS);
     // Of a block that has most: how long from the input to the output, and parts of weights; and the latter of all blocks.
@@ -135,44 +135,38 @@ pub(super) fn cut_of(matrix: &Matrix, blocks: u32) -> u32 {
     // Weights that a block has more of than others hold all of them up, if later.
     let cost = |[path, most, mean]: [f64; 3]| path + most + 0.01 * mean;
     let cut_cost = |cut: &Cut| {
-        let first = takes(cut.tiles * tile, cut.blocks);
-        let second = takes(cols - cut.tiles * tile, blocks - cut.blocks);
+        let first = takes(cut.strips * strip, cut.blocks);
+        let second = takes(cols - cut.strips * strip, blocks - cut.blocks);
         cost([0, 1, 2].map(|i| first[i].max(second[i])))
     };
     // Who reads the outputs looks at two words; of long rows at one part at a time.
     let long = parts(matrix.rows) > WARPS;
     let reads = 1.0 + if long { LOOK } else { 0.0 };
-    let cuts = (1..cols.div_ceil(tile))
-        .flat_map(|tiles| (1..blocks).map(move |blocks| Cut { tiles, blocks }));
+    let cuts = (1..cols.div_ceil(strip))
+        .flat_map(|strips| (1..blocks).map(move |blocks| Cut { strips, blocks }));
     let best = cuts.min_by(|a, b| cut_cost(a).total_cmp(&cut_cost(b)));
     // Floats are many bytes, and hold up who multiplies them.
     let quantised = type_bit(matrix.ty) & FLOATS == 0;
-    let fits = quantised && matrix.row_bytes <= MOST_CUT && matrix.rows.is_multiple_of(4);
+    let fits = quantised && matrix.rows.is_multiple_of(4);
     let better = |cut: &Cut| fits && cut_cost(cut) + reads < cost(takes(cols, blocks));
     best.filter(better)
-        .map_or(0, |cut| cut.tiles | (cut.blocks << 16))
+        .map_or(0, |cut| cut.strips | (cut.blocks << 16))
 }
 
 /// Both halves of a product: the first is added to its outputs, the second left behind them.
 fn halves(op: &Op, blocks: u32) -> [Op; 2] {
     let [matrix, ..] = op.matrices;
     let cut = Cut {
-        tiles: op.cut & 0xffff,
+        strips: op.cut & 0xffff,
         blocks: op.cut >> 16,
     };
-    let cols = cut.tiles * (TILE * GROUP) as u32;
     let op = Op { cut: 0, ..*op };
     let (mut first, mut second) = (op, op);
-    first.matrices[0].cols = cols;
+    first.matrices[0] = matrix.columns(0, Some(cut.strips));
+    let cols = first.matrices[0].cols;
     first.input.len = cols;
     first.shares = Shares::of(0, 0, cut.blocks);
-    second.matrices[0] = Matrix {
-        base: matrix
-            .base
-            .wrapping_add((cut.tiles * matrix.tile_bytes) as usize),
-        cols: matrix.cols - cols,
-        ..matrix
-    };
+    second.matrices[0] = matrix.columns(cut.strips, None);
     second.input.x = op.input.x.wrapping_add(cols as usize);
     second.input.len -= cols;
     second.shares = Shares::of(0, cut.blocks, blocks - cut.blocks);
@@ -293,7 +287,7 @@ pub(super) fn cost(op: &Op) -> Cost {
     match op.kind {
         // One row of its matrix, scaled.
         kind::EMBED => Cost {
-            bytes: u64::from(op.matrices[0].row_bytes),
+            bytes: u64::from(op.matrices[0].length()),
             operations: len,
             each_token: false,
         },
@@ -309,7 +303,7 @@ pub(super) fn cost(op: &Op) -> Cost {
                 op.matrices.iter().map(rows).sum()
             };
             Cost {
-                bytes: sum(|m| m.row_bytes),
+                bytes: sum(Matrix::length),
                 operations: sum(|_| 2) * len,
                 each_token: false,
             }
@@ -436,33 +430,27 @@ pub(super) mod tests {
 
     pub(in super::super) fn matrix(ty: GgmlType, rows: u32, cols: u32) -> Matrix {
         let layout = LAYOUTS.iter().find(|l| l.ty == ty as u32).unwrap();
-        Matrix {
-            base: 0x10000 as *const u8,
-            rows,
-            cols,
-            row_bytes: layout.stride(cols as usize) as u32,
-            tile_bytes: layout.tile_bytes(TILE) as u32,
-            ty: ty as u32,
-            unused: 0,
-        }
+        layout.matrix(rows as usize, cols as usize, 0x10000 as *const u8)
     }
 
     #[test]
     fn long_products_of_few_rows_are_cut_and_others_are_not() {
         let cut = |ty, rows, cols| cut_of(&matrix(ty, rows, cols), BLOCKS);
-        // The last products of a layer of Qwen 2.5 0.5B and 1.5B, and Llama 3 8B.
-        for (rows, cols) in [(896, 4864), (1536, 8960), (4096, 14336)] {
+        // The last products of a layer of Qwen 2.5 0.5B and 1.5B, and Qwen 3 8B.
+        for (rows, cols) in [(896, 4864), (1536, 8960), (4096, 12288)] {
             assert_ne!(cut(GgmlType::Q4_K, rows, cols), 0, "{rows}×{cols}");
         }
-        // SmolLM2 135M's, of less than two looks; attention's, which others read; gates; floats.
+        // SmolLM2 135M's, of less than two looks; Llama 3 8B's, whose seven strips have no middle; attention's, which others read;
+        // gates; floats.
         assert_eq!(cut(GgmlType::Q4_1, 576, 1536), 0);
+        assert_eq!(cut(GgmlType::Q4_K, 4096, 14336), 0);
         assert_eq!(cut(GgmlType::Q4_K, 4096, 4096), 0);
         assert_eq!(cut(GgmlType::Q4_K, 14336, 4096), 0);
         assert_eq!(cut(GgmlType::F16, 2048, 8192), 0);
     }
 
     #[test]
-    fn short_rows_are_one_turn_and_lie_as_in_shared_memory() {
+    fn turns_lie_in_memory_as_they_do_in_shared_memory() {
         for ty in [
             GgmlType::Q4_1,
             GgmlType::Q5_0,
@@ -470,7 +458,7 @@ pub(super) mod tests {
             GgmlType::Q4_K,
             GgmlType::Q6_K,
         ] {
-            for cols in [256, 768, 1024, 1536, 2048] {
+            for cols in [256, 768, 1024, 1536, 2048, 2304, 4096, 14336] {
                 let m = matrix(ty, 64, cols);
                 let op = Op {
                     kind: kind::PRODUCT,
@@ -478,17 +466,22 @@ pub(super) mod tests {
                     ..decode::NO_OP
                 };
                 let segment = op.segments()[0];
-                // Odd numbers of 16 bytes, which a turn of two tiles has all of.
-                assert_eq!(m.row_bytes % 32, 16, "{ty:?} {cols}");
-                assert_eq!(segment.lengths(), [m.row_bytes; 2], "{ty:?} {cols}");
-                assert_eq!(segment.turn_bytes(2), 16 * m.row_bytes, "{ty:?} {cols}");
+                assert_eq!(segment.whole, cols / 2048, "{ty:?} {cols}");
+                assert_eq!(segment.tail_bytes[0] == 0, cols % 2048 == 0);
+                for strip in 0..cols.div_ceil(2048) {
+                    // An odd number of 16 bytes, which a turn of two tiles has all of.
+                    let [stride, second] = segment.strides(strip);
+                    assert_eq!((stride % 32, second), (16, stride), "{ty:?} {cols}");
+                    let first = segment.turn_bytes(2) == 16 * stride;
+                    assert!(first || strip > 0, "{ty:?} {cols}");
+                }
             }
         }
     }
 
     #[test]
     fn halves_cover_all_columns_and_every_task_once() {
-        for (rows, cols) in [(896, 4864), (1536, 8960), (4096, 14336)] {
+        for (rows, cols) in [(896, 4864), (1536, 8960), (4096, 12288)] {
             let whole = matrix(GgmlType::Q6_K, rows, cols);
             let op = Op {
                 kind: kind::PRODUCT,
@@ -508,7 +501,10 @@ pub(super) mod tests {
             assert_eq!(first.input.len + second.input.len, cols);
             let [a, b] = [first, second].map(|op| op.matrices[0]);
             assert_eq!(a.length() + b.length(), whole.length());
-            assert_eq!(b.base as usize - a.base as usize, a.length() as usize);
+            let strips = a.cols as usize / (STRIP * GROUP);
+            let before = strips * 8 * whole.row_bytes as usize;
+            assert_eq!(b.base as usize - a.base as usize, before);
+            assert_eq!((a.tail_bytes, b.tail_bytes), (0, whole.tail_bytes));
             assert_eq!((first.add, second.add), (1, 0));
             let mut seen = [vec![0; first.count_tasks() as usize], vec![]];
             seen[1] = seen[0].clone();

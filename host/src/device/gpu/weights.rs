@@ -14,7 +14,7 @@ const ALIGNMENT: usize = 256;
 
 /// Bytes of a matrix.
 fn matrix_bytes(layout: &Layout, rows: usize, cols: usize) -> usize {
-    let bytes = rows * layout.stride(cols.next_multiple_of(GROUP));
+    let bytes = layout.matrix_bytes(rows, cols.next_multiple_of(GROUP));
     bytes.next_multiple_of(ALIGNMENT)
 }
 

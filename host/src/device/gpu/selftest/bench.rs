@@ -189,7 +189,7 @@ impl<D: Driver> Bench<'_, D> {
     fn repack(&mut self, ty: GgmlType, file: &[u8], rows: usize, cols: usize) -> Result<Matrix> {
         let layout = layout(ty);
         let padded = cols.next_multiple_of(GROUP);
-        let memory = self.alloc(rows * layout.stride(padded))?;
+        let memory = self.alloc(layout.matrix_bytes(rows, padded))?;
         let matrix = layout.matrix(rows, padded, memory.ptr::<u8>());
         let blocks = padded / layout.block.max(GROUP);
         let block_bytes = layout.block_bytes * (layout.block.max(GROUP) / layout.block);
