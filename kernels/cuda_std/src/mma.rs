@@ -272,30 +272,6 @@ fn load_matrices<const N: usize>(op: &'static str, address: u32, transposed: boo
     })
 }
 
-/// An 8 × 8 matrix of 16-bit elements transposed, `(g, 2t..)` in a word before and after.
-#[inline(always)]
-pub fn transpose(word: u32) -> u32 {
-    #[cfg(target_arch = "nvptx64")]
-    unsafe {
-        let result: u32;
-        asm!("movmatrix.sync.aligned.m8n8.trans.b16 {0}, {1};", out(reg32) result, in(reg32) word,
-            options(nomem, nostack, preserves_flags));
-        result
-    }
-    #[cfg(not(target_arch = "nvptx64"))]
-    {
-        emulator::exchange("movmatrix", u32::MAX, word, |lanes| {
-            let element = |row: usize, column: usize| {
-                lanes[row * 4 + column / 2] >> (16 * (column % 2)) & 0xffff
-            };
-            core::array::from_fn(|lane| {
-                let (g, t) = (lane / 4, lane % 4);
-                element(2 * t, g) | element(2 * t + 1, g) << 16
-            })
-        })
-    }
-}
-
 macro_rules! matrix_loads {
     ($($(#[$doc:meta])* $name:ident, $n:literal, $op:literal, $transposed:literal: $($r:ident)*;)*) => {$(
         $(#[$doc])*

@@ -11,7 +11,7 @@
 //! A warp's [running softmax](super::running) goes from tile to tile; warps merge in shared memory, splits in
 //! [`merge`](super::merge), which some of the blocks do once they are through with their pieces.
 
-use super::join::{KEPT_BYTES, Kept, join, leave};
+use super::join::{TARGET_BYTES, Target, join, leave};
 use super::running::{Running, split};
 use super::seal::Seal;
 use super::{
@@ -47,8 +47,8 @@ pub const NARROW_DIM: u32 = 2 * CHUNK;
 /// step's own key and value.
 const FRESH_AT: u32 = MAX_HEAD_DIM / CHUNK * 32 * 32;
 /// And of the piece what is needed once its tokens are through.
-const PIECE_AT: u32 = FRESH_AT + 2 * 2 * MAX_HEAD_DIM;
-pub(crate) const ASKED_BYTES: u32 = PIECE_AT + KEPT_BYTES;
+const TARGET_AT: u32 = FRESH_AT + 2 * 2 * MAX_HEAD_DIM;
+pub(crate) const ASKED_BYTES: u32 = TARGET_AT + TARGET_BYTES;
 
 /// Bytes of shared memory that attention needs, with so many query heads for each key-value head and so many splits.
 pub const fn attend_bytes(group: u32, head_dim: u32, splits: u32) -> u32 {
@@ -286,8 +286,8 @@ impl Place {
 
     /// What [`join`](super::join) keeps of the piece.
     #[inline(always)]
-    pub fn kept(&self) -> SharedPtr<u32> {
-        shared::at(self.asked + PIECE_AT)
+    pub fn target(&self) -> SharedPtr<u32> {
+        shared::at(self.asked + TARGET_AT)
     }
 
     /// Elements of the step's key (`kind` 0) or value (1), as the cache holds them.
@@ -306,7 +306,7 @@ pub(super) unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
             let piece = Piece::of(Cutting::of(op), index, get!(op, now.position));
             let place = Place::here();
             if thread() == KEEPER {
-                Kept::new(op, &piece).store(place);
+                Target::new(op, &piece).store(place);
             }
             let wide = may_be(WIDE) && get!(op, cache.head_dim) > NARROW_DIM;
             if get!(op, splits) == 1 {

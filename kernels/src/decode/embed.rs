@@ -15,14 +15,7 @@ pub unsafe fn embed(a: &DecodeArgs, op: Current) {
     unsafe {
         let table: *const Matrix = SharedPtr::<Matrix>::from_addr(op.0 + matrix_at(0)).as_ptr();
         let groups = (*table).cols / GROUP as u32;
-        let seal = Seal::of(
-            op,
-            if get!(op, sealed) != 0 {
-                get!(op, number)
-            } else {
-                super::PLAIN
-            },
-        );
+        let seal = Seal::of_output(op);
         let (len, scale, out) = (get!(op, input.len), get!(op, scale), get!(op, out));
         let token = token(a, op);
         let mut i = thread() * blocks() + block_idx_x();

@@ -9,7 +9,7 @@ use super::row::{norm_scale, sum_of};
 use super::seal::Seal;
 use super::task::{EIGHT, ROWS, TaskRow, block_tasks, rows};
 use super::{
-    CHOICES, Current, DecodeArgs, FINISHERS, HALVES, LATE, PLAIN, SCRATCH_AT, Source, WARPS, Warp,
+    CHOICES, Current, DecodeArgs, FINISHERS, HALVES, LATE, SCRATCH_AT, Source, WARPS, Warp,
     await_op, blocks, cache_block, get, kind, lane, may_be, note, point, sync_finishers, thread,
 };
 use crate::rows::BLOCK_TOKENS;
@@ -174,13 +174,8 @@ impl Ends {
     #[inline(always)]
     unsafe fn of(op: Current) -> Ends {
         unsafe {
-            let number = if get!(op, sealed) != 0 {
-                get!(op, number)
-            } else {
-                PLAIN
-            };
             Ends {
-                seal: Seal::of(op, number).here(),
+                seal: Seal::of_output(op).here(),
                 before: Seal::of(op, get!(op, add_from)).here(),
                 kind: get!(op, kind),
                 norm: !get!(op, input.norm).is_null(),

@@ -3,15 +3,15 @@
 use super::attend::{HEAD_PARTS, HEADS, OCTET, PART, Piece, Place, WIDTH, part_at};
 use super::running::Running;
 use super::seal::Seal;
-use super::{Current, PLAIN, WARPS, get, sync, thread};
+use super::{Current, WARPS, get, sync, thread};
 use crate::attention::NONE;
 use cuda_std::float;
 use cuda_std::int::here;
 use cuda_std::shared::SharedPtr;
 
-/// What is needed of a piece once its tokens are through, kept in shared memory: it would take registers that the tiles need.
+/// Where what comes of a piece goes, kept in shared memory: it would take registers that the tiles need.
 #[derive(Clone, Copy)]
-pub(super) struct Kept {
+pub(super) struct Target {
     head: u32,
     heads: u32,
     element: u32,
@@ -24,25 +24,20 @@ pub(super) struct Kept {
 }
 
 /// Bytes of it there.
-pub(super) const KEPT_BYTES: u32 = 32;
+pub(super) const TARGET_BYTES: u32 = 32;
 
-impl Kept {
+impl Target {
     #[inline(always)]
-    pub unsafe fn new(op: Current, piece: &Piece) -> Kept {
+    pub unsafe fn new(op: Current, piece: &Piece) -> Target {
         unsafe {
-            let number = if get!(op, sealed) != 0 {
-                get!(op, number)
-            } else {
-                PLAIN
-            };
-            Kept {
+            Target {
                 head: piece.head,
                 heads: piece.heads,
                 element: piece.element,
                 width: piece.width,
                 split: piece.split,
                 warps: piece.warps(),
-                seal: Seal::of(op, number),
+                seal: Seal::of_output(op),
             }
         }
     }
@@ -51,7 +46,7 @@ impl Kept {
     pub unsafe fn store(&self, place: Place) {
         let sizes = self.heads | self.width << 8 | self.warps << 16;
         let (mask, number) = self.seal.words();
-        let at = place.kept();
+        let at = place.target();
         unsafe {
             at.store_v4([sizes, self.head, self.split, self.element]);
             at.add(4).store_v2([mask, number]);
@@ -59,11 +54,11 @@ impl Kept {
     }
 
     #[inline(always)]
-    unsafe fn load(place: Place) -> Kept {
-        let at = place.kept();
+    unsafe fn load(place: Place) -> Target {
+        let at = place.target();
         let [sizes, head, split, element] = unsafe { at.load_v4() };
         let [mask, number] = unsafe { at.add(4).load_v2() };
-        Kept {
+        Target {
             heads: sizes & 0xff,
             width: (sizes >> 8) & 0xff,
             warps: sizes >> 16,
@@ -79,9 +74,9 @@ impl Kept {
 #[inline(always)]
 pub(super) unsafe fn leave<const H: usize>(running: &Running<H>, place: Place, warp: u32) {
     unsafe {
-        let kept = Kept::load(place);
-        let sums = warp < kept.warps.next_multiple_of(BATCH as u32);
-        running.leave(place.parts(), HEAD_PARTS, kept.heads, warp, sums);
+        let target = Target::load(place);
+        let sums = warp < target.warps.next_multiple_of(BATCH as u32);
+        running.leave(place.parts(), HEAD_PARTS, target.heads, warp, sums);
     }
 }
 
@@ -103,22 +98,22 @@ pub(super) unsafe fn join<const H: usize>(op: Current, place: Place) {
         let i = thread().wrapping_sub(32 * WARPS - joining::<H>());
         let e = i % (WIDTH / 4) * 4;
         // All that is read is on its way before any of it is needed.
-        let kept = Kept::load(place);
+        let target = Target::load(place);
         let (splits, head_dim) = (get!(op, splits), get!(op, cache.head_dim));
         let (row, parts) = (get!(op, out), get!(op, parts));
         let part = i / (WIDTH / 4);
         let (head, half) = (part / H as u32, part % H as u32);
-        let exists = i < joining::<H>() && head < kept.heads && half * WIDTH + e < kept.width;
-        let head = kept.head + head;
+        let exists = i < joining::<H>() && head < target.heads && half * WIDTH + e < target.width;
+        let head = target.head + head;
         let (out, to) = if splits == 1 {
-            (row, head * head_dim + kept.element + e)
+            (row, head * head_dim + target.element + e)
         } else {
             let e = half * WIDTH + e;
-            (parts, part_at(head_dim, splits, head, e, kept.split))
+            (parts, part_at(head_dim, splits, head, e, target.split))
         };
-        let (seal, to) = (kept.seal.here(), out.wrapping_add(here(to) as usize));
+        let (seal, to) = (target.seal.here(), out.wrapping_add(here(to) as usize));
         let at = here(place.parts().add(part * HEAD_PARTS).addr());
-        let warps = here(if exists { kept.warps } else { u32::MAX });
+        let warps = here(if exists { target.warps } else { u32::MAX });
         sync();
         if warps == u32::MAX {
             return;

@@ -481,7 +481,7 @@ impl Ring {
                             bytes: pieces[i],
                             stride: e.strides[i],
                             pitch,
-                            octet: s.octets[i],
+                            eight_bytes: s.eight_bytes[i],
                         };
                         rows.copy(to, e.from[i], place.come());
                     }
@@ -496,8 +496,8 @@ impl Ring {
                     }
                     let row = lane % EIGHT;
                     let exists = row < of_two(late, e.rows);
-                    let (stride, octet) = (of_two(late, e.strides), of_two(late, s.octets));
-                    let skipped = row_at(row + of_two(late, e.within), stride, octet);
+                    let (stride, eight) = (of_two(late, e.strides), of_two(late, s.eight_bytes));
+                    let skipped = row_at(row + of_two(late, e.within), stride, eight);
                     let from = of_two(late, e.from).wrapping_add(skipped);
                     let mut at = lane / ROWS * 16;
                     while exists && at < of_two(late, pieces) {
@@ -531,9 +531,9 @@ impl Ring {
 /// What a turn has of either eight.
 struct Eights {
     rows: [u32; 2],
-    /// The first one's number in its octet.
+    /// The first one's number in the eight that it lies in.
     within: [u32; 2],
-    /// Where that octet begins.
+    /// Where that begins.
     from: [*const u8; 2],
     /// Bytes from row to row there.
     strides: [u32; 2],
@@ -554,19 +554,19 @@ unsafe fn load(a: &DecodeArgs, index: u32) -> Coming {
 #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
 struct Rows {
     count: u32,
-    /// The first one's number in its octet.
+    /// The first one's number in the eight that it lies in.
     within: u32,
     /// Of a row.
     bytes: u32,
-    /// From row to row, there and here; and there from octet to octet.
+    /// From row to row, there and here; and there from eight to eight.
     stride: u32,
     pitch: u32,
-    octet: u32,
+    eight_bytes: u32,
 }
 
 #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
 impl Rows {
-    /// Asks the copy engine for them, of the octet that begins at `from`. It takes what several lanes ask one after the other, in a loop
+    /// Asks the copy engine for them, of what begins with an eight at `from`. It takes what several lanes ask one after the other, in a loop
     /// that takes longer than the copies; and so do branches.
     #[inline(always)]
     unsafe fn copy(&self, to: u32, from: *const u8, come: SharedPtr<u64>) {
@@ -581,17 +581,17 @@ impl Rows {
         let mut i = 0;
         while i < self.count {
             let to = SharedPtr::from_addr(to + i * self.pitch);
-            let from = from.wrapping_add(row_at(self.within + i, self.stride, self.octet));
+            let from = from.wrapping_add(row_at(self.within + i, self.stride, self.eight_bytes));
             unsafe { mbarrier::copy_bulk(to, from, self.bytes, come) }
             i += opaque(1);
         }
     }
 }
 
-/// Where row `row` from an octet's first on begins in a strip.
+/// Where row `row` from an eight's first on begins in a strip.
 #[inline(always)]
-fn row_at(row: u32, stride: u32, octet: u32) -> usize {
-    (row / EIGHT * octet + row % EIGHT * stride) as usize
+fn row_at(row: u32, stride: u32, eight_bytes: u32) -> usize {
+    (row / EIGHT * eight_bytes + row % EIGHT * stride) as usize
 }
 
 /// What the feeder warp does: it brings turn after turn.
@@ -636,8 +636,8 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                 });
                 let first = s.start + repeat * s.jump + first;
                 let firsts = [first, first + s.apart];
-                let mut octets = [0, 1].map(|i| {
-                    let before = u64::from(firsts[i] / EIGHT) * u64::from(s.octets[i]);
+                let mut eights = [0, 1].map(|i| {
+                    let before = u64::from(firsts[i] / EIGHT) * u64::from(s.eight_bytes[i]);
                     s.bases[i].wrapping_add(before as usize)
                 });
                 let mut strip = 0;
@@ -645,7 +645,7 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                 while strip <= s.whole {
                     let strides = s.strides(strip);
                     let mut left = strides;
-                    let mut from = octets;
+                    let mut from = eights;
                     while left[0] != 0 {
                         let pieces = [0, 1].map(|i| piece_bytes(left[i], s.tiles[i], a.turn_tiles));
                         let eights = Eights {
@@ -662,7 +662,7 @@ pub unsafe fn feed<const BULK: bool>(a: &DecodeArgs) {
                         }
                     }
                     for i in 0..2 {
-                        octets[i] = octets[i].wrapping_add((EIGHT * strides[i]) as usize);
+                        eights[i] = eights[i].wrapping_add((EIGHT * strides[i]) as usize);
                     }
                     strip += 1;
                 }

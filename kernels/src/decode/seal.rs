@@ -42,6 +42,19 @@ impl Seal {
         }
     }
 
+    /// Of the words that the operation itself leaves: plain ones where nobody reads them in this launch.
+    #[inline(always)]
+    pub unsafe fn of_output(op: Current) -> Seal {
+        unsafe {
+            let number = if get!(op, sealed) != 0 {
+                get!(op, number)
+            } else {
+                PLAIN
+            };
+            Seal::of(op, number)
+        }
+    }
+
     /// The same, known from here on: what it follows from would else be looked at where it is first used.
     #[inline(always)]
     pub fn here(self) -> Seal {

@@ -8,12 +8,12 @@
 use super::ring::{FLOAT_TURN, RAGGED_TURN, piece_bytes, turn_bytes};
 use super::row::GROUPS;
 use super::{Current, Cutting, Op, Source, get, kind, matrix_at};
-use crate::types::{FLOATS, GROUP, Matrix, type_bit};
+use crate::types::{self, FLOATS, GROUP, Matrix, type_bit};
 use core::mem::offset_of;
 use cuda_std::int::quotient;
 
 /// Rows of half a task.
-pub const EIGHT: u32 = 8;
+pub const EIGHT: u32 = types::EIGHT as u32;
 /// Rows of a task.
 pub const ROWS: u32 = 2 * EIGHT;
 
@@ -35,7 +35,7 @@ pub struct Segment {
     /// As the matrices have them: [`Matrix::row_bytes`] and so on.
     pub row_bytes: [u32; 2],
     pub tail_bytes: [u32; 2],
-    pub octets: [u32; 2],
+    pub eight_bytes: [u32; 2],
     /// Bytes of a whole tile of either.
     pub tiles: [u32; 2],
     /// Whole strips of a row.
@@ -96,7 +96,7 @@ impl Segment {
         jump: 0,
         row_bytes: [0; 2],
         tail_bytes: [0; 2],
-        octets: [0; 2],
+        eight_bytes: [0; 2],
         tiles: [0; 2],
         whole: 0,
         start: 0,
@@ -151,7 +151,7 @@ impl Segment {
             bases: both.map(|m| m.base),
             row_bytes: both.map(|m| m.row_bytes),
             tail_bytes: both.map(|m| m.tail_bytes),
-            octets: both.map(|m| m.octet),
+            eight_bytes: both.map(|m| m.eight_bytes),
             tiles: both.map(|m| m.tile_bytes),
             whole: m.whole_strips(),
             types: types(m, second),

@@ -5,9 +5,9 @@ use super::{GROUP, LAYOUTS, Matrix, TILE};
 /// Bytes between rows that would else be an even number of 16 bytes apart: see [`Layout::strides`].
 pub const PAD: u32 = 16;
 
-/// Rows of a quantised type lie in octets, and of each octet in strips: the first [`STRIP`] groups of all its rows, then the next ones, and
-/// so on. A decode step's turn takes a strip of two octets at most, each in one copy.
-pub const OCTET: usize = 8;
+/// Rows of a quantised type lie in eights, and of each eight in strips: the first [`STRIP`] groups of all its rows, then the next ones, and
+/// so on. A decode step's turn takes a strip of two eights at most, each in one copy.
+pub const EIGHT: usize = 8;
 
 /// Groups of a row in a strip.
 pub const STRIP: usize = 2 * TILE;
@@ -139,7 +139,7 @@ impl Layout {
         let (whole, _) = self.strips(cols);
         let (row, tail) = self.strides(cols);
         let rows = if self.quantised {
-            rows.next_multiple_of(OCTET)
+            rows.next_multiple_of(EIGHT)
         } else {
             rows
         };
@@ -156,10 +156,70 @@ impl Layout {
             cols: cols as u32,
             row_bytes: if whole > 0 { row } else { 0 } as u32,
             tail_bytes: tail as u32,
-            octet: (OCTET * (whole * row + tail)) as u32,
+            eight_bytes: (EIGHT * (whole * row + tail)) as u32,
             tile_bytes: self.tile_bytes(TILE) as u32,
             ty: self.ty,
             unused: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_tile_of_every_row_has_its_own_bytes() {
+        for layout in LAYOUTS.iter() {
+            for (rows, groups) in [(1, 8), (19, 40), (8, 64), (9, 152), (16, 256), (3, 280)] {
+                let cols = groups * GROUP;
+                if !cols.is_multiple_of(layout.block) {
+                    continue;
+                }
+                let matrix = layout.matrix(rows, cols, core::ptr::null());
+                let mut spans = std::vec::Vec::new();
+                for row in 0..rows {
+                    for tile in 0..groups.div_ceil(TILE) {
+                        let start = matrix.tile_at(layout, row, tile) as usize;
+                        let bytes = layout.tile_bytes(TILE.min(groups - tile * TILE));
+                        spans.push((start, start + bytes));
+                    }
+                }
+                spans.sort_unstable();
+                let case = (layout.ty, rows, groups);
+                assert!(spans.windows(2).all(|two| two[0].1 <= two[1].0), "{case:?}");
+                let end = spans.last().map_or(0, |span| span.1);
+                assert!(end <= layout.matrix_bytes(rows, cols), "{case:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_eight_of_a_strip_is_one_run_of_bytes() {
+        let layout = LAYOUTS.iter().find(|l| l.quantised).unwrap();
+        let matrix = layout.matrix(32, 5 * TILE * GROUP, core::ptr::null());
+        assert_eq!(matrix.whole_strips(), 2);
+        for (tile, stride) in [
+            (0, matrix.row_bytes),
+            (2, matrix.row_bytes),
+            (4, matrix.tail_bytes),
+        ] {
+            for row in 8..15 {
+                let [a, b] = [row, row + 1].map(|r| matrix.tile_at(layout, r, tile) as usize);
+                assert_eq!(b - a, stride as usize, "row {row}, tile {tile}");
+            }
+        }
+        // The same where the columns are cut between strips.
+        let rest = matrix.columns(1, None);
+        assert_eq!(
+            (rest.cols, rest.whole_strips()),
+            (3 * (TILE * GROUP) as u32, 1)
+        );
+        for (r, tile) in [(0, 0), (13, 1), (31, 2)] {
+            assert_eq!(
+                rest.tile_at(layout, r, tile),
+                matrix.tile_at(layout, r, tile + 2)
+            );
         }
     }
 }

@@ -25,7 +25,7 @@ mod read;
 mod write;
 
 pub use float::Sixteen;
-pub use layout::{Layout, OCTET, PAD, Plane, STRIP};
+pub use layout::{EIGHT, Layout, PAD, Plane, STRIP};
 pub(crate) use read::four_weights;
 
 /// An array of 1 to 32 elements (a power of two, or 7), each written out with its index: what goes through a closure and a
@@ -72,8 +72,8 @@ pub struct Matrix {
     pub row_bytes: u32,
     /// The same in the strip behind the whole ones, if there is one; of other types that is all of a row.
     pub tail_bytes: u32,
-    /// Bytes from octet to octet of rows.
-    pub octet: u32,
+    /// Bytes from eight to eight of rows.
+    pub eight_bytes: u32,
     /// Bytes of a whole tile, a multiple of 16.
     pub tile_bytes: u32,
     /// GGML's number of the type.
@@ -88,7 +88,7 @@ pub const NO_MATRIX: Matrix = Matrix {
     cols: 0,
     row_bytes: 0,
     tail_bytes: 0,
-    octet: 0,
+    eight_bytes: 0,
     tile_bytes: 0,
     ty: 0,
     unused: 0,
@@ -121,7 +121,7 @@ impl Matrix {
     /// Its columns of `strips` strips from strip `first` on, or of all from there on.
     pub fn columns(&self, first: u32, strips: Option<u32>) -> Matrix {
         const WIDTH: u32 = (STRIP * GROUP) as u32;
-        let before = first * OCTET as u32 * self.row_bytes;
+        let before = first * EIGHT as u32 * self.row_bytes;
         let rest = self.cols - first * WIDTH;
         Matrix {
             base: self.base.wrapping_add(before as usize),
@@ -143,15 +143,15 @@ impl Matrix {
         if !layout.quantised {
             return self.start(r).wrapping_add(tile * layout.tile_bytes(TILE));
         }
-        let (octet, within) = (r / OCTET, r % OCTET);
+        let (eight, within) = (r / EIGHT, r % EIGHT);
         let (strip, tile) = (tile / STRIP_TILES, tile % STRIP_TILES);
         let row_bytes = if strip < self.groups() / STRIP {
             self.row_bytes
         } else {
             self.tail_bytes
         };
-        let before = octet * self.octet as usize
-            + strip * OCTET * self.row_bytes as usize
+        let before = eight * self.eight_bytes as usize
+            + strip * EIGHT * self.row_bytes as usize
             + within * row_bytes as usize;
         self.base
             .wrapping_add(before + tile * layout.tile_bytes(TILE))

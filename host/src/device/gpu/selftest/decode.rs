@@ -86,9 +86,12 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
     ] {
         attend(b, heads, kv_heads, head_dim, past, splits, None)?;
     }
-    // More turns of the cache than a ring has room for, of which one of these has a small one.
-    for past in [1500, 1501, 1502] {
-        attend(b, 3, 1, 64, past, 3, None)?;
+    // More turns of the cache than a ring has room for: of three programs one has a small ring, that of a single head such that whoever
+    // awaited its first turn before others had read theirs would do so for ever.
+    for heads in [3, 1] {
+        for past in [1500, 1501, 1502] {
+            attend(b, heads, 1, 64, past, 3, None)?;
+        }
     }
     // Heads that are normed and rotated by the attention: all, some and none of their elements.
     for (heads, kv_heads, head_dim, past, splits, dims, halves) in [
