@@ -2,7 +2,7 @@
 //!
 //! A block has a ring of *turns*. A turn is up to sixteen rows of a task, of each a tile or two, or a block of the cache, and
 //! takes no more room than these. A feeder warp goes through the block's tasks of all operations in the order in which they will be computed,
-//! and copies a turn wherever the ring has room, a row at a time. Each turn has a place among [`MAX_TURNS`] with two
+//! and copies a turn wherever the ring has room, eight rows at a time. Each turn has a place among [`MAX_TURNS`] with two
 //! barriers in shared memory ([`mbarrier`]): one says that it has come, the other that every warp has read its part.
 
 use super::long;
