@@ -1,6 +1,7 @@
 //! How the warps' parts of a piece of attention become one, and where that goes: to the row, or to the parts that splits leave.
 
-use super::attend::{HEAD_PARTS, HEADS, OCTET, PART, Piece, Place, WIDTH, part_at};
+use super::attend::{HEAD_PARTS, HEADS, OCTET, PART, Place, WIDTH, part_at};
+use super::pieces::Piece;
 use super::running::Running;
 use super::seal::Seal;
 use super::{Current, WARPS, get, sync, thread};

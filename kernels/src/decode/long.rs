@@ -5,11 +5,12 @@
 //! written; the cache's last blocks, which this one writes into, warps read themselves.
 
 use super::attend::{
-    Asked, CHUNK, EIGHT, NO_SCORES, Piece, Place, TOKENS, Values, WIDTH, add_scores, ask, at_token,
+    Asked, CHUNK, EIGHT, NO_SCORES, Place, TOKENS, Values, WIDTH, add_scores, ask, at_token,
     cached_end, load_keys, load_values, own_token, place_in_fragment, put_key, put_value, seen,
     tile_at,
 };
 use super::join::leave;
+use super::pieces::Piece;
 use super::ring::Ring;
 use super::running::Running;
 use super::task::Cached;

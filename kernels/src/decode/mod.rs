@@ -30,6 +30,7 @@ mod join;
 mod long;
 mod merge;
 mod op;
+mod pieces;
 mod product;
 mod ring;
 mod row;
@@ -54,12 +55,11 @@ use cuda_std::thread::{
 use ring::Place;
 use window::{AHEAD, Current, Source, WINDOW, await_op, copy_op, get, matrix_at};
 
-pub use attend::{
-    Cutting, MAX_HEAD_DIM, NARROW_DIM, OCTET, attend_bytes, attend_pieces, split_words,
-};
+pub use attend::{MAX_HEAD_DIM, NARROW_DIM, OCTET, attend_bytes, split_words};
 pub use long::turn_bytes;
 pub use merge::MAX_SPLITS;
 pub use op::{INVERSE_UNIT, Input, NO_OP, Now, OP_BYTES, Op, kind};
+pub use pieces::{Cutting, attend_pieces};
 pub use product::BATCH;
 pub use ring::MAX_TURNS;
 pub use row::{parts, row_bytes};
