@@ -9,8 +9,8 @@ use super::row::{norm_scale, sum_of};
 use super::seal::Seal;
 use super::task::{EIGHT, ROWS, TaskRow, block_tasks, rows};
 use super::{
-    CHOICES, Current, DecodeArgs, FINISHERS, HALVES, LATE, SCRATCH_AT, Source, WARPS, Warp,
-    await_op, blocks, cache_block, get, kind, lane, may_be, note, point, sync_finishers, thread,
+    CHOICES, Current, DecodeArgs, FINISHERS, HALVES, LATE, SCRATCH_AT, WARPS, Warp, await_op,
+    blocks, cache_block, get, kind, lane, may_be, note, point, sync_finishers, thread,
 };
 use crate::rows::BLOCK_TOKENS;
 use crate::sample::{max_u64, rank, warp_max};

@@ -53,7 +53,7 @@ use cuda_std::thread::{
 };
 
 use ring::Place;
-use window::{AHEAD, Current, Source, WINDOW, await_op, copy_op, get, matrix_at};
+use window::{AHEAD, Current, WINDOW, await_op, copy_op, get, matrix_at};
 
 pub use attend::{MAX_HEAD_DIM, NARROW_DIM, OCTET, attend_bytes, split_words};
 pub use long::turn_bytes;

@@ -7,7 +7,7 @@
 
 use super::ring::{FLOAT_TURN, RAGGED_TURN, piece_bytes, turn_bytes};
 use super::row::GROUPS;
-use super::{Current, Cutting, Op, Source, get, kind, matrix_at};
+use super::{Current, Cutting, Op, get, kind, matrix_at};
 use crate::types::{self, FLOATS, GROUP, Matrix, type_bit};
 use core::mem::offset_of;
 use cuda_std::int::quotient;
@@ -293,7 +293,7 @@ pub struct TaskRow {
 impl TaskRow {
     /// Of a lane of task `index`.
     #[inline(always)]
-    pub unsafe fn of(op: impl Source, index: u32, lane: u32) -> TaskRow {
+    pub unsafe fn of(op: Current, index: u32, lane: u32) -> TaskRow {
         unsafe {
             let (late, i) = (lane / EIGHT % 2, lane % EIGHT);
             let plain = |m: u32, t: u32| TaskRow {
@@ -469,11 +469,11 @@ pub unsafe fn block_tasks(op: Current) -> BlockTasks {
 }
 
 #[inline(always)]
-pub unsafe fn matrix_field(op: impl Source, m: u32, offset: usize) -> u32 {
+pub unsafe fn matrix_field(op: Current, m: u32, offset: usize) -> u32 {
     unsafe { op.word(matrix_at(m) + offset as u32) }
 }
 
 #[inline(always)]
-pub unsafe fn rows(op: impl Source, m: u32) -> u32 {
+pub unsafe fn rows(op: Current, m: u32) -> u32 {
     unsafe { matrix_field(op, m, offset_of!(Matrix, rows)) }
 }

@@ -13,28 +13,10 @@ pub(super) const WINDOW: u32 = 4;
 /// How far the window reaches beyond the current operation: its last is on its way, and shown by the next one's barrier.
 pub(super) const AHEAD: u32 = WINDOW - 2;
 
-/// Where the fields of an operation are read.
-pub(super) trait Source: Copy {
-    unsafe fn word(self, offset: u32) -> u32;
-    unsafe fn long(self, offset: u32) -> u64;
-
-    /// The field at `offset`; `_type` only says its type.
-    #[inline(always)]
-    unsafe fn read<T: Field>(self, offset: u32, _type: impl Fn(*const Op) -> *const T) -> T {
-        unsafe { T::of(self, offset) }
-    }
-
-    /// Biases of matrix `m`; null for none.
-    #[inline(always)]
-    unsafe fn bias(self, m: u32) -> *const f32 {
-        unsafe { Field::of(self, core::mem::offset_of!(Op, biases) as u32 + 8 * m) }
-    }
-}
-
-/// Reads a field of an operation from a [`Source`].
+/// Reads a field of an operation.
 macro_rules! get {
     ($op:expr, $($field:tt)+) => {
-        $crate::decode::Source::read(
+        $crate::decode::Current::read(
             $op,
             core::mem::offset_of!($crate::decode::Op, $($field)+) as u32,
             |op| &raw const (*op).$($field)+,
@@ -58,11 +40,9 @@ impl Current {
     pub fn at(index: u32) -> Current {
         Current(shared::at::<u8>(WINDOW_AT + index % WINDOW * OP_BYTES).addr())
     }
-}
 
-impl Source for Current {
     #[inline(always)]
-    unsafe fn word(self, offset: u32) -> u32 {
+    pub unsafe fn word(self, offset: u32) -> u32 {
         unsafe { u32::load(self.0 + offset) }
     }
 
@@ -70,37 +50,49 @@ impl Source for Current {
     unsafe fn long(self, offset: u32) -> u64 {
         unsafe { u64::load(self.0 + offset) }
     }
+
+    /// The field at `offset`; `_type` only says its type.
+    #[inline(always)]
+    pub unsafe fn read<T: Field>(self, offset: u32, _type: impl Fn(*const Op) -> *const T) -> T {
+        unsafe { T::of(self, offset) }
+    }
+
+    /// Biases of matrix `m`; null for none.
+    #[inline(always)]
+    pub unsafe fn bias(self, m: u32) -> *const f32 {
+        unsafe { Field::of(self, core::mem::offset_of!(Op, biases) as u32 + 8 * m) }
+    }
 }
 
 /// What an operation's fields are.
 pub(super) trait Field {
-    unsafe fn of(op: impl Source, offset: u32) -> Self;
+    unsafe fn of(op: Current, offset: u32) -> Self;
 }
 
 impl Field for u32 {
     #[inline(always)]
-    unsafe fn of(op: impl Source, offset: u32) -> Self {
+    unsafe fn of(op: Current, offset: u32) -> Self {
         unsafe { op.word(offset) }
     }
 }
 
 impl Field for f32 {
     #[inline(always)]
-    unsafe fn of(op: impl Source, offset: u32) -> Self {
+    unsafe fn of(op: Current, offset: u32) -> Self {
         f32::from_bits(unsafe { op.word(offset) })
     }
 }
 
 impl<T> Field for *const T {
     #[inline(always)]
-    unsafe fn of(op: impl Source, offset: u32) -> Self {
+    unsafe fn of(op: Current, offset: u32) -> Self {
         unsafe { op.long(offset) as *const T }
     }
 }
 
 impl<T> Field for *mut T {
     #[inline(always)]
-    unsafe fn of(op: impl Source, offset: u32) -> Self {
+    unsafe fn of(op: Current, offset: u32) -> Self {
         unsafe { op.long(offset) as *mut T }
     }
 }
