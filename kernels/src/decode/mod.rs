@@ -122,7 +122,8 @@ fn is_type<const T: u32>(ty: u32) -> bool {
 #[derive(Clone, Copy)]
 pub struct DecodeArgs {
     pub ops: *const Op,
-    /// The operations' [segments](Op::segments), those with tasks, in order; one without after them.
+    /// The operations' [segments](Op::segments), those with tasks, and what of the cache [comes through the ring](Op::cached), in order;
+    /// a segment without tasks after them.
     pub segments: *const Segment,
     pub segment_count: u32,
     /// [`Now::tasks`] of each operation and block.
