@@ -8,7 +8,7 @@
 use crate::attention::{AttendArgs, LOG2_E, NONE, with_sink};
 use crate::decode::attend::{
     ASKED_BYTES, HEADS, NO_SCORES, PART, Place, TOKENS, WIDTH, add_scores, load_keys, load_values,
-    seen, value_token,
+    part_element, seen, value_token,
 };
 use crate::decode::running::Running;
 use crate::rows::BLOCK_TOKENS;
@@ -140,8 +140,11 @@ unsafe fn attend<const K: usize, const H: usize>(a: &AttendArgs) {
         // Four elements a thread.
         let mut i = thread_idx_x();
         while i < heads * H as u32 * (WIDTH / 4) {
-            let (part, e) = (i / (WIDTH / 4), i % (WIDTH / 4) * 4);
-            let (head, element) = (part / H as u32, part % H as u32 * WIDTH + e);
+            let (part, at) = (i / (WIDTH / 4), i % (WIDTH / 4) * 4);
+            // Those of wide heads' second halves come last.
+            let second = part >= heads;
+            let head = if second { part - heads } else { part };
+            let element = second as u32 * WIDTH + part_element(at);
             i += THREADS;
             if element >= head_dim {
                 continue;
@@ -156,7 +159,7 @@ unsafe fn attend<const K: usize, const H: usize>(a: &AttendArgs) {
                 let [top, own] = of_warp(w).add(WIDTH).load_v2();
                 let weight = float::exp2_approx(top - peak);
                 mass += weight * own;
-                let v = of_warp(w).add(e).load_v4();
+                let v = of_warp(w).add(at).load_v4();
                 for n in 0..4 {
                     sums[n] += weight * v[n];
                 }

@@ -24,6 +24,14 @@ unsafe extern "C" {
     fn vote_any(mask: u32, predicate: bool) -> bool;
     #[link_name = "llvm.nvvm.vote.all.sync"]
     fn vote_all(mask: u32, predicate: bool) -> bool;
+    #[link_name = "llvm.nvvm.redux.sync.add"]
+    fn redux_add(value: i32, mask: u32) -> i32;
+    #[link_name = "llvm.nvvm.redux.sync.max"]
+    fn redux_max(value: i32, mask: u32) -> i32;
+    #[link_name = "llvm.nvvm.redux.sync.min"]
+    fn redux_min(value: i32, mask: u32) -> i32;
+    #[link_name = "llvm.nvvm.redux.sync.umax"]
+    fn redux_umax(value: i32, mask: u32) -> i32;
     #[link_name = "llvm.nvvm.bar.warp.sync"]
     fn bar_warp(mask: u32);
 }
@@ -193,39 +201,84 @@ pub fn sync_warp() {
     sync_warp_mask(FULL_MASK)
 }
 
+/// The sum over all lanes, in every lane.
+// An exclusive-or tree: both partners of an exchange add the same two numbers, so all lanes end
+// with the same bits, and each run gives the same ones.
+#[inline(always)]
+pub fn reduce_sum_f32(value: f32) -> f32 {
+    let mut value = value;
+    let mut distance = 16;
+    while distance > 0 {
+        value += shuffle_xor(value, distance);
+        distance /= 2;
+    }
+    value
+}
+
 macro_rules! reductions {
-    ($($(#[$doc:meta])* $name:ident: $type:ty = $combine:expr;)*) => {$(
+    ($($(#[$doc:meta])* $name:ident: $type:ty = $device:ident, $combine:expr;)*) => {$(
         $(#[$doc])*
         #[inline(always)]
         pub fn $name(value: $type) -> $type {
-            let mut value = value;
-            let mut distance = 16;
-            while distance > 0 {
-                value = $combine(value, shuffle_xor(value, distance));
-                distance /= 2;
+            #[cfg(target_arch = "nvptx64")]
+            unsafe {
+                $device(value as i32, FULL_MASK) as $type
             }
-            value
+            #[cfg(not(target_arch = "nvptx64"))]
+            {
+                let op = stringify!($name);
+                emulator::exchange(op, FULL_MASK, value, |lanes| {
+                    let all = lanes.iter().copied().reduce($combine);
+                    [all.unwrap_or(value); 32]
+                })
+            }
         }
     )*};
 }
 
-// An exclusive-or tree: both partners of an exchange add the same two numbers, so all lanes end
-// with the same bits, and each run gives the same ones.
+// One instruction of compute capability 8.0 on.
 reductions! {
     /// The sum over all lanes, in every lane.
-    reduce_sum_f32: f32 = |a, b| a + b;
+    reduce_sum_i32: i32 = redux_add, i32::wrapping_add;
     /// The sum over all lanes, in every lane.
-    reduce_sum_i32: i32 = |a: i32, b: i32| a.wrapping_add(b);
-    /// The sum over all lanes, in every lane.
-    reduce_sum_u32: u32 = |a: u32, b: u32| a.wrapping_add(b);
-    /// The maximum over all lanes, in every lane; a NaN loses.
-    reduce_max_f32: f32 = crate::float::max;
-    /// The minimum over all lanes, in every lane; a NaN loses.
-    reduce_min_f32: f32 = crate::float::min;
+    reduce_sum_u32: u32 = redux_add, u32::wrapping_add;
     /// The maximum over all lanes, in every lane.
-    reduce_max_u32: u32 = |a: u32, b: u32| if a > b { a } else { b };
+    reduce_max_u32: u32 = redux_umax, u32::max;
     /// The maximum over all lanes, in every lane.
-    reduce_max_i32: i32 = |a: i32, b: i32| if a > b { a } else { b };
+    reduce_max_i32: i32 = redux_max, i32::max;
+    /// The minimum over all lanes, in every lane.
+    reduce_min_i32: i32 = redux_min, i32::min;
+}
+
+/// The bits of a number as an integer of the same order: of a negative one, all but the sign are turned over. The same again is the number.
+#[inline(always)]
+fn in_order(bits: i32) -> i32 {
+    bits ^ (((bits >> 31) as u32) >> 1) as i32
+}
+
+/// The maximum over all lanes, in every lane; a NaN loses.
+#[inline(always)]
+pub fn reduce_max_f32(value: f32) -> f32 {
+    let bits = value.to_bits() as i32;
+    // The last of all integers is a NaN, too.
+    let word = if value.is_nan() {
+        i32::MIN
+    } else {
+        in_order(bits)
+    };
+    f32::from_bits(in_order(reduce_max_i32(word)) as u32)
+}
+
+/// The minimum over all lanes, in every lane; a NaN loses.
+#[inline(always)]
+pub fn reduce_min_f32(value: f32) -> f32 {
+    let bits = value.to_bits() as i32;
+    let word = if value.is_nan() {
+        i32::MAX
+    } else {
+        in_order(bits)
+    };
+    f32::from_bits(in_order(reduce_min_i32(word)) as u32)
 }
 
 /// True in one lane of the warp, always the same; all must come. Unlike a question after the lane's number it tells the

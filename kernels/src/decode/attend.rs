@@ -78,11 +78,32 @@ pub(super) fn part_at(head_dim: u32, splits: u32, head: u32, element: u32, split
     (head * split_words(head_dim) + element - before) * splits + OCTET * split + before
 }
 
-/// Words of a part: the elements' sums, their peak and mass, two unused.
+/// Words of a part: the elements' sums, in places of four; their peak and mass, two unused.
 pub const PART: u32 = WIDTH + 4;
 
-/// Words from head to head of the warps' parts in shared memory, of either half of a wide one's elements: these, and as many more as
-/// send neighbours' words to different banks.
+/// Where in a part element `element`, of a multiple of four, begins: who leaves eight neighbours in two pieces leaves the second ones behind
+/// all the first ones, so that neighbours' pieces are in different banks.
+#[inline(always)]
+pub(crate) const fn part_place(element: u32) -> u32 {
+    element / EIGHT * 4 + element % EIGHT / 4 * (WIDTH / 2)
+}
+
+/// And which element is in place `place`, a multiple of four.
+#[inline(always)]
+pub(crate) const fn part_element(place: u32) -> u32 {
+    place % (WIDTH / 2) * 2 + place / (WIDTH / 2) * 4
+}
+
+const _: () = {
+    let mut element = 0;
+    while element < WIDTH {
+        assert!(part_element(part_place(element)) == element);
+        element += 4;
+    }
+};
+
+/// Words from head to head of the warps' parts in shared memory, of all heads' first halves and then of wide ones' second: these, and as many
+/// more as send neighbours' words to different banks.
 pub(super) const HEAD_PARTS: u32 = WARPS * PART + 4;
 
 /// The thread that says what the piece is, of a warp that waits for no query.

@@ -1,6 +1,6 @@
 //! How the warps' parts of a piece of attention become one, and where that goes: to the row, or to the parts that splits leave.
 
-use super::attend::{HEAD_PARTS, HEADS, OCTET, PART, Place, WIDTH, part_at};
+use super::attend::{HEAD_PARTS, HEADS, OCTET, PART, Place, WIDTH, part_at, part_element};
 use super::pieces::Piece;
 use super::running::Running;
 use super::seal::Seal;
@@ -97,35 +97,48 @@ const _: () = assert!(joining::<2>() <= 32 * WARPS);
 pub(super) unsafe fn join<const H: usize>(op: Current, place: Place) {
     unsafe {
         let i = thread().wrapping_sub(32 * WARPS - joining::<H>());
-        let e = i % (WIDTH / 4) * 4;
+        let place_in_part = i % (WIDTH / 4) * 4;
+        let e = part_element(place_in_part);
         // All that is read is on its way before any of it is needed.
         let target = Target::load(place);
         let (splits, head_dim) = (get!(op, splits), get!(op, cache.head_dim));
         let (row, parts) = (get!(op, out), get!(op, parts));
         let part = i / (WIDTH / 4);
-        let (head, half) = (part / H as u32, part % H as u32);
+        // First halves of all heads, then wide ones' second: those that exist are neighbours.
+        let half = u32::from(H == 2 && part >= target.heads);
+        let head = part - half * target.heads;
         let exists = i < joining::<H>() && head < target.heads && half * WIDTH + e < target.width;
-        let head = target.head + head;
+        let row_head = target.head + head;
         let (out, to) = if splits == 1 {
-            (row, head * head_dim + target.element + e)
+            (row, row_head * head_dim + target.element + e)
         } else {
             let e = half * WIDTH + e;
-            (parts, part_at(head_dim, splits, head, e, target.split))
+            (parts, part_at(head_dim, splits, row_head, e, target.split))
         };
         let (seal, to) = (target.seal.here(), out.wrapping_add(here(to) as usize));
         let at = here(place.parts().add(part * HEAD_PARTS).addr());
+        let first = half * WIDTH + e < OCTET;
         let warps = here(if exists { target.warps } else { u32::MAX });
         sync();
         if warps == u32::MAX {
             return;
         }
         let part = |w: usize| SharedPtr::<f32>::from_addr(at).add(w as u32 * PART);
+        let batch = |b: usize| {
+            let mut parts = [[0.0; 4]; BATCH];
+            for k in 0..BATCH {
+                parts[k] = part(b * BATCH + k).add(place_in_part).load_v4();
+            }
+            parts
+        };
         let mut stats = [[[0.0; 2]; BATCH]; BATCHES];
         for b in 0..BATCHES {
             for k in 0..BATCH {
                 stats[b][k] = part(b * BATCH + k).add(WIDTH).load_v2();
             }
         }
+        // A batch is on its way while the one before it is added.
+        let mut next = batch(0);
         let tops = stats.map(|s| s.into_iter().fold(NONE, |top, s| top.max(s[0])));
         let peak = tops.into_iter().fold(NONE, f32::max);
         // As its word will have it: what is rounded off would count as much as the peak is great.
@@ -135,9 +148,10 @@ pub(super) unsafe fn join<const H: usize>(op: Current, place: Place) {
             if (b * BATCH) as u32 >= warps {
                 break;
             }
-            let mut parts = [[0.0; 4]; BATCH];
-            for k in 0..BATCH {
-                parts[k] = part(b * BATCH + k).add(e).load_v4();
+            let parts = next;
+            let behind = ((b + 1) * BATCH) as u32;
+            if behind < warps {
+                next = batch(b + 1);
             }
             for k in 0..BATCH {
                 let weight = float::exp2_approx(stats[b][k][0] - peak);
@@ -153,8 +167,7 @@ pub(super) unsafe fn join<const H: usize>(op: Current, place: Place) {
         } else {
             seal.write_four(to, sums);
             // By who has the first elements, in their order.
-            let e = i * 4 % (H as u32 * WIDTH);
-            if e < OCTET {
+            if first {
                 let behind = get!(op, cache.head_dim) * splits;
                 seal.write_four(to.add(behind as usize), [peak, mass, 0.0, 0.0]);
             }

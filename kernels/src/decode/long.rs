@@ -78,8 +78,8 @@ pub(super) unsafe fn feed<const BULK: bool>(
 
 /// This warp's share of the block's piece, left in its parts; how many turns are left to [`pass`], for which nobody waits.
 ///
-/// Of a turn two neighbours have each a tile, or, where there are more turns than for one round of such pairs, a warp has both: its
-/// products and exchanges then go side by side.
+/// Of a turn two neighbours have each a tile, or a warp has both: its products and exchanges then go side by side. So many warps have both
+/// that one round is enough, or all, where none is.
 #[inline(always)]
 pub(super) unsafe fn walk<const K: usize, const H: usize>(
     a: &DecodeArgs,
@@ -91,17 +91,25 @@ pub(super) unsafe fn walk<const K: usize, const H: usize>(
     unsafe {
         let old = ring_end(a, &piece);
         let old = if piece.from < old { old } else { piece.from };
-        let old = Old {
+        let mut old = Old {
             end: old,
             turns: (old - piece.from) / TURN,
+            whole: 0,
         };
         let room = get!(op, room);
         // Both tiles of a wide head would take more registers than there are.
-        if H == 1 && old.turns > round(1) && room > round(2) {
-            share::<K, H, 2>(a, op, place, piece, old, true, w)
-        } else {
-            share::<K, H, 1>(a, op, place, piece, old, room > round(1), w)
+        if H == 1 && room > round(2) {
+            let behind = (piece.to - piece.from).div_ceil(TOKENS) - 2 * old.turns;
+            if old.turns + behind > WARPS {
+                old.whole = old.turns;
+            } else {
+                old.whole = (2 * old.turns + behind).saturating_sub(WARPS);
+            }
+            if thread() / 32 < old.whole {
+                return share::<K, H, 2>(a, op, place, piece, old, true, w);
+            }
         }
+        share::<K, H, 1>(a, op, place, piece, old, room > round(1), w)
     }
 }
 
@@ -111,6 +119,8 @@ struct Old {
     /// The first token behind it.
     end: u32,
     turns: u32,
+    /// Turns of which a warp has both tiles: the first ones.
+    whole: u32,
 }
 
 /// [`walk`], where a warp takes `N` tiles of a turn.
@@ -131,11 +141,14 @@ unsafe fn share<const K: usize, const H: usize, const N: usize>(
     unsafe {
         let warp = here(thread() / 32);
         let mut turns = old.turns;
-        let mine = warp / sharers(N);
-        // Its first tile of a turn.
-        let first = warp % sharers(N);
+        let (mine, first) = if N == 2 {
+            (warp, 0)
+        } else {
+            let behind = warp - old.whole;
+            (old.whole + behind / 2, behind % 2)
+        };
         // Tiles behind the turns go to the warps that would have the next ones', one each: they are fewer than warps.
-        let shares = sharers(N) * turns % WARPS;
+        let shares = (2 * turns - old.whole) % WARPS;
         let after = (warp + WARPS - shares) % WARPS;
         let asked = Asked::first(op, piece);
         // Where a warp has one of these it is its first.

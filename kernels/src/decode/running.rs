@@ -1,15 +1,12 @@
 //! A warp's running softmax over tiles of tokens (arXiv:2205.14135), and where it leaves what comes of it.
 
-use super::attend::{EIGHT, PART, Values, WIDTH, place_in_fragment};
+use super::attend::{EIGHT, PART, Values, WIDTH, part_place, place_in_fragment};
 use crate::attention::NONE;
 use crate::unrolled;
 use cuda_std::half::{F16, pack_f16x2};
 use cuda_std::int::{here, prmt};
 use cuda_std::shared::SharedPtr;
 use cuda_std::{float, mma, warp};
-
-/// Two f16.
-const ONES: u32 = 0x3c00_3c00;
 
 /// A tile's weights, as B's fragments: rounded to f16, and what the rounding leaves over.
 type Weights = [[u32; 2]; 2];
@@ -18,9 +15,11 @@ type Weights = [[u32; 2]; 2];
 pub(crate) struct Running<const H: usize> {
     /// Of head `g`.
     peak: f32,
-    /// Of heads `2 t` and `2 t + 1`, as all sums: the weights' own, by a product with ones, the same in every lane of a head.
-    mass: [f32; 4],
-    /// Of elements `8 g + 2 j` and the next.
+    /// The weights' sum, likewise.
+    mass: f32,
+    /// Whether there were any tokens.
+    begun: u32,
+    /// Of heads `2 t` and `2 t + 1`, elements `8 g + 2 j` and the next.
     sums: [[[f32; 4]; 4]; H],
 }
 
@@ -43,8 +42,9 @@ impl<const H: usize> Running<H> {
     pub fn new() -> Self {
         Self {
             peak: NONE,
+            mass: 0.0,
             // Where it is known to begin with zero, the first tile gets code of its own.
-            mass: [f32::from_bits(here(0)), 0.0, 0.0, 0.0],
+            begun: here(0),
             sums: [[[0.0; 4]; 4]; H],
         }
     }
@@ -54,7 +54,7 @@ impl<const H: usize> Running<H> {
     #[inline(always)]
     pub fn none() -> Self {
         let mut none = Self::new();
-        none.mass = none.mass.map(unknown);
+        none.mass = unknown(none.mass);
         none.sums = none.sums.map(|part| part.map(|sums| sums.map(unknown)));
         none
     }
@@ -70,14 +70,13 @@ impl<const H: usize> Running<H> {
             top = top.max(warp::shuffle_xor(top, width));
         }
         // Nothing has been summed yet for the first tile, which most often is the only one.
-        if self.mass[0] != 0.0 {
+        if self.begun != 0 {
             top = top.max(self.peak);
             let shrink = float::exp2_approx(self.peak - top);
+            self.mass *= shrink;
             let (_, t) = place_in_fragment();
             for i in 0..2 {
                 let shrink = warp::shuffle_idx(shrink, (2 * t + i as u32) * 4);
-                self.mass[i] *= shrink;
-                self.mass[i + 2] *= shrink;
                 for h in 0..H {
                     for j in 0..4 {
                         self.sums[h][j][i] *= shrink;
@@ -87,15 +86,20 @@ impl<const H: usize> Running<H> {
             }
         }
         self.peak = top;
-        s.map(|s| {
+        self.begun = 1;
+        let mut mass = 0.0;
+        let weights = s.map(|s| {
             let weights: [f32; 4] = unrolled!(4, |i| float::exp2_approx(s[i] - top));
+            mass += (weights[0] + weights[1]) + (weights[2] + weights[3]);
             let (near, far) = (split(weights[0], weights[1]), split(weights[2], weights[3]));
-            let p = [0, 1].map(|rest| [near[rest], far[rest]]);
-            for p in p {
-                self.mass = mma::m16n8k16_f16([ONES; 4], p, self.mass);
-            }
-            p
-        })
+            [0, 1].map(|rest| [near[rest], far[rest]])
+        });
+        // Here, where nobody waits for it.
+        for width in [1, 2] {
+            mass += warp::shuffle_xor(mass, width);
+        }
+        self.mass += mass;
+        weights
     }
 
     /// Adds a tile's values by weight, of one part of the elements.
@@ -114,8 +118,8 @@ impl<const H: usize> Running<H> {
         }
     }
 
-    /// Leaves it in warp `warp`'s parts of so many heads, `stride` words from each to the next, in halves of wide ones. Who had no
-    /// tokens leaves parts of no weight, without sums where `sums` is not set.
+    /// Leaves it in warp `warp`'s parts of so many heads, `stride` words from each to the next, first those of the first halves of wide
+    /// ones. Who had no tokens leaves parts of no weight, without sums where `sums` is not set.
     #[inline(always)]
     pub unsafe fn leave(
         &self,
@@ -126,28 +130,25 @@ impl<const H: usize> Running<H> {
         sums: bool,
     ) {
         let (g, t) = place_in_fragment();
-        if g < heads && t == 0 {
-            for h in 0..H {
-                let of_head = (g * H as u32 + h as u32) * stride;
-                let part = parts.add(of_head + warp * PART);
-                unsafe { part.add(WIDTH).store(self.peak) }
+        for h in 0..H as u32 {
+            let part = parts.add((h * heads + g) * stride + warp * PART);
+            if g < heads && t == 0 {
+                unsafe { part.add(WIDTH).store_v2([self.peak, self.mass]) }
             }
+        }
+        if !sums {
+            return;
         }
         for i in 0..2 {
             let head = 2 * t + i as u32;
             if head < heads {
                 for h in 0..H {
-                    let of_head = (head * H as u32 + h as u32) * stride;
+                    let of_head = (h as u32 * heads + head) * stride;
                     let part = parts.add(of_head + warp * PART);
                     for j in [0, 2] {
                         let (s, next) = (self.sums[h][j], self.sums[h][j + 1]);
-                        let at = part.add(g * EIGHT + 2 * j as u32);
-                        if sums {
-                            unsafe { at.store_v4([s[i], s[i + 2], next[i], next[i + 2]]) }
-                        }
-                    }
-                    if g == 0 {
-                        unsafe { part.add(WIDTH + 1).store(self.mass[i]) }
+                        let at = part.add(part_place(g * EIGHT + 2 * j as u32));
+                        unsafe { at.store_v4([s[i], s[i + 2], next[i], next[i + 2]]) }
                     }
                 }
             }
