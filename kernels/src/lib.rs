@@ -14,6 +14,7 @@
 //! - [`attention`]: one query row at a time; [`flash`]: many on tensor cores
 //! - [`experts`]: mixtures of experts
 //! - [`rows`] (norms, rotation, casts), [`sample`]
+//! - [`hand_off`]: no part of a model; the time in which blocks hand each other what they wrote, a floor of [`decode`]
 
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch, f16))]
@@ -40,6 +41,8 @@ pub mod exact;
 pub mod experts;
 #[cfg(not(cuda_sm_90a))]
 pub mod flash;
+#[cfg(not(cuda_sm_90a))]
+pub mod hand_off;
 #[cfg(not(cuda_sm_90a))]
 pub mod heads;
 #[cfg(not(cuda_sm_90a))]
@@ -88,6 +91,7 @@ cuda_std::kernels![
     flash::flash_128_variant,
     flash::flash_64,
     flash::flash_64_variant,
+    hand_off::hand_off,
     one::linear_one,
     rows::activate_rows,
     rows::cast_f16,

@@ -40,7 +40,8 @@ pub(super) struct BenchArgs {
     #[arg(long)]
     first_token: bool,
     /// Time each operation of a decode step, by the device's clock (GPUs only): how long it waited and worked, the
-    /// bytes that it read, and how near that came to the memory's bandwidth
+    /// bytes that it read, and how near that came to the memory's bandwidth; and what a hand-off takes, in which all
+    /// multiprocessors get what each has written, as between any two operations
     #[arg(long)]
     profile: bool,
     /// Draw what --profile measures as a roofline, an SVG: operations a second over operations a byte, under what
@@ -142,6 +143,12 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
     } else {
         Vec::new()
     };
+    // Only where a step has any.
+    let hand_offs = if profile.is_empty() {
+        Vec::new()
+    } else {
+        direct.hand_offs()?
+    };
 
     let runner = direct.runner();
     let (model, device) = (runner.info(), runner.device());
@@ -164,6 +171,7 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
             "tg": { "n": args.generate, "tokens_per_s": decode },
             "memory_bytes_per_s": device.memory_bytes_per_s,
             "profile": profile,
+            "hand_offs": hand_offs,
         });
         print_json(out, &value)?;
         return plot(args, &profile, direct.runner());
@@ -191,6 +199,7 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
     }
     if profiled {
         report.push_str(&profile::table(&profile, device.memory_bytes_per_s));
+        report.push_str(&profile::hand_offs(&hand_offs));
     }
     write!(out, "{report}").map_err(stdout_error)?;
     plot(args, &profile, direct.runner())

@@ -1,5 +1,6 @@
 //! `kigo bench --profile`: where the time of a decode step goes.
 
+use crate::device::HandOff;
 use crate::engine::Direct;
 use crate::error::Result;
 use serde::Serialize;
@@ -155,6 +156,26 @@ pub(super) fn table(rows: &[Row], memory_bytes_per_s: Option<u64>) -> String {
         Some(peak) => format!("peak           {:.0} GB/s of memory\n", peak as f64 / 1e9),
         None => "peak           none: this device does not tell its memory's bandwidth\n".into(),
     });
+    text
+}
+
+/// Hand-offs as a table, below that of the operations.
+pub(super) fn hand_offs(all: &[HandOff]) -> String {
+    let mut text = String::new();
+    if !all.is_empty() {
+        text.push_str(
+            "hand-off       us each, with so many KB on their way to each multiprocessor\n",
+        );
+    }
+    for h in all {
+        text.push_str(&format!(
+            "{:<14} {:>7.2} {:>8} KB, {:.0} GB/s\n",
+            "",
+            h.ns / 1e3,
+            h.flying >> 10,
+            h.bytes_per_s / 1e9,
+        ));
+    }
     text
 }
 

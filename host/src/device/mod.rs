@@ -410,6 +410,18 @@ pub struct OpTiming {
     pub total_ns: u64,
 }
 
+/// What it takes until all of a device's multiprocessors have what each has written: a floor of what lies between two operations of a
+/// decode step.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct HandOff {
+    /// Bytes on their way from memory to each multiprocessor meanwhile.
+    #[serde(rename = "bytes_on_their_way")]
+    pub flying: u64,
+    pub ns: f64,
+    /// At which rate these came.
+    pub bytes_per_s: f64,
+}
+
 /// Carries the operations of a forward pass.
 ///
 /// Operations work on the rows of the batch given to [`Device::step`], in order, and may be queued:
@@ -448,6 +460,11 @@ pub trait Device: Send + Sized + 'static {
     /// Times the operations of the coming decode steps; gives those of the last step that was timed so. Nothing
     /// on a device without such a clock.
     fn profile(&mut self) -> Result<Vec<OpTiming>> {
+        Ok(Vec::new())
+    }
+
+    /// Measures hand-offs, with more and more bytes on their way. Nothing on a device whose decode step has none.
+    fn hand_offs(&mut self) -> Result<Vec<HandOff>> {
         Ok(Vec::new())
     }
 

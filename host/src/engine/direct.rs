@@ -1,7 +1,7 @@
 //! One sequence on a runner, driven by hand: for commands and checks that look at logits.
 
 use super::prefix::step_end;
-use crate::device::{Batch, OpTiming, SampleRow, Span};
+use crate::device::{Batch, HandOff, OpTiming, SampleRow, Span};
 use crate::error::{Error, Result};
 use crate::model::{MAX_OUTPUTS, Runner};
 use crate::sampling::SamplingParams;
@@ -45,6 +45,14 @@ impl Direct {
     /// The device's failure.
     pub fn profile(&mut self) -> Result<Vec<OpTiming>> {
         self.runner.profile()
+    }
+
+    /// As [`Runner::hand_offs`].
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub fn hand_offs(&mut self) -> Result<Vec<HandOff>> {
+        self.runner.hand_offs()
     }
 
     /// Tokens in the cache.

@@ -200,6 +200,11 @@ pub trait Runner: Send {
         Ok(Vec::new())
     }
 
+    /// As [`device::Device::hand_offs`].
+    fn hand_offs(&mut self) -> Result<Vec<device::HandOff>> {
+        Ok(Vec::new())
+    }
+
     /// The logits of output `i` of the last [`Runner::forward`], `vocabulary` long.
     fn logits(&mut self, output: usize) -> Result<Vec<f32>>;
 }

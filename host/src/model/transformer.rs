@@ -5,7 +5,7 @@ use super::architectures::{Blueprint, HeadNorms, LayerPlan};
 use super::{Config, MAX_OUTPUTS, ModelInfo, Ring, Runner};
 use crate::device::{
     Adapter, Attention, BLOCK_TOKENS, Batch, CachePlace, CacheShape, Device, DeviceInfo, Experts,
-    GateUp, Head, HeadNorm, Heads, Linear, Norm, NormKind, OpTiming, Qkv, Residual, Rope,
+    GateUp, HandOff, Head, HeadNorm, Heads, Linear, Norm, NormKind, OpTiming, Qkv, Residual, Rope,
     SampleRow,
 };
 use crate::error::{Error, Result};
@@ -292,6 +292,10 @@ impl<D: Device> Runner for Transformer<D> {
 
     fn profile(&mut self) -> Result<Vec<OpTiming>> {
         self.device.profile()
+    }
+
+    fn hand_offs(&mut self) -> Result<Vec<HandOff>> {
+        self.device.hand_offs()
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<()> {

@@ -9,6 +9,7 @@ pub mod cuda;
 mod decode;
 mod emulated;
 mod experts;
+mod hand_offs;
 mod ops;
 mod products;
 mod program;
@@ -20,11 +21,11 @@ mod weights;
 pub use emulated::Emulated;
 pub use selftest::Outcome;
 
-use super::OpTiming;
 use super::{
     Attention, BLOCK_TOKENS, Batch, CachePart, CachePlace, CacheShape, Device, DeviceInfo, Experts,
 };
 use super::{GateUp, Head, Linear, Qkv, Residual, SampleRow};
+use super::{HandOff, OpTiming};
 use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
 use cuda_std::tensor::{TensorMap, Tiling};
@@ -470,6 +471,10 @@ impl<D: Driver> Device for Gpu<D> {
 
     fn profile(&mut self) -> Result<Vec<OpTiming>> {
         self.timings()
+    }
+
+    fn hand_offs(&mut self) -> Result<Vec<HandOff>> {
+        hand_offs::measure(&mut self.driver)
     }
 
     fn begin_loading(&mut self, file: &Arc<gguf::Gguf>) -> Result<()> {

@@ -9,6 +9,7 @@ mod choice;
 mod decode;
 mod decode_attention;
 mod experts;
+mod hand_off;
 mod products;
 mod rows;
 mod variants;
@@ -55,7 +56,8 @@ pub fn run<D: Driver>(driver: D, seed: u64, each: &mut dyn FnMut(Outcome)) -> Re
     variants::run(&mut bench)?;
     experts::run(&mut bench)?;
     attention::run(&mut bench)?;
-    choice::run(&mut bench)
+    choice::run(&mut bench)?;
+    hand_off::run(&mut bench)
 }
 
 /// Prints a line per check; whether all passed.
