@@ -370,6 +370,160 @@ pub unsafe fn ld_relaxed_v4_u32<T>(pointer: *const T) -> [u32; 4] {
     }
 }
 
+/// A load of [`await_v4_u32`], and what gathers in register `t` the bits in which its words are not the number: `(word ^ number) | t`.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! look {
+    ($a:literal $b:literal $c:literal $d:literal, $from:literal) => {
+        concat!(
+            "ld.relaxed.gpu.global.v4.u32 {{{",
+            $a,
+            "}, {",
+            $b,
+            "}, {",
+            $c,
+            "}, {",
+            $d,
+            "}}}, [{",
+            $from,
+            "}];"
+        )
+    };
+    ($a:literal $b:literal $c:literal $d:literal => $t:literal) => {
+        concat!(
+            "xor.b32 ",
+            $t,
+            ", {",
+            $a,
+            "}, {number}; ",
+            "lop3.b32 ",
+            $t,
+            ", {",
+            $b,
+            "}, {number}, ",
+            $t,
+            ", 0xbe; ",
+            "lop3.b32 ",
+            $t,
+            ", {",
+            $c,
+            "}, {number}, ",
+            $t,
+            ", 0xbe; ",
+            "lop3.b32 ",
+            $t,
+            ", {",
+            $d,
+            "}, {number}, ",
+            $t,
+            ", 0xbe;"
+        )
+    };
+}
+
+/// The rest of it, of a loop from `again` on: `t0`, `t1` and `t2` of all lanes have none of the bits of the mask.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! until_there {
+    () => {
+        concat!(
+            "lop3.b32 t0, t0, t1, t2, 0xfe; ",
+            "and.b32 t0, t0, {mask}; ",
+            "setp.eq.u32 there, t0, 0; ",
+            "vote.sync.all.pred there, there, 0xffffffff; ",
+            "@!there bra.uni again;"
+        )
+    };
+}
+
+/// Loads four words from each of `N` places, three at most, again and again until all words of all lanes of the warp are `number`
+/// in the bits of `mask`. Other blocks may write them meanwhile.
+///
+/// The loop has few instructions, and one branch that all lanes take: questions that some answer otherwise take as long as the loads.
+///
+/// # Safety
+/// The pointers are valid for 16 bytes and 16-byte aligned; all lanes come.
+// A label of PTX is known inside of its braces alone; it has none of numbers.
+#[allow(named_asm_labels)]
+#[inline(always)]
+pub unsafe fn await_v4_u32<const N: usize, T>(
+    from: [*const T; N],
+    mask: u32,
+    number: u32,
+) -> [[u32; 4]; N] {
+    const { assert!(0 < N && N <= 3) };
+    let mut words = [[0; 4]; N];
+    #[cfg(target_arch = "nvptx64")]
+    unsafe {
+        let at = |i: usize| from[i % N] as u64;
+        let (a, b, c, d): (u32, u32, u32, u32);
+        if N == 1 {
+            asm!(
+                "{{ .reg .pred there; .reg .b32 t0, t1, t2; mov.b32 t1, 0; mov.b32 t2, 0;",
+                "again:",
+                look!("0" "1" "2" "3", "4"),
+                look!("0" "1" "2" "3" => "t0"),
+                until_there!(),
+                "}}",
+                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d,
+                in(reg64) at(0), mask = in(reg32) mask, number = in(reg32) number,
+                options(nostack, preserves_flags));
+            words[0] = [a, b, c, d];
+            return words;
+        }
+        let (e, f, g, h): (u32, u32, u32, u32);
+        if N == 2 {
+            asm!(
+                "{{ .reg .pred there; .reg .b32 t0, t1, t2; mov.b32 t2, 0;",
+                "again:",
+                look!("0" "1" "2" "3", "8"),
+                look!("4" "5" "6" "7", "9"),
+                look!("0" "1" "2" "3" => "t0"),
+                look!("4" "5" "6" "7" => "t1"),
+                until_there!(),
+                "}}",
+                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d,
+                out(reg32) e, out(reg32) f, out(reg32) g, out(reg32) h,
+                in(reg64) at(0), in(reg64) at(1), mask = in(reg32) mask, number = in(reg32) number,
+                options(nostack, preserves_flags));
+            words[0] = [a, b, c, d];
+            words[1 % N] = [e, f, g, h];
+            return words;
+        }
+        let (i, j, k, l): (u32, u32, u32, u32);
+        asm!(
+            "{{ .reg .pred there; .reg .b32 t0, t1, t2;",
+            "again:",
+            look!("0" "1" "2" "3", "12"),
+            look!("4" "5" "6" "7", "13"),
+            look!("8" "9" "10" "11", "14"),
+            look!("0" "1" "2" "3" => "t0"),
+            look!("4" "5" "6" "7" => "t1"),
+            look!("8" "9" "10" "11" => "t2"),
+            until_there!(),
+            "}}",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d,
+            out(reg32) e, out(reg32) f, out(reg32) g, out(reg32) h,
+            out(reg32) i, out(reg32) j, out(reg32) k, out(reg32) l,
+            in(reg64) at(0), in(reg64) at(1), in(reg64) at(2),
+            mask = in(reg32) mask, number = in(reg32) number,
+            options(nostack, preserves_flags));
+        words[0] = [a, b, c, d];
+        words[1 % N] = [e, f, g, h];
+        words[2 % N] = [i, j, k, l];
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    loop {
+        for i in 0..N {
+            words[i] = unsafe { ld_relaxed_v4_u32(from[i]) };
+        }
+        let there = |w: &[u32; 4]| w.iter().all(|w| (w ^ number) & mask == 0);
+        if crate::warp::all(words.iter().all(there)) {
+            break;
+        }
+        crate::thread::spin();
+    }
+    words
+}
+
 /// Stores what other blocks may read meanwhile; each word is whole, the four need not appear together.
 ///
 /// # Safety

@@ -27,7 +27,7 @@ use cuda_std::half::pack_f16x2;
 use cuda_std::int::here;
 use cuda_std::memory::{ld_relaxed_v4_u32, ld_v4_u32, ldg_f32, ldg_v4_u32, st_global_v2};
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::{block_idx_x, spin};
+use cuda_std::thread::block_idx_x;
 use cuda_std::{float, mma, warp};
 
 /// Query heads of a piece: the columns of a product.
@@ -401,12 +401,10 @@ pub(super) unsafe fn ask<const K: usize>(
             mut words,
         } = asked;
         let scale = f32::from_bits(here((get!(op, scale) * LOG2_E).to_bits()));
-        // The lanes stay together.
-        while !warp::all(!active || seal.all_on(words)) {
-            spin();
-            if active {
-                words = ld_relaxed_v4_u32(from);
-            }
+        if !warp::all(!active || seal.all_on(words)) {
+            // Behind the head the last are as good as any.
+            let behind = if active { 0 } else { element + 4 - head_dim };
+            [words] = seal.await_all([from.wrapping_sub(behind as usize)]);
         }
         let mut v = words.map(|w| seal.open(w));
         if may_be(LATE) && get!(op, late) != 0 && warp <= HEADS {

@@ -6,7 +6,7 @@ use super::{Current, WARPS, get, lane, thread};
 use crate::attention::NONE;
 use cuda_std::int::quotient;
 use cuda_std::memory::ld_relaxed_v4_u32;
-use cuda_std::thread::{block_idx_x, spin};
+use cuda_std::thread::block_idx_x;
 use cuda_std::{float, warp};
 
 /// Most splits of a head's tokens: a lane merges so many times as many as a warp has lanes.
@@ -31,42 +31,40 @@ pub unsafe fn merge(op: Current) {
         while task < get!(op, heads) * (head_dim / OCTET) {
             let head = quotient(task, head_dim / OCTET);
             let element = OCTET * (task - head * (head_dim / OCTET));
-            let of_first = |element: u32| {
-                let at = part_at(head_dim, splits, head, element, lane());
-                get!(op, parts).cast_const().add(at as usize)
-            };
-            let (stats_at, values_at) = (of_first(head_dim), of_first(element));
             let to = get!(op, out).add((head * head_dim + element + own) as usize);
             let exists = |i: usize| lane() + 32 * (i as u32) < splits;
-            let mut stats = [[0u32; 4]; EACH];
-            let mut values = [[[0u32; 4]; 2]; EACH];
-            let look = |i: usize| {
-                let after = WORDS * 32 * i;
-                let values = [0, 4].map(|half| ld_relaxed_v4_u32(values_at.add(after + half)));
-                (ld_relaxed_v4_u32(stats_at.add(after)), values)
+            // Peak and mass, and the elements' sums, of each.
+            let of = |i: usize| {
+                // Behind the last that is as good as any.
+                let split = if exists(i) {
+                    lane() + 32 * i as u32
+                } else {
+                    splits - 1
+                };
+                let of = |element: u32| {
+                    let at = part_at(head_dim, splits, head, element, split);
+                    get!(op, parts).cast_const().add(at as usize)
+                };
+                let values = of(element);
+                [of(head_dim), values, values.add(4)]
             };
-            for i in 0..EACH {
-                if exists(i) {
-                    (stats[i], values[i]) = look(i);
+            let mut words = [[[0u32; 4]; 3]; EACH];
+            words[0] = seal.await_all(of(0));
+            // The others are there by then, most often: one look at all of them.
+            for i in 1..EACH {
+                if 32 * (i as u32) < splits {
+                    words[i] = of(i).map(|from| ld_relaxed_v4_u32(from));
                 }
             }
-            loop {
-                let mut all = true;
-                for i in 0..EACH {
-                    let there = seal.on(stats[i][0])
-                        && seal.on(stats[i][1])
-                        && seal.all_on(values[i][0])
-                        && seal.all_on(values[i][1]);
-                    if exists(i) && !there {
-                        all = false;
-                        (stats[i], values[i]) = look(i);
+            for i in 1..EACH {
+                if 32 * (i as u32) < splits {
+                    let there = words[i].iter().all(|words| seal.all_on(*words));
+                    if !warp::all(there) {
+                        words[i] = seal.await_all(of(i));
                     }
                 }
-                if warp::all(all) {
-                    break;
-                }
-                spin();
             }
+            let stats = words.map(|[stats, ..]| [stats[0], stats[1]]);
             let mut peak = NONE;
             for i in 0..EACH {
                 if exists(i) {
@@ -80,7 +78,7 @@ pub unsafe fn merge(op: Current) {
                     let weight = float::exp2_approx(seal.open(stats[i][0]) - peak);
                     mass += weight * seal.open(stats[i][1]);
                     for k in 0..WORDS {
-                        sums[k] += weight * seal.open(values[i][k / 4][k % 4]);
+                        sums[k] += weight * seal.open(words[i][1 + k / 4][k % 4]);
                     }
                 }
             }

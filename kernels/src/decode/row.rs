@@ -11,7 +11,6 @@ use crate::types::{FLOATS, GROUP};
 use cuda_std::int::{here, opaque, prmt};
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::spin;
 use cuda_std::{float, mma, warp};
 
 /// Groups of a part: all in one tile.
@@ -126,20 +125,22 @@ impl Asked {
             if may_be(UNEVEN) && len % 4 != 0 {
                 self.come_singly(op, seal, part, &mut v);
             } else {
-                loop {
-                    let mut all = true;
-                    for c in 0..C {
+                let inside: [bool; C] = core::array::from_fn(|c| value_of(part, c) < len);
+                let mut all = true;
+                for c in 0..C {
+                    all &= !inside[c] || seal.all_on(self.words[c]);
+                }
+                // The lanes stay together: shuffles among lanes that do not are many times slower.
+                if !warp::all(all) {
+                    // Past the end the last are as good as any.
+                    let from = core::array::from_fn(|c| {
                         let i = value_of(part, c);
-                        if i < len && !seal.all_on(self.words[c]) {
-                            all = false;
-                            self.words[c] = ld_relaxed_v4_u32(x.add(i as usize));
-                        }
+                        x.add(if inside[c] { i } else { len - 4 } as usize)
+                    });
+                    let words: [_; C] = seal.await_all(from);
+                    for c in 0..C {
+                        self.words[c] = words[c].map(|w| if inside[c] { w } else { 0 });
                     }
-                    // The lanes stay together: shuffles among lanes that do not are many times slower.
-                    if warp::all(all) {
-                        break;
-                    }
-                    spin();
                 }
                 for c in 0..C {
                     for k in 0..4 {
@@ -164,19 +165,12 @@ impl Asked {
         unsafe {
             let (x, len) = (get!(op, input.x), get!(op, input.len));
             let i = value_of(part, 0);
-            loop {
-                let mut all = true;
-                for c in 0..SEVERAL {
-                    if i < len && !seal.all_on(self.words[c]) {
-                        all = false;
-                        let x = x.wrapping_add(c * len as usize);
-                        self.words[c] = ld_relaxed_v4_u32(x.add(i as usize));
-                    }
-                }
-                if warp::all(all) {
-                    break;
-                }
-                spin();
+            let inside = i < len;
+            let there = seal.all_on(self.words[0]) && seal.all_on(self.words[1]);
+            if !warp::all(!inside || there) {
+                let x = x.add(if inside { i } else { len - 4 } as usize);
+                let words = seal.await_all([x, x.wrapping_add(len as usize)]);
+                self.words = words.map(|words| words.map(|w| if inside { w } else { 0 }));
             }
             let mut v = [0.0; 4];
             let mut squares = 0.0;

@@ -8,7 +8,7 @@
 
 use super::{Current, get};
 use cuda_std::int::here;
-use cuda_std::memory::{ld_relaxed_u32, st_relaxed_u32, st_relaxed_v4_u32};
+use cuda_std::memory::{await_v4_u32, ld_relaxed_u32, st_relaxed_u32, st_relaxed_v4_u32};
 use cuda_std::thread::spin;
 
 const BITS: u32 = 4;
@@ -107,6 +107,12 @@ impl Seal {
             word = unsafe { ld_relaxed_u32(p.cast()) };
         }
         self.open(word)
+    }
+
+    /// Four words at each of some places, once all lanes' have arrived: they come together, and none outside.
+    #[inline(always)]
+    pub unsafe fn await_all<const N: usize>(self, from: [*const f32; N]) -> [[u32; 4]; N] {
+        unsafe { await_v4_u32(from, self.mask, self.number) }
     }
 
     #[inline(always)]
