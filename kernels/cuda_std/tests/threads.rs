@@ -88,7 +88,10 @@ fn shuffles_and_votes() {
 #[test]
 fn reductions_give_every_lane_the_same_bits() {
     let mut random = common::Random(1);
-    let x: Vec<f32> = (0..96).map(|_| random.float(-3.0, 3.0)).collect();
+    let mut x: Vec<f32> = (0..96).map(|_| random.float(-3.0, 3.0)).collect();
+    // Of the second warp all are negative, of the third some are none.
+    x[32..64].iter_mut().for_each(|v| *v = -v.abs());
+    (x[70], x[80], x[81], x[82]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN);
     let input = GuardedBuffer::from_slice(&x);
     let mut floats = GuardedBuffer::<f32>::new(3 * 96);
     let mut words = GuardedBuffer::<u32>::new(3 * 96);
@@ -112,13 +115,35 @@ fn reductions_give_every_lane_the_same_bits() {
             let i = 32 * warp + lane;
             let max = part.iter().copied().fold(f32::MIN, f32::max);
             let min = part.iter().copied().fold(f32::MAX, f32::min);
-            assert_eq!(floats.as_slice()[3 * i..3 * i + 3], [tree[0], max, min]);
+            let [sum_f32, rest @ ..] = &floats.as_slice()[3 * i..3 * i + 3] else {
+                panic!("three words");
+            };
+            assert!(*sum_f32 == tree[0] || sum_f32.is_nan() && tree[0].is_nan());
+            assert_eq!(rest, [max, min], "warp {warp}");
             let top = (first as i32).wrapping_neg() as u32 ^ (first + 31);
             assert_eq!(
                 words.as_slice()[3 * i..3 * i + 3],
                 [sum, (sum as i32).wrapping_neg() as u32, top]
             );
         }
+    }
+}
+
+#[test]
+fn words_are_awaited_until_all_lanes_have_theirs() {
+    let mut rows = GuardedBuffer::from_slice(&[0u128; 3 * 32]);
+    let mut out = GuardedBuffer::<u32>::new(3 * 32);
+    run(
+        &__KERNEL_awaiting,
+        1,
+        64,
+        0,
+        &params![rows.as_mut_ptr().cast::<u32>(), out.as_mut_ptr()],
+    );
+    for (lane, sums) in out.as_slice().chunks(3).enumerate() {
+        let row = |row: u32| 4 * (row * 1000 + lane as u32 * 10) + 6;
+        let expected = [row(0), row(0) + row(1), row(0) + row(1) + row(2)];
+        assert_eq!(sums, expected, "lane {lane}");
     }
 }
 

@@ -75,6 +75,34 @@ pub unsafe fn reductions(x: *const f32, floats: *mut f32, words: *mut u32) {
         warp::reduce_max_i32(-(i as i32)) as u32 ^ warp::reduce_max_u32(i as u32);
 }
 
+/// The second warp writes words into `rows` (`[3][32][4]`), one row after the other, and the first waits for one row, for two, for all.
+#[kernel]
+pub unsafe fn awaiting(rows: *mut u32, out: *mut u32) {
+    let (i, lane) = (thread::thread_idx_x(), thread::lane_id());
+    let place = |row: u32| rows.add((row * 32 + lane) as usize * 4);
+    // Five in the low bits says that a word is there.
+    const MASK: u32 = 0xf;
+    const THERE: u32 = 5;
+    if i >= 32 {
+        for row in 0..3 {
+            for _ in 0..lane {
+                thread::spin();
+            }
+            let word = |k: u32| ((row * 1000 + lane * 10 + k) << 4) | THERE;
+            memory::st_relaxed_v4_u32(place(row), [0, 1, 2, 3].map(word));
+        }
+        return;
+    }
+    let [one] = memory::await_v4_u32([place(0)], MASK, THERE);
+    let two = memory::await_v4_u32([place(0), place(1)], MASK, THERE);
+    let three = memory::await_v4_u32([place(0), place(1), place(2)], MASK, THERE);
+    let sum = |words: &[[u32; 4]]| words.iter().flatten().map(|w| w >> 4).sum::<u32>();
+    let sums = [sum(&[one]), sum(&two), sum(&three)];
+    for (k, sum) in sums.into_iter().enumerate() {
+        *out.add(lane as usize * 3 + k) = sum;
+    }
+}
+
 /// Block-wide predicates, and two halves of a block at barriers of their own.
 #[kernel]
 pub unsafe fn barriers(out: *mut u32) {

@@ -93,6 +93,12 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             attend(b, heads, 1, 64, past, 3, None)?;
         }
     }
+    // Six to fourteen turns of a split, of which some warps take one and some half a one, and up to two tiles behind them.
+    for past in [
+        380, 415, 447, 463, 512, 575, 601, 640, 688, 703, 767, 775, 830, 863,
+    ] {
+        attend(b, 7, 1, 64, past, 2, None)?;
+    }
     // Heads that are normed and rotated by the attention: all, some and none of their elements.
     for (heads, kv_heads, head_dim, past, splits, dims, halves) in [
         (4, 2, 128, 40, 1, 128, true),
