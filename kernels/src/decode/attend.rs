@@ -402,9 +402,10 @@ pub(super) unsafe fn ask<const K: usize>(
         } = asked;
         let scale = f32::from_bits(here((get!(op, scale) * LOG2_E).to_bits()));
         if !warp::all(!active || seal.all_on(words)) {
-            // Behind the head the last are as good as any.
+            // Behind the head the last are as good as any to wait for.
             let behind = if active { 0 } else { element + 4 - head_dim };
-            [words] = seal.await_all([from.wrapping_sub(behind as usize)]);
+            let [come] = seal.await_all([from.wrapping_sub(behind as usize)]);
+            words = come.map(|w| if active { w } else { 0 });
         }
         let mut v = words.map(|w| seal.open(w));
         if may_be(LATE) && get!(op, late) != 0 && warp <= HEADS {

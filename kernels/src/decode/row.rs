@@ -132,7 +132,7 @@ impl Asked {
                 }
                 // The lanes stay together: shuffles among lanes that do not are many times slower.
                 if !warp::all(all) {
-                    // Past the end the last are as good as any.
+                    // Past the end the last are as good as any to wait for.
                     let from = core::array::from_fn(|c| {
                         let i = value_of(part, c);
                         x.add(if inside[c] { i } else { len - 4 } as usize)
