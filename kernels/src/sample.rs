@@ -17,8 +17,13 @@ pub const ARGMAX_THREADS: u32 = 256;
 pub const ARGMAX_BLOCKS: u32 = 64;
 /// Threads of [`draw`].
 pub const DRAW_THREADS: u32 = 512;
-/// Shared memory of [`draw`]: a histogram of 256 sums, the threads' sums, and scalars.
-pub const DRAW_SHARED: usize = 256 * 8 + DRAW_THREADS as usize * 8 + 64;
+/// Most of a row's greatest logits that [`draw`] looks at one by one.
+const CANDIDATES: u32 = 1024;
+/// Shared memory of [`draw`]: a histogram of 256 sums, the threads' sums, scalars, candidates' ranks and masses.
+pub const DRAW_SHARED: usize = LISTED_AT as usize + CANDIDATES as usize * 16;
+const SUMS_AT: u32 = 256 * 8;
+const FOUND_AT: u32 = SUMS_AT + DRAW_THREADS * 8;
+const LISTED_AT: u32 = FOUND_AT + 64;
 
 /// Arguments of [`argmax`] and [`argmax_final`].
 #[repr(C)]
@@ -265,6 +270,170 @@ struct Scratch {
     histogram: SharedPtr<u64>,
     sums: SharedPtr<u64>,
     found: SharedPtr<u64>,
+    ranks: SharedPtr<u64>,
+    masses: SharedPtr<u64>,
+}
+
+/// Every logit of a row, with its id, this thread's share: several are on their way at a time.
+#[inline(always)]
+unsafe fn each(a: &DrawRow, mut f: impl FnMut(usize, f32)) {
+    const AT_ONCE: usize = 8;
+    let (threads, n) = (block_dim_x() as usize, a.vocabulary as usize);
+    let mut first = thread_idx_x() as usize;
+    while first < n {
+        let mut v = [0.0; AT_ONCE];
+        for k in 0..AT_ONCE {
+            let i = first + k * threads;
+            if i < n {
+                v[k] = unsafe { a.work.add(i).read() };
+            }
+        }
+        for k in 0..AT_ONCE {
+            let i = first + k * threads;
+            if i < n {
+                f(i, v[k]);
+            }
+        }
+        first += AT_ONCE * threads;
+    }
+}
+
+/// Who is drawn, where the choice is among few: `None` where that is not known, and [`select`] must find it.
+///
+/// `own` is the greatest rank among this thread's logits. The `K` greatest of all threads' are `K` logits, so that the row's
+/// `K` greatest are not below the least of these: they are among its *candidates*, all that are not.
+/// The block's threads all come, and all get the same answer.
+#[inline(always)]
+unsafe fn draw_of_few(a: &DrawRow, s: &Scratch, own: u64, peak: f32) -> Option<u32> {
+    /// As many where no number is asked for.
+    const MOST: u32 = 256;
+    let (t, threads) = (thread_idx_x(), block_dim_x());
+    let by_count = a.top_k > 0 && a.top_k < a.vocabulary;
+    let by_share = u64::from(a.top_p) < ONE;
+    let least = u64::from(a.min_p) << (40 - 24);
+    if by_count && a.top_k > MOST || !by_count && !by_share && least == 0 {
+        return None;
+    }
+    let most = if by_count { a.top_k } else { MOST };
+    unsafe {
+        s.sums.add(t).store(own);
+        if t == 0 {
+            s.found.store(0);
+            s.found.add(1).store(0);
+        }
+        sync_threads();
+        let mut above = 0;
+        for i in 0..threads {
+            above += u32::from(s.sums.add(i).load() > own);
+        }
+        // Of threads without a logit there may be several; then all logits are candidates.
+        if above == most - 1 && own > 0 {
+            s.found.store(own);
+        }
+        sync_threads();
+        let floor = s.found.load();
+        let mut sum = 0;
+        each(a, |i, v| {
+            if by_share && !by_count {
+                sum += mass(v, peak);
+            }
+            let r = rank(v, i);
+            if r >= floor {
+                let place = atomic::shared_add_u64(s.found.add(1), 1) as u32;
+                if place < CANDIDATES {
+                    s.ranks.add(place).store(r);
+                    s.masses.add(place).store(mass(v, peak));
+                }
+            }
+        });
+        let mut total = block_sum(sum, s);
+        let count = s.found.add(1).load();
+        if count > u64::from(CANDIDATES) {
+            return None;
+        }
+        let count = count as u32;
+        // What the others have to be below.
+        let complete = floor == 0;
+        const EACH: usize = (CANDIDATES / DRAW_THREADS) as usize;
+        let mut kept = [0u64; EACH];
+        let mut before = [0u64; EACH];
+        let (mut in_count, mut all) = (0, 0);
+        for k in 0..EACH {
+            let c = t + k as u32 * threads;
+            if c < count {
+                let own = s.ranks.add(c).load();
+                let mut above = 0;
+                for j in 0..count {
+                    if s.ranks.add(j).load() > own {
+                        above += 1;
+                        before[k] += s.masses.add(j).load();
+                    }
+                }
+                let m = s.masses.add(c).load();
+                all += m;
+                if !by_count || above < a.top_k {
+                    kept[k] = m;
+                    in_count += m;
+                }
+            }
+        }
+        if by_count {
+            total = block_sum(in_count, s);
+        }
+        let all = block_sum(all, s);
+        if by_share {
+            let (goal, cut) = share(a.top_p, total);
+            let goal = goal + u64::from(cut);
+            let goal = if goal == 0 { 1 } else { goal };
+            if !by_count && !complete && all < goal {
+                return None;
+            }
+            for k in 0..EACH {
+                if before[k] >= goal {
+                    kept[k] = 0;
+                }
+            }
+        } else if !by_count && !complete {
+            // Then the least candidate must be less likely than any that may be drawn.
+            let id = !(floor as u32) as usize;
+            if mass(a.work.add(id).read(), peak) >= least {
+                return None;
+            }
+        }
+        let mut sum = 0;
+        for k in 0..EACH {
+            if kept[k] < least {
+                kept[k] = 0;
+            }
+            sum += kept[k];
+        }
+        let (goal, _) = share(a.u, block_sum(sum, s));
+        for k in 0..EACH {
+            let c = t + k as u32 * threads;
+            if c < count {
+                s.masses.add(c).store(kept[k]);
+            }
+        }
+        sync_threads();
+        for k in 0..EACH {
+            let c = t + k as u32 * threads;
+            if c < count && kept[k] > 0 {
+                // In the order of ids: a lower one has the greater complement.
+                let own = s.ranks.add(c).load() as u32;
+                let mut before = 0;
+                for j in 0..count {
+                    if s.ranks.add(j).load() as u32 > own {
+                        before += s.masses.add(j).load();
+                    }
+                }
+                if before <= goal && goal < before + kept[k] {
+                    s.found.store(u64::from(!own));
+                }
+            }
+        }
+        sync_threads();
+        Some(s.found.load() as u32)
+    }
 }
 
 /// Finds the rank at which the running sum of `weigh`, from the greatest rank down, first reaches
@@ -361,17 +530,15 @@ pub unsafe fn draw(a: DrawArgs) {
     );
     let s = Scratch {
         histogram: shared::at(0),
-        sums: shared::at(256 * 8),
-        found: shared::at(256 * 8 + threads as u32 * 8),
+        sums: shared::at(SUMS_AT),
+        found: shared::at(FOUND_AT),
+        ranks: shared::at(LISTED_AT),
+        masses: shared::at(LISTED_AT + CANDIDATES * 8),
     };
     unsafe {
-        let mut best = 0;
-        let mut i = t;
-        while i < n {
-            best = max_u64(best, rank(a.work.add(i).read(), i));
-            i += threads;
-        }
-        let best = block_max(best, s.sums);
+        let mut own = 0;
+        each(&a, |i, v| own = max_u64(own, rank(v, i)));
+        let best = block_max(own, s.sums);
         let best_id = !(best as u32) as usize;
         if a.temperature <= 0.0 {
             if t == 0 {
@@ -383,6 +550,12 @@ pub unsafe fn draw(a: DrawArgs) {
         if peak == f32::NEG_INFINITY {
             if t == 0 {
                 a.out.write(best_id as u32);
+            }
+            return;
+        }
+        if let Some(id) = draw_of_few(&a, &s, own, peak) {
+            if t == 0 {
+                a.out.write(id);
             }
             return;
         }

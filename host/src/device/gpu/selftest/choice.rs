@@ -36,6 +36,37 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             },
         ),
         (
+            "top-k 300",
+            SamplingParams {
+                top_k: 300,
+                ..base.clone()
+            },
+        ),
+        (
+            "top-k 40, top-p 0.95, min-p 0.05",
+            SamplingParams {
+                top_k: 40,
+                top_p: 0.95,
+                min_p: 0.05,
+                ..base.clone()
+            },
+        ),
+        (
+            "top-p 0.3, hot",
+            SamplingParams {
+                temperature: 4.0,
+                top_p: 0.3,
+                ..base.clone()
+            },
+        ),
+        (
+            "min-p 0.7",
+            SamplingParams {
+                min_p: 0.7,
+                ..base.clone()
+            },
+        ),
+        (
             "top-p 0.9",
             SamplingParams {
                 top_p: 0.9,
@@ -69,7 +100,7 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             },
         ),
     ] {
-        for vocabulary in [1, 100, 3001] {
+        for vocabulary in [1, 100, 600, 3001, 20_000] {
             check_draw(b, case, &params, vocabulary)?;
         }
     }
