@@ -56,6 +56,7 @@ fn sequences(runner: &mut dyn Runner, lengths: &[usize]) -> Vec<Sequence> {
                 tokens: (0..past).map(|i| id(i, number)).collect(),
                 spans: vec![sequence.span(0, 0, past)],
                 outputs: Vec::new(),
+                ..Batch::default()
             };
             runner.forward(&batch).expect("a step of a prompt");
         }
@@ -72,6 +73,7 @@ fn logits(runner: &mut dyn Runner, sequences: &[Sequence], members: &[usize]) ->
         spans: rows.map(|(i, s)| s.span(i, s.past, 1)).collect(),
         // In another order than the rows.
         outputs: (0..members.len()).rev().collect(),
+        ..Batch::default()
     };
     runner.forward(&batch).expect("a step of several");
     let mut logits: Vec<Vec<f32>> = (0..members.len())
@@ -204,11 +206,11 @@ fn choices_of_several_rows() {
     // The first so many of them, as rows that the host chooses for come last.
     for n in 1..=5 {
         for turn in 0..4 {
-            let u = |i: usize| (i * 7 + turn * 13) as f32 % 29.0 / 29.0;
             let rows: Vec<SampleRow<'_>> = (0..n)
                 .map(|i| SampleRow {
                     params: &params[i],
-                    u: u(i),
+                    seed: turn,
+                    index: i as u64,
                     seen: &seen[i],
                     ahead: 0,
                 })
@@ -216,7 +218,7 @@ fn choices_of_several_rows() {
             let expected: Vec<u32> = rows
                 .iter()
                 .zip(&logits)
-                .map(|(row, logits)| sample(row.params, row.u, row.seen, &mut logits.clone()))
+                .map(|(row, logits)| sample(row.params, row.u(), row.seen, &mut logits.clone()))
                 .collect();
             assert_eq!(runner.sample(&rows).expect("choices"), expected);
         }

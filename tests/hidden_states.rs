@@ -27,6 +27,7 @@ fn difference(device: DeviceChoice, tokens: &[u32]) -> f32 {
             ..Span::default()
         }],
         outputs: vec![n - 1],
+        ..Batch::default()
     };
     runner.forward(&batch).expect("a step");
     let logits = runner.logits(0).expect("logits");

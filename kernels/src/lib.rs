@@ -13,7 +13,8 @@
 //! - [`exact`]: the plain f32 twin of all these
 //! - [`attention`]: one query row at a time; [`flash`]: many on tensor cores
 //! - [`experts`]: mixtures of experts
-//! - [`rows`] (norms, rotation, casts), [`sample`]
+//! - [`rows`] (norms, rotation, casts)
+//! - [`sample`]: the likeliest token; [`draw`]: one drawn after penalty, temperature and filters
 //! - [`hand_off`]: no part of a model; the time in which blocks hand each other what they wrote, a floor of [`decode`]
 
 #![cfg_attr(target_arch = "nvptx64", no_std)]
@@ -34,6 +35,8 @@ pub mod attention;
 pub mod decode;
 #[cfg(not(cuda_sm_90a))]
 pub mod dense;
+#[cfg(not(cuda_sm_90a))]
+pub mod draw;
 pub mod epilogue;
 #[cfg(not(cuda_sm_90a))]
 pub mod exact;
@@ -83,6 +86,7 @@ cuda_std::kernels![
     dense::dense_gate_up_128x128,
     dense::dense_gate_up_64x128,
     dense::dequantise,
+    draw::draw,
     exact::linear_exact,
     experts::combine,
     experts::expert_linear,
@@ -103,9 +107,6 @@ cuda_std::kernels![
     rows::unpack_q8,
     sample::argmax,
     sample::argmax_final,
-    sample::draw,
-    sample::penalise,
-    sample::scale_logits,
     skinny::skinny,
     skinny::skinny_join,
     types::repack_kernel,

@@ -1,10 +1,12 @@
 //! `kigo bench`: seconds to load, tokens per second of prefill and decode.
 
+use super::generate::in_range;
 use super::sequences::{self, Sequences};
 use super::{Common, load, positive, print_json, profile, roofline, stdout_error, synthetic};
 use crate::engine::Direct;
 use crate::error::{Error, Result};
 use crate::model::{self, Runner};
+use crate::sampling::SamplingParams;
 use clap::Args;
 use gguf::Gguf;
 use serde_json::json;
@@ -30,6 +32,14 @@ pub(super) struct BenchArgs {
     /// Sequences that decode together in the decode test, a token of each in a step
     #[arg(long, value_name = "S", default_value_t = 1, value_parser = positive)]
     sequences: usize,
+    /// Draw the decode test's tokens at this temperature with the default filters, rather than take the likeliest
+    #[arg(
+        long,
+        value_name = "T",
+        default_value_t = 0.0,
+        conflicts_with = "sequences"
+    )]
+    temperature: f32,
     /// Measure random weights in the shape of a model instead of --model: NAME is one of
     /// smollm2-135m-q4_1, qwen2.5-0.5b-q4_k_m, qwen2.5-1.5b-q4_k_m, llama-8b-q4_k_m,
     /// qwen3-0.6b-q8_0, qwen3-8b-q4_k_m, llama-1b-f16.
@@ -58,6 +68,10 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
         }
         None => load::open_to_run(common)?,
     };
+    let sampling = in_range(SamplingParams {
+        temperature: args.temperature,
+        ..SamplingParams::default()
+    })?;
     let profiled = args.profile || args.plot.is_some();
     let steps = if profiled { profile::TOKENS } else { 0 };
     let decoded = args.depth + args.generate.max(steps) + 1;
@@ -128,10 +142,10 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
             let started = Instant::now();
             for left in (1..args.generate).rev() {
                 direct.feed(&[id])?;
-                id = direct.sample_greedy_ahead(left)?;
+                id = direct.sample_ahead(&sampling, left)?;
             }
             direct.feed(&[id])?;
-            direct.sample_greedy()?;
+            direct.sample_ahead(&sampling, 0)?;
             if repetition > 0 {
                 decode.push(args.generate as f64 / started.elapsed().as_secs_f64());
             }
@@ -167,6 +181,7 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
             "ttft_s": ttft_s,
             "depth": args.depth,
             "sequences": args.sequences,
+            "temperature": args.temperature,
             "pp": { "n": args.prompt, "tokens_per_s": prefill },
             "tg": { "n": args.generate, "tokens_per_s": decode },
             "memory_bytes_per_s": device.memory_bytes_per_s,
@@ -192,8 +207,12 @@ pub(super) fn run(common: &Common, args: &BenchArgs, out: &mut dyn Write) -> Res
         ("tg", args.generate, &decode),
     ] {
         if let Some((mean, deviation)) = mean_and_deviation(rates) {
+            let drawn = match args.temperature {
+                t if name == "tg" && t > 0.0 => format!(" at temperature {t}"),
+                _ => String::new(),
+            };
             report.push_str(&format!(
-                "{name}{n:<6} {mean:.1} ± {deviation:.1} tokens/s\n"
+                "{name}{n:<6} {mean:.1} ± {deviation:.1} tokens/s{drawn}\n"
             ));
         }
     }

@@ -64,23 +64,30 @@ impl SamplingArgs {
     /// # Errors
     /// Values out of range; only the vocabulary's size is not known yet.
     pub(super) fn params(&self) -> Result<SamplingParams> {
-        let params = SamplingParams {
+        in_range(SamplingParams {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
             seed: self.seed,
-        };
-        params.validate(usize::MAX).map_err(|violations| {
-            let flags = violations.iter().map(|v| {
-                let flag = v.field.replace('_', "-");
-                format!("--{flag} is {}, expected {}", v.value, v.constraint)
-            });
-            Error::Request(flags.collect::<Vec<_>>().join("; "))
-        })?;
-        Ok(params)
+        })
     }
+}
+
+/// `params` as flags gave them.
+///
+/// # Errors
+/// Values out of range; only the vocabulary's size is not known yet.
+pub(super) fn in_range(params: SamplingParams) -> Result<SamplingParams> {
+    params.validate(usize::MAX).map_err(|violations| {
+        let flags = violations.iter().map(|v| {
+            let flag = v.field.replace('_', "-");
+            format!("--{flag} is {}, expected {}", v.value, v.constraint)
+        });
+        Error::Request(flags.collect::<Vec<_>>().join("; "))
+    })?;
+    Ok(params)
 }
 
 /// Tokens of an answer where nobody says how many.

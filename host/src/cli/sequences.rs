@@ -80,6 +80,7 @@ impl<'r> Sequences<'r> {
                     tokens: chunk.to_vec(),
                     spans: vec![self.span(i, 0, chunk.len(), n * rows)],
                     outputs: Vec::new(),
+                    ..Batch::default()
                 };
                 self.runner.forward(&batch)?;
             }
@@ -95,12 +96,14 @@ impl<'r> Sequences<'r> {
             tokens: self.tokens.clone(),
             spans: spans.collect(),
             outputs: (0..self.tokens.len()).collect(),
+            ..Batch::default()
         };
         self.runner.forward(&batch)?;
         let params = SamplingParams::greedy();
         let row = SampleRow {
             params: &params,
-            u: 0.0,
+            seed: 0,
+            index: 0,
             seen: &[],
             ahead: 0,
         };

@@ -83,6 +83,8 @@ pub struct Batch {
     pub spans: Vec<Span>,
     /// Rows whose logits are wanted, ascending. Logits row `i` belongs to batch row `outputs[i]`.
     pub outputs: Vec<usize>,
+    /// That it is the sequence's step after one that had a token chosen with steps [ahead](SampleRow::ahead): a device may have begun it.
+    pub goes_on: bool,
 }
 
 /// What a KV cache is made of.
@@ -384,13 +386,22 @@ pub struct Head<'a, D: Device> {
 #[derive(Clone, Debug)]
 pub struct SampleRow<'a> {
     pub params: &'a SamplingParams,
-    /// Uniform in `[0, 1)`: `sampling::uniform(seed, index)`.
-    pub u: f32,
+    /// The token is drawn by `sampling::uniform(seed, index)`, those of the sequence's next steps by the numbers after it.
+    pub seed: u64,
+    pub index: u64,
     /// Distinct token ids of the prompt and of what was generated, for the repetition penalty.
     pub seen: &'a [u32],
     /// That the sequence's next steps, so many at most, are most likely those of the chosen tokens, and that nobody asks for the
     /// logits of this one again, nor for any step's but the last of them: a device may begin them before it is told to.
     pub ahead: usize,
+}
+
+impl SampleRow<'_> {
+    /// What the token is drawn by, uniform in `[0, 1)`.
+    #[must_use]
+    pub fn u(&self) -> f32 {
+        crate::sampling::uniform(self.seed, self.index)
+    }
 }
 
 /// What one operation of a decode step took, by the device's own clock.

@@ -15,6 +15,8 @@ pub struct Direct {
     past: usize,
     /// Tokens that the sequence is to come to, as far as is known.
     horizon: usize,
+    /// Steps may have begun ahead.
+    began: bool,
 }
 
 impl Direct {
@@ -27,6 +29,7 @@ impl Direct {
             ring: (0..ring as u32).collect(),
             past: 0,
             horizon: 0,
+            began: false,
         }
     }
 
@@ -64,6 +67,7 @@ impl Direct {
     pub fn reset(&mut self) {
         self.past = 0;
         self.horizon = 0;
+        self.began = false;
     }
 
     /// Says that the sequence will come to so many tokens: see [`Span::horizon`].
@@ -95,6 +99,7 @@ impl Direct {
             tokens: tokens.to_vec(),
             spans: vec![span],
             outputs,
+            goes_on: std::mem::take(&mut self.began),
         })?;
         self.past += tokens.len();
         Ok(())
@@ -165,7 +170,7 @@ impl Direct {
     /// # Errors
     /// The device's failure.
     pub fn sample_greedy(&mut self) -> Result<u32> {
-        self.likeliest(0)
+        self.sample_ahead(&SamplingParams::greedy(), 0)
     }
 
     /// As [`Direct::sample_greedy`], for a token that will be fed next, as will be those that follow from it for `steps` steps:
@@ -174,16 +179,28 @@ impl Direct {
     /// # Errors
     /// The device's failure.
     pub fn sample_greedy_ahead(&mut self, steps: usize) -> Result<u32> {
-        self.likeliest(steps)
+        self.sample_ahead(&SamplingParams::greedy(), steps)
     }
 
-    fn likeliest(&mut self, ahead: usize) -> Result<u32> {
-        let params = SamplingParams::greedy();
+    /// As [`Direct::sample_greedy_ahead`], for any parameters without a repetition penalty: which tokens there were is not kept here. The
+    /// seed, if there is none, is 0, and a token's index its place in the sequence.
+    ///
+    /// # Errors
+    /// A repetition penalty; the device's failure.
+    pub fn sample_ahead(&mut self, params: &SamplingParams, steps: usize) -> Result<u32> {
+        if params.repetition_penalty != 1.0 {
+            return Err(Error::Request(format!(
+                "a repetition penalty of {} for a sequence driven by hand, whose tokens nobody keeps; found in `SamplingParams`, expected 1",
+                params.repetition_penalty
+            )));
+        }
+        self.began = steps > 0;
         let ids = self.runner.sample(&[SampleRow {
-            params: &params,
-            u: 0.0,
+            params,
+            seed: params.seed.unwrap_or(0),
+            index: self.past as u64,
             seen: &[],
-            ahead,
+            ahead: steps,
         }])?;
         ids.first().copied().ok_or_else(|| {
             Error::Request("the device chose no token for one row of logits".to_owned())

@@ -178,7 +178,9 @@ impl Runner for FakeRunner {
         self.gone = if self.readable { 0 } else { self.gone - 1 };
         let past = batch.spans[0].past;
         self.begun = match self.begun {
-            (left, at) if left > 0 && batch.tokens.len() == 1 && at == past => (left - 1, at + 1),
+            (left, at) if left > 0 && batch.goes_on && batch.tokens.len() == 1 && at == past => {
+                (left - 1, at + 1)
+            }
             (left, _) => {
                 self.lost.fetch_add(left, Ordering::SeqCst);
                 (0, past)
@@ -230,7 +232,7 @@ impl Runner for FakeRunner {
             .iter()
             .zip(&self.logits)
             .map(|(row, logits)| {
-                crate::sampling::sample(row.params, row.u, row.seen, &mut logits.clone())
+                crate::sampling::sample(row.params, row.u(), row.seen, &mut logits.clone())
             })
             .collect())
     }

@@ -323,7 +323,10 @@ impl<'t> Scheduler<'t> {
             Turn::One(i, begin) => (vec![i], begin, false),
             Turn::Together(indices) => (indices, false, true),
         };
-        let mut batch = Batch::default();
+        let mut batch = Batch {
+            goes_on,
+            ..Batch::default()
+        };
         let mut members: Vec<Member> = Vec::with_capacity(indices.len());
         for index in indices {
             // One that an older one has just taken its blocks from has its prompt to do again.

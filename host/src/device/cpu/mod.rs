@@ -403,7 +403,7 @@ impl Device for Cpu {
             self.logits.extend_from_slice(logits);
             tokens.push(crate::sampling::sample(
                 row.params,
-                row.u,
+                row.u(),
                 row.seen,
                 &mut self.logits,
             ));

@@ -10,6 +10,7 @@
 
 use super::program::{Behind, Cost, FLYING, Plan, Room, cost, listing, plan};
 use super::recording::{Recording, Role, Writes, next_base};
+use super::sampling::Drawing;
 use super::{Address, Allocation, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
@@ -35,7 +36,7 @@ const CHOICE_BYTES: usize = 8;
 
 /// Most steps of a launch, and how many bytes of weights they may read together: who wants the device for something else waits for
 /// their end, two milliseconds or so.
-const MAX_STEPS: u32 = 8;
+pub(super) const MAX_STEPS: u32 = 8;
 const STEPS_BYTES: u64 = 3 << 30;
 const _: () = assert!(
     CHOICES > 2 * MAX_STEPS,
@@ -52,8 +53,19 @@ struct Ahead {
     sequence: u32,
     position: u32,
     left: u32,
+    /// How the next one's token is drawn, if it is.
+    drawing: Option<Drawing>,
     /// What the one before it chose, once the host knows it.
     token: Option<u32>,
+}
+
+/// Steps that can go on with what the current one chooses.
+#[derive(Clone, Copy)]
+pub(super) struct Following {
+    shape: Shape,
+    /// The first one's.
+    position: u32,
+    pub(super) steps: u32,
 }
 
 /// Operations in device memory, and what lies behind them.
@@ -76,6 +88,14 @@ struct Program {
 /// Where step `sequence` leaves its choice for the host, in bytes.
 fn choice_offset(sequence: u32) -> usize {
     (sequence % CHOICES) as usize * CHOICE_BYTES
+}
+
+/// The first number of so many steps behind step `sequence`. Zero is what fresh memory holds.
+fn first_number(sequence: u32, steps: u32) -> u32 {
+    match sequence.checked_add(steps) {
+        Some(_) => sequence + 1,
+        None => 1,
+    }
 }
 
 /// A program's launch.
@@ -108,9 +128,10 @@ pub(super) struct Decode {
     /// An operation that runs alone.
     single: Allocation,
     ranks: Address,
-    /// The last [`CHOICES`] choices: some may be made before the host has read the last.
+    /// The last [`CHOICES`] choices of the likeliest, and of those drawn: some may be made before the host has read the last.
     chosen: Mapped,
-    /// The last choice, for a step that goes on with it.
+    drawn: Mapped,
+    /// The last choice, for a step that goes on with it; behind it the last one drawn.
     choice: Address,
     sequence: u32,
     /// The position of the last step.
@@ -120,6 +141,8 @@ pub(super) struct Decode {
     traced: Option<(Shape, u32)>,
     /// The step whose choice belongs to the current logits.
     chooser: Option<u32>,
+    /// How that has begun to be drawn ahead, if it has; where its token is the likeliest, that is `None` inside.
+    drawing: Option<Option<Drawing>>,
     ahead: Option<Ahead>,
     /// The block table on the device; empty where that is another step's. It may be longer than the sequence.
     pub(super) table: Vec<u32>,
@@ -143,12 +166,14 @@ impl Decode {
             single,
             ranks: ranks_on.address,
             chosen: driver.alloc_mapped(CHOICES as usize * CHOICE_BYTES)?,
-            choice: driver.alloc(CHOICE_BYTES)?.address,
+            drawn: driver.alloc_mapped(CHOICES as usize * CHOICE_BYTES)?,
+            choice: driver.alloc(2 * CHOICE_BYTES)?.address,
             sequence: 0,
             position: 0,
             trace: None,
             traced: None,
             chooser: None,
+            drawing: None,
             ahead: None,
             table: Vec::new(),
         })
@@ -228,6 +253,7 @@ impl<D: Driver> Gpu<D> {
     /// steps that have begun ahead.
     pub(super) fn forget_choice(&mut self) {
         self.decode.chooser = None;
+        self.decode.drawing = None;
         self.decode.ahead = None;
     }
 
@@ -264,8 +290,9 @@ impl<D: Driver> Gpu<D> {
         let ahead = self.decode.ahead.take().filter(|ahead| {
             let same = ahead.token == Some(token) && ahead.position as usize == span.past;
             let known = self.decode.table.get(..needed) == table.get(..needed);
-            same && known && batch.outputs.len() == 1
+            batch.goes_on && same && known && batch.outputs.len() == 1
         });
+        self.decode.drawing = ahead.map(|ahead| ahead.drawing);
         // Only launches to come read what it has grown by.
         if self.decode.table != *table {
             self.driver.write(tables, bytemuck::cast_slice(table))?;
@@ -278,6 +305,7 @@ impl<D: Driver> Gpu<D> {
                 sequence: ahead.sequence + 1,
                 position: ahead.position + 1,
                 left: ahead.left - 1,
+                drawing: ahead.drawing.map(|drawing| drawing.later(1)),
                 token: None,
             });
             return Ok(());
@@ -307,32 +335,54 @@ impl<D: Driver> Gpu<D> {
         Shape { outputs, splits }
     }
 
-    /// Begins steps that go on with what the current one chooses, `most` at most, if none has begun and that can be: where the
-    /// sequence has a place in the cache for them. They take the place of the current logits. Should the next step be another,
-    /// nothing comes of them: what they write into the cache lies behind the sequence's last token.
+    /// Begins steps that go on with the likeliest token of the current one, if none has begun and that can be.
     pub(super) fn step_ahead(&mut self, most: usize) -> Result<()> {
+        if let Some(following) = self.following(most) {
+            let Following {
+                shape,
+                position,
+                steps,
+            } = following;
+            self.run_shape(shape, CHOSEN, position, steps)?;
+            self.begun(&following, None);
+        }
+        Ok(())
+    }
+
+    /// The steps that can go on with what the current one chooses, `most` at most, if none has begun: where the sequence has a place
+    /// in the cache for them. They take the place of the current logits. Should the next step be another, nothing comes of them:
+    /// what they write into the cache lies behind the sequence's last token.
+    pub(super) fn following(&self, most: usize) -> Option<Following> {
         let position = self.decode.position as usize + 1;
         let shape = self.shape_for(position + 1, 1);
         let room = self.decode.table.len() * BLOCK_TOKENS;
         let most = most.min(room.saturating_sub(position));
-        let Some(program) = self.decode.programs.get(&shape) else {
-            return Ok(());
-        };
+        let program = self.decode.programs.get(&shape)?;
         let traced = self.decode.trace.is_some();
         let all = if traced { 1 } else { program.steps as usize };
         let like = |step: &usize| self.shape_for(position + step + 1, 1) == shape;
         let steps = (0..most.min(all)).take_while(like).count() as u32;
-        if steps == 0 || self.decode.ahead.is_some() {
-            return Ok(());
-        }
-        self.run_shape(shape, CHOSEN, position as u32, steps)?;
-        self.decode.ahead = Some(Ahead {
-            sequence: self.decode.sequence + 1 - steps,
+        (steps > 0 && self.decode.ahead.is_none()).then_some(Following {
+            shape,
             position: position as u32,
-            left: steps,
+            steps,
+        })
+    }
+
+    /// Runs the `n`th of `following`, counted from one, by itself.
+    pub(super) fn run_following(&mut self, following: &Following, n: u32) -> Result<()> {
+        self.run_shape(following.shape, CHOSEN, following.position + n - 1, 1)
+    }
+
+    /// Says that all of `following` have begun, the last of all steps, and how the first one's token is drawn, if it is.
+    pub(super) fn begun(&mut self, following: &Following, drawing: Option<Drawing>) {
+        self.decode.ahead = Some(Ahead {
+            sequence: self.decode.sequence + 1 - following.steps,
+            position: following.position,
+            left: following.steps,
+            drawing,
             token: None,
         });
-        Ok(())
     }
 
     fn record(&mut self, record: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<Program> {
@@ -416,11 +466,7 @@ impl<D: Driver> Gpu<D> {
     fn run_program(&mut self, run: Run) -> Result<()> {
         let (ops, behind, room) = (run.ops, run.behind, run.room);
         let decode = &mut self.decode;
-        // Zero is what fresh memory holds.
-        let first = match decode.sequence.checked_add(run.steps) {
-            Some(_) => decode.sequence + 1,
-            None => 1,
-        };
+        let first = first_number(decode.sequence, run.steps);
         decode.sequence = first + run.steps - 1;
         let args = DecodeArgs {
             ops: ops as *const Op,
@@ -533,20 +579,41 @@ impl<D: Driver> Gpu<D> {
         Ok(())
     }
 
-    /// The step that chooses the greatest of the current logits, if one does.
+    /// The step that chooses from the current logits, if one does.
     pub(super) fn chooser(&self) -> Option<u32> {
         self.decode.chooser
     }
 
-    /// What step `sequence` chooses.
-    pub(super) fn chosen(&mut self, sequence: u32) -> Result<u32> {
+    /// How that has begun to choose, where it has begun ahead: the inner `None` for the likeliest.
+    pub(super) fn begun_drawing(&self) -> Option<Option<Drawing>> {
+        self.decode.drawing
+    }
+
+    /// The number of the step that runs `steps` launches of one step after the last.
+    pub(super) fn number_after(&self, steps: u32) -> u32 {
+        (0..steps).fold(self.decode.sequence, |number, _| first_number(number, 1))
+    }
+
+    /// Where the token drawn for step `sequence` goes: for the host, and for the next step, with room for another behind it.
+    pub(super) fn choice_places(&self, sequence: u32) -> [Address; 2] {
+        let drawn = self.decode.drawn.address + choice_offset(sequence) as u64;
+        [drawn, self.decode.choice]
+    }
+
+    /// What the current step chooses: the likeliest, or what is drawn.
+    pub(super) fn chosen(&mut self, drawn: bool) -> Result<u32> {
         /// Looks at the memory between two looks at the stream, which cost more.
         const LOOKS: usize = 2000;
-        let at = self
-            .decode
-            .chosen
-            .host
-            .wrapping_add(choice_offset(sequence));
+        let Some(sequence) = self.decode.chooser else {
+            return Err(Error::Request(
+                "a choice from logits that no step has made".into(),
+            ));
+        };
+        let choices = match drawn {
+            true => &self.decode.drawn,
+            false => &self.decode.chosen,
+        };
+        let at = choices.host.wrapping_add(choice_offset(sequence));
         let look = || {
             // Mapped memory, eight bytes, aligned; written by the device, hence volatile.
             let v = unsafe { at.cast::<u64>().read_volatile() };

@@ -236,6 +236,8 @@ enum Scratch {
     Draws,
     Ids,
     Ranks,
+    /// What the blocks of rows that are drawn from have in common.
+    Drawing,
 }
 
 /// Sequences that one step can hold.

@@ -92,7 +92,8 @@ impl Sequence<'_> {
         let request = &self.submission.request;
         SampleRow {
             params: &request.sampling,
-            u: uniform(self.submission.seed, index as u64),
+            seed: self.submission.seed,
+            index: index as u64,
             seen: &self.seen.ids,
             ahead: match request.max_tokens.saturating_sub(index + 1) {
                 _ if !begin => 0,

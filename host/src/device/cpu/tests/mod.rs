@@ -28,7 +28,8 @@ fn samples_and_reads_logits() {
     let row = SampleRow {
         ahead: 0,
         params: &params,
-        u: 0.5,
+        seed: 1,
+        index: 0,
         seen: &[],
     };
     assert_eq!(

@@ -408,6 +408,7 @@ fn check_sequences(shape: Shape, exact: bool, level: Level, threads: usize, limi
             tokens: junk,
             spans: vec![span],
             outputs,
+            ..Batch::default()
         },
         1,
     );
@@ -510,6 +511,7 @@ fn batches_equal_separate_runs_with_quantised_weights() {
                     tokens: sequence.clone(),
                     spans: vec![Span { start: 0, ..span }],
                     outputs: vec![sequence.len() - 1],
+                    ..Batch::default()
                 };
                 apart.push(rig.run(&batch, 0));
             }

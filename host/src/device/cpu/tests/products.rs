@@ -207,6 +207,7 @@ fn a_row_of_nothing_but_zeros_or_tiny_values_gives_zeros() {
                 tokens: vec![0],
                 spans: vec![],
                 outputs: vec![],
+                ..Batch::default()
             };
             cpu.step(&batch, &mut |cpu| {
                 cpu.linear_add(
