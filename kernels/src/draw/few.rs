@@ -2,7 +2,7 @@
 
 use super::block::Block;
 use super::mass::{ONE, least_mass, least_sum, mass, share};
-use super::{BINS, CANDIDATES, FOUND_AT, GROUPS, MASSES_AT, ORDERS_AT, RANKS_AT, SUMS_AT, THREADS};
+use super::{CANDIDATES, FOUND_AT, GROUPS, MASSES_AT, ORDERS_AT, RANKS_AT, SUMS_AT, THREADS};
 use crate::sample::{lanes_max, max_u64, order, rank, warp_max};
 use cuda_std::int::opaque;
 use cuda_std::thread::{lane_id, sync_threads, thread_idx_x};
@@ -32,7 +32,7 @@ impl Block {
                 let at = self.index * groups + t / threads;
                 self.maxima().add(at as usize).write(own);
             }
-            if self.index == 0 && t < BINS {
+            if self.index == 0 {
                 for n in 0..3 {
                     self.histogram(n).add(t as usize).write(0);
                 }

@@ -26,9 +26,7 @@ impl Block {
         unsafe {
             while pass < opaque(8) {
                 let shift = 56 - 8 * pass;
-                if t < BINS {
-                    bins.add(t).store(0);
-                }
+                bins.add(t).store(0);
                 sync_threads();
                 self.each_in_step(|i, v| {
                     let (mut bin, mut m) = (0, 0);
@@ -36,34 +34,29 @@ impl Block {
                     let known = if pass == 0 { 0 } else { r >> (shift + 8) };
                     if i < self.end && r >= floor && known == prefix {
                         m = weigh(v);
-                        bin = (r >> shift) as u32 & (BINS - 1);
+                        bin = (r >> shift) as u32 & 255;
                     }
                     add_to_bins(bins, bin, m);
                 });
                 sync_threads();
                 let histogram = self.histogram(self.histograms);
-                if t < BINS {
-                    let own = bins.add(t).load();
-                    if own > 0 {
-                        atomic::add_u64(histogram.add(t as usize), own);
-                    }
+                let own = bins.add(t).load();
+                if own > 0 {
+                    atomic::add_u64(histogram.add(t as usize), own);
                 }
                 self.meet();
-                if self.index == 0 && t < BINS {
+                if self.index == 0 {
                     // All have read the last one, in whose place nobody adds before all have met again.
                     let last = self.histogram(self.histograms + 2);
                     last.add(t as usize).write(0);
                 }
                 self.histograms += 1;
                 // From the greatest down.
-                let bin = (BINS - 1).wrapping_sub(t);
-                let mut own = 0;
-                if t < BINS {
-                    own = histogram.add(bin as usize).read();
-                }
+                let bin = BINS - 1 - t;
+                let own = histogram.add(bin as usize).read();
                 let before = above + self.scan(own).before;
                 let reached = before + own >= goal;
-                if t < BINS && before < goal && (reached || bin == 0) {
+                if before < goal && (reached || bin == 0) {
                     found.store((prefix << 8) | u64::from(bin));
                     found.add(1).store(before);
                 }
