@@ -11,7 +11,9 @@ use crate::rows::{BLOCK_TOKENS, CacheLayer, Step, q8_row_bytes, soft_cap};
 use crate::unrolled;
 use cuda_std::half::F16;
 use cuda_std::memory::{ld_v2_u32, ld_v4_u32, ldg_f32, ldg_u32};
-use cuda_std::thread::{block_idx_x, block_idx_y, thread_idx_x};
+use cuda_std::thread::{
+    block_idx_x, block_idx_y, griddepcontrol_launch_dependents, griddepcontrol_wait, thread_idx_x,
+};
 use cuda_std::{float, kernel, thread, warp};
 
 /// Threads per block: four warps, four heads.
@@ -426,6 +428,8 @@ pub unsafe fn attend_q8(a: AttendArgs) {
 /// Merges the splits of the kernels above; a warp per row and head.
 #[kernel(launch_bounds(128))]
 pub unsafe fn attend_combine(a: AttendArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let heads = a.heads as usize;
     let head_dim = a.cache.head_dim as usize;
     let task = block_idx_x() as usize * WARPS + thread_idx_x() as usize / 32;

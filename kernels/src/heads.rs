@@ -13,7 +13,10 @@ use crate::decode::attend::{
 use crate::decode::running::Running;
 use crate::rows::BLOCK_TOKENS;
 use cuda_std::memory::{ld_v4_u32, ldg_u32};
-use cuda_std::thread::{block_idx_x, block_idx_y, lane_id, sync_threads, thread_idx_x};
+use cuda_std::thread::{
+    block_idx_x, block_idx_y, griddepcontrol_launch_dependents, griddepcontrol_wait, lane_id,
+    sync_threads, thread_idx_x,
+};
 use cuda_std::{float, kernel};
 
 /// Threads per block.
@@ -37,12 +40,16 @@ pub const fn shared_bytes(head_dim: u32) -> usize {
 /// `own` is set, there is no soft cap.
 #[kernel(launch_bounds(128))]
 pub unsafe fn attend_heads_64(a: AttendArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     unsafe { attend::<2, 1>(&a) }
 }
 
 /// [`attend_heads_64`] of up to 128.
 #[kernel(launch_bounds(128))]
 pub unsafe fn attend_heads_128(a: AttendArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     unsafe { attend::<4, 2>(&a) }
 }
 

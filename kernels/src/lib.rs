@@ -70,6 +70,18 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     cuda_std::thread::trap()
 }
 
+/// Kernels that wait themselves for the launch before theirs, and for all that it waited for (`griddepcontrol`): from compute
+/// capability 9.0 on they may begin while that runs. All that the others of a step of several rows take time for is to begin.
+pub const WAITING: [&str; 7] = [
+    "attend_combine",
+    "attend_heads_64",
+    "attend_heads_128",
+    "norm",
+    "rope_cache",
+    "skinny",
+    "skinny_join",
+];
+
 #[cfg(not(target_arch = "nvptx64"))]
 cuda_std::kernels![
     attention::attend_combine,

@@ -4,7 +4,8 @@ use crate::types::{GROUP, Matrix, unpack};
 use cuda_std::half::to_f16;
 use cuda_std::memory::{ld_v4_u32, ldg_f32, ldg_u32, ldg_v4_u32, st_global_v2, st_global_v4};
 use cuda_std::thread::{
-    block_dim_x, block_idx_x, block_idx_y, index_1d, sync_threads, thread_idx_x,
+    block_dim_x, block_idx_x, block_idx_y, griddepcontrol_launch_dependents, griddepcontrol_wait,
+    index_1d, sync_threads, thread_idx_x,
 };
 use cuda_std::{float, kernel, shared, warp};
 
@@ -233,6 +234,8 @@ pub struct NormArgs {
 /// `out = scale * (norm(x) * weight + bias)`, or `out += …`; a block of 256 threads per part of a row.
 #[kernel(launch_bounds(256))]
 pub unsafe fn norm(a: NormArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let parts = (a.parts as usize).max(1);
     let (out_row, part) = (
         block_idx_x() as usize / parts,
@@ -528,6 +531,8 @@ pub mod cache_types {
 /// [`store_q8`] writes. Block `y` is a row, a thread a pair of elements.
 #[kernel]
 pub unsafe fn rope_cache(a: RopeCacheArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let row = block_idx_y() as usize;
     let head_dim = a.cache.head_dim as usize;
     let pairs = head_dim / 2;

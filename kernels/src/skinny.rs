@@ -24,7 +24,9 @@ use cuda_std::memory::{
     st_global_v4,
 };
 use cuda_std::shared::{self, SharedPtr};
-use cuda_std::thread::{block_idx_x, sync_threads, thread_idx_x};
+use cuda_std::thread::{
+    block_idx_x, griddepcontrol_launch_dependents, griddepcontrol_wait, sync_threads, thread_idx_x,
+};
 use cuda_std::{kernel, mma};
 
 /// Threads per block, of the products and of [`skinny_join`].
@@ -208,6 +210,8 @@ struct Input {
     unit: u32,
     per_tile: u32,
     left: u32,
+    /// Whether the first have been asked for.
+    begun: bool,
 }
 
 impl Input {
@@ -247,6 +251,18 @@ impl Input {
             }
         }
         cp_async_commit();
+    }
+
+    /// Asks for the first units', once, as soon as who makes the input is done.
+    #[inline(always)]
+    unsafe fn begin(&mut self) {
+        if !self.begun {
+            self.begun = true;
+            griddepcontrol_wait();
+            for stage in 0..STAGES - 1 {
+                unsafe { self.ask(stage) };
+            }
+        }
     }
 
     /// Waits for the next unit's, and asks for one more in the place of the last.
@@ -296,6 +312,9 @@ const TILE_UNITS: u32 = TILE as u32 / 4;
 /// How many units ahead weights are asked for in the second-level cache: what memory takes to answer. For all blocks
 /// together that cache holds some eight.
 const AHEAD: u32 = 3;
+
+/// Whether a block may begin before its input is there.
+const EARLY: bool = cfg!(cuda_sm_90);
 
 /// Sectors of a row's planes in a unit, each where it begins in a tile and how far those of neighbouring units are apart.
 const fn sectors(layout: Layout) -> ([(u32, u32); 16], usize) {
@@ -361,6 +380,15 @@ unsafe fn walk<F: Fragments>(
     let mut sums = [[[0.0f32; 4]; 2]; EIGHTS];
     unsafe {
         let mut raw = load(from);
+        if EARLY {
+            // Weights are on their way before the input is there.
+            for unit in from + 1..from + AHEAD {
+                if unit < to {
+                    prefetch::<F>(m, first, unit);
+                }
+            }
+            input.begin();
+        }
         let mut unit = from;
         while unit < to {
             if unit + AHEAD < to {
@@ -451,9 +479,10 @@ pub unsafe fn skinny(a: SkinnyArgs) {
             unit: unit - tile * per_tile,
             per_tile,
             left: end - unit,
+            begun: false,
         };
-        for stage in 0..STAGES - 1 {
-            input.ask(stage);
+        if !EARLY {
+            input.begin();
         }
         while unit < end {
             let (part, number) = locate(&a.parts, tile);
@@ -543,8 +572,10 @@ unsafe fn bias(part: &Part, row: u32) -> f32 {
 }
 
 /// `x Wᵀ + b` of what the products have left, or `out += …`, or `silu(x Gᵀ + g) * (x Uᵀ + u)`.
-#[kernel(launch_bounds(256))]
+#[kernel(launch_bounds(256, 2))]
 pub unsafe fn skinny_join(a: JoinArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let i = block_idx_x() * THREADS + thread_idx_x();
     let per_tile = (a.units.slot() / 4) as u32;
     unsafe {

@@ -78,8 +78,8 @@ trampolines! {
     cuDriverGetVersion cuEventCreate cuEventDestroy_v2 cuEventElapsedTime cuEventQuery
     cuEventRecord cuEventSynchronize cuFuncGetAttribute cuFuncSetAttribute cuFuncSetCacheConfig
     cuFuncSetSharedMemConfig cuGetErrorName cuGetErrorString cuImportExternalMemory cuInit
-    cuLaunchCooperativeKernel cuLaunchHostFunc cuLaunchKernel cuLinkAddData_v2 cuLinkAddFile_v2
-    cuLinkComplete cuLinkCreate_v2 cuLinkDestroy cuMemAllocHost_v2 cuMemAllocManaged cuMemAlloc_v2
+    cuLaunchCooperativeKernel cuLaunchHostFunc cuLaunchKernel cuLaunchKernelEx cuLinkAddData_v2
+    cuLinkAddFile_v2 cuLinkComplete cuLinkCreate_v2 cuLinkDestroy cuMemAllocHost_v2 cuMemAllocManaged cuMemAlloc_v2
     cuMemFreeHost cuMemFree_v2 cuMemGetInfo_v2 cuMemHostAlloc cuMemcpyDtoHAsync_v2
     cuMemcpyDtoH_v2 cuMemcpyHtoDAsync_v2 cuMemcpyHtoD_v2 cuMemsetD8Async cuModuleGetFunction
     cuModuleGetGlobal_v2 cuModuleLoadData cuModuleLoadDataEx cuModuleUnload

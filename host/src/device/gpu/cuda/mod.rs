@@ -5,6 +5,8 @@ mod cubin;
 #[cfg(feature = "cuda")]
 mod driver;
 #[cfg(feature = "cuda")]
+mod early;
+#[cfg(feature = "cuda")]
 mod readers;
 #[cfg(feature = "cuda")]
 mod real;

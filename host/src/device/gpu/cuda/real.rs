@@ -1,7 +1,7 @@
 //! A CUDA device: context, stream, module, pinned ring.
 
 use super::readers::{Outcome, Readers};
-use super::{cubin, driver, tensor_map};
+use super::{cubin, driver, early, tensor_map};
 use crate::device::gpu::{Address, Allocation, Consume, Driver, Mapped, Piece};
 use crate::device::{DeviceInfo, ptx};
 use crate::error::{Error, Result};
@@ -555,21 +555,27 @@ impl Driver for Cuda {
         self.enter()?;
         let function = self.function(kernel, shared)?;
         let mut parameters = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        let (stream, parameters) = (self.raw_stream(), parameters.as_mut_ptr());
+        let waits = self.versions.1 >= early::CAPABILITY && kernels::WAITING.contains(&kernel);
         // The caller answers for what the pointers in `args` point to; the driver copies `args` itself.
         check(unsafe {
-            sys::cuLaunchKernel(
-                function,
-                grid.0,
-                grid.1,
-                1,
-                block,
-                1,
-                1,
-                shared as u32,
-                self.raw_stream(),
-                parameters.as_mut_ptr(),
-                ptr::null_mut(),
-            )
+            if waits {
+                early::launch(function, grid, block, shared, stream, parameters)
+            } else {
+                sys::cuLaunchKernel(
+                    function,
+                    grid.0,
+                    grid.1,
+                    1,
+                    block,
+                    1,
+                    1,
+                    shared as u32,
+                    stream,
+                    parameters,
+                    ptr::null_mut(),
+                )
+            }
         })
         .map_err(|e| self.fail(&format!("launching {kernel}"), e))
     }
