@@ -410,18 +410,24 @@ pub fn with_sink(peak: f32, mass: f32, sink: f32) -> (f32, f32) {
 /// Attention over an f16 cache. Grid: `(rows * heads / 4, splits)`.
 #[kernel(launch_bounds(128))]
 pub unsafe fn attend_f16(a: AttendArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     unsafe { attend::<u16>(&a) }
 }
 
 /// Attention over an f32 cache.
 #[kernel(launch_bounds(128))]
 pub unsafe fn attend_f32(a: AttendArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     unsafe { attend::<f32>(&a) }
 }
 
 /// Attention over a cache of 8 bits.
 #[kernel(launch_bounds(128))]
 pub unsafe fn attend_q8(a: AttendArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     unsafe { attend::<Q8>(&a) }
 }
 

@@ -2,7 +2,7 @@
 //! on and what the fast products are held against.
 
 use crate::types::{GROUP, Matrix, unpack};
-use cuda_std::memory::{ldg_f32, ldg_v4_u32};
+use cuda_std::memory::{ld_v4_u32, ldg_f32};
 use cuda_std::thread::{block_idx_x, block_idx_y, thread_idx_x};
 use cuda_std::{kernel, thread, warp};
 
@@ -34,7 +34,7 @@ pub(crate) unsafe fn dot(w: &[f32; GROUP], x: *const f32, left: usize) -> f32 {
         // Four at a time where they can be: lanes read side by side what would else be a line for each.
         if left >= GROUP && x as usize % 16 == 0 {
             for i in 0..GROUP / 4 {
-                let four = ldg_v4_u32(x.add(4 * i)).map(f32::from_bits);
+                let four = ld_v4_u32(x.add(4 * i)).map(f32::from_bits);
                 for k in 0..4 {
                     sum += w[4 * i + k] * four[k];
                 }
@@ -42,7 +42,7 @@ pub(crate) unsafe fn dot(w: &[f32; GROUP], x: *const f32, left: usize) -> f32 {
         } else {
             for i in 0..GROUP {
                 if i < left {
-                    sum += w[i] * ldg_f32(x.add(i));
+                    sum += w[i] * x.add(i).read();
                 }
             }
         }

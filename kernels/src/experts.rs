@@ -5,8 +5,11 @@
 use crate::exact::dot;
 use crate::types::{GROUP, Matrix, unpack};
 use cuda_std::int::{here, opaque};
-use cuda_std::memory::{ldg_f32, ldg_u32};
-use cuda_std::thread::{block_idx_x, block_idx_y, index_1d, thread_idx_x};
+use cuda_std::memory::ldg_f32;
+use cuda_std::thread::{
+    block_idx_x, block_idx_y, griddepcontrol_launch_dependents, griddepcontrol_wait, index_1d,
+    thread_idx_x,
+};
 use cuda_std::{float, kernel, thread, warp};
 
 /// Threads per block of [`route`] and [`expert_linear`]: a warp to a row, or to an output.
@@ -33,6 +36,8 @@ pub struct RouteArgs {
 /// weighs them by softmax. A warp per row.
 #[kernel(launch_bounds(256))]
 pub unsafe fn route(a: RouteArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let row = block_idx_x() as usize * (THREADS as usize / 32) + thread_idx_x() as usize / 32;
     if row >= a.rows as usize {
         return;
@@ -125,6 +130,8 @@ pub struct ExpertArgs {
 /// `(rows / 8, slots)`.
 #[kernel(launch_bounds(256, 2))]
 pub unsafe fn expert_linear(a: ExpertArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let r = block_idx_x() as usize * (THREADS as usize / 32) + thread_idx_x() as usize / 32;
     let rows = a.rows as usize;
     if r >= rows {
@@ -134,7 +141,7 @@ pub unsafe fn expert_linear(a: ExpertArgs) {
     let lane = thread::lane_id() as usize;
     let (groups, len) = (a.matrix.groups(), a.len as usize);
     unsafe {
-        let at = ldg_u32(a.ids.add(slot)) as usize * rows + r;
+        let at = a.ids.add(slot).read() as usize * rows + r;
         let x = a.x.add(slot / (a.slots_per_row as usize).max(1) * len);
         let mut sum = 0.0;
         let mut g = lane;
@@ -175,13 +182,15 @@ pub struct CombineArgs {
 /// `out = sum of weight * x` over a row's slots, or `out += …`. Block `y` is a row.
 #[kernel]
 pub unsafe fn combine(a: CombineArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let (row, i) = (block_idx_y() as usize, index_1d() as usize);
     let len = a.len as usize;
     if i < len {
         unsafe {
             let mut sum = 0.0;
             for slot in row * a.used as usize..(row + 1) * a.used as usize {
-                sum += ldg_f32(a.weights.add(slot)) * ldg_f32(a.x.add(slot * len + i));
+                sum += a.weights.add(slot).read() * a.x.add(slot * len + i).read();
             }
             let out = a.out.add(row * len + i);
             out.write(if a.add != 0 { out.read() + sum } else { sum });

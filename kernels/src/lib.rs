@@ -72,14 +72,28 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
 
 /// Kernels that wait themselves for the launch before theirs, and for all that it waited for (`griddepcontrol`): from compute
 /// capability 9.0 on they may begin while that runs. All that the others of a step of several rows take time for is to begin.
-pub const WAITING: [&str; 7] = [
+pub const WAITING: [&str; 21] = [
+    "activate_rows",
+    "argmax",
+    "argmax_final",
     "attend_combine",
+    "attend_f16",
+    "attend_f32",
     "attend_heads_64",
     "attend_heads_128",
+    "attend_q8",
+    "cast_f16",
+    "combine",
+    "expert_linear",
+    "finish_logits",
+    "linear_one",
     "norm",
     "rope_cache",
+    "route",
     "skinny",
     "skinny_join",
+    "store_q8",
+    "unpack_q8",
 ];
 
 #[cfg(not(target_arch = "nvptx64"))]

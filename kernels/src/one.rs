@@ -4,8 +4,10 @@ use crate::types::{GROUP, Matrix, unpack};
 use crate::unrolled;
 use cuda_std::half::F16;
 use cuda_std::int::{here, opaque};
-use cuda_std::memory::{ldg_f32, ldg_v4_u32};
-use cuda_std::thread::{block_idx_x, thread_idx_x};
+use cuda_std::memory::{ld_v4_u32, ldg_f32};
+use cuda_std::thread::{
+    block_idx_x, griddepcontrol_launch_dependents, griddepcontrol_wait, thread_idx_x,
+};
 use cuda_std::{kernel, thread, warp};
 
 /// Threads per block; a warp computes one output.
@@ -38,10 +40,15 @@ pub unsafe fn linear_one(a: OneArgs) {
         let mut g = lane;
         while g < groups {
             let w = unpack(&a.matrix, r, g);
+            if g < 32 {
+                // The weights do not depend on who makes the input.
+                griddepcontrol_wait();
+                griddepcontrol_launch_dependents();
+            }
             // The input after the weights: both at once would take twice the registers.
             let x = a.x.add(here((g * GROUP) as u32) as usize);
             for i in 0..GROUP / 8 {
-                let eight = ldg_v4_u32(x.add(8 * i));
+                let eight = ld_v4_u32(x.add(8 * i));
                 let eight: [f32; 8] = unrolled!(8, |k| F16::from_bits(
                     (eight[k / 2] >> (16 * (k % 2))) as u16
                 )

@@ -388,6 +388,8 @@ pub struct CastArgs {
 /// f32 rows to padded f16 rows; block `y` is a row.
 #[kernel]
 pub unsafe fn cast_f16(a: CastArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let (row, i) = (block_idx_y() as usize, index_1d() as usize);
     if i < a.stride as usize {
         unsafe {
@@ -446,6 +448,8 @@ pub struct ActivateArgs {
 /// `out = activation(gate, up)`; an f32 `out` may be either input. Block `y` is a row.
 #[kernel]
 pub unsafe fn activate_rows(a: ActivateArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let (row, i) = (block_idx_y() as usize, index_1d() as usize);
     if i < a.stride as usize {
         unsafe {
@@ -485,6 +489,8 @@ pub struct FinishArgs {
 /// `l = cap * tanh(scale * l / cap)`, or without a cap `scale * l`.
 #[kernel]
 pub unsafe fn finish_logits(a: FinishArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let i = index_1d() as usize;
     if i < a.len as usize {
         unsafe {
@@ -598,6 +604,8 @@ pub const fn q8_row_bytes(head_dim: usize) -> usize {
 /// of a head. Block `y` is a row.
 #[kernel]
 pub unsafe fn store_q8(a: RopeCacheArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let row = block_idx_y() as usize;
     let head_dim = a.cache.head_dim as usize;
     let kv_heads = a.cache.kv_heads as usize;
@@ -654,6 +662,8 @@ pub struct UnpackArgs {
 /// token.
 #[kernel]
 pub unsafe fn unpack_q8(a: UnpackArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let head_dim = a.cache.head_dim as usize;
     let token = thread_idx_x() as usize;
     if token >= BLOCK_TOKENS {

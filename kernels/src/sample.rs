@@ -1,9 +1,9 @@
 //! The likeliest token, by the definition in the host's `sampling` module, of any number of rows: [`argmax`], then [`argmax_final`].
 
-use cuda_std::memory::ldg_f32;
 use cuda_std::shared::{self, SharedPtr};
 use cuda_std::thread::{
-    block_dim_x, block_idx_x, block_idx_y, grid_dim_x, index_1d, sync_threads, thread_idx_x,
+    block_dim_x, block_idx_x, block_idx_y, grid_dim_x, griddepcontrol_launch_dependents,
+    griddepcontrol_wait, index_1d, sync_threads, thread_idx_x,
 };
 use cuda_std::{kernel, warp};
 
@@ -92,13 +92,15 @@ unsafe fn block_max(v: u64, scratch: SharedPtr<u64>) -> u64 {
 /// The greatest of each block's share of a row. Grid: `(ARGMAX_BLOCKS, rows)`.
 #[kernel(launch_bounds(256))]
 pub unsafe fn argmax(a: ArgmaxArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let (row, n) = (block_idx_y() as usize, a.vocabulary as usize);
     let mut best = 0;
     let mut i = index_1d() as usize;
     unsafe {
         let logits = a.logits.add(row * n);
         while i < n {
-            best = max_u64(best, rank(ldg_f32(logits.add(i)), i));
+            best = max_u64(best, rank(logits.add(i).read(), i));
             i += (grid_dim_x() * block_dim_x()) as usize;
         }
         let best = block_max(best, shared::at(0));
@@ -113,6 +115,8 @@ pub unsafe fn argmax(a: ArgmaxArgs) {
 /// The greatest of a row's blocks. Grid: one block a row, of a warp.
 #[kernel(launch_bounds(32))]
 pub unsafe fn argmax_final(a: ArgmaxArgs) {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();
     let row = block_idx_x() as usize;
     let t = thread_idx_x() as usize;
     unsafe {

@@ -111,4 +111,19 @@ mod tests {
             assert_ne!(settle(&decode, kernels::decode::NEEDS, 1), decode);
         }
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn who_may_begin_early_waits_and_nobody_else() {
+        let (_, text) = for_capability(90).unwrap();
+        let waits = |name: &str| part(text, name).1.contains("griddepcontrol.wait");
+        for kernel in kernels::all() {
+            // Of the emulator alone, or of another module.
+            if !text.contains(&format!(".entry {}(", kernel.name)) {
+                continue;
+            }
+            let early = kernels::WAITING.contains(&kernel.name);
+            assert_eq!(waits(kernel.name), early, "{}", kernel.name);
+        }
+    }
 }
