@@ -90,14 +90,6 @@ fn choice_offset(sequence: u32) -> usize {
     (sequence % CHOICES) as usize * CHOICE_BYTES
 }
 
-/// The first number of so many steps behind step `sequence`. Zero is what fresh memory holds.
-fn first_number(sequence: u32, steps: u32) -> u32 {
-    match sequence.checked_add(steps) {
-        Some(_) => sequence + 1,
-        None => 1,
-    }
-}
-
 /// A program's launch.
 struct Run {
     ops: Address,
@@ -360,6 +352,8 @@ impl<D: Driver> Gpu<D> {
         let program = self.decode.programs.get(&shape)?;
         let traced = self.decode.trace.is_some();
         let all = if traced { 1 } else { program.steps as usize };
+        // Their numbers are consecutive: the one after the last there is comes with a step that nobody has begun.
+        let all = all.min((u32::MAX - self.decode.sequence) as usize);
         let like = |step: &usize| self.shape_for(position + step + 1, 1) == shape;
         let steps = (0..most.min(all)).take_while(like).count() as u32;
         (steps > 0 && self.decode.ahead.is_none()).then_some(Following {
@@ -466,7 +460,11 @@ impl<D: Driver> Gpu<D> {
     fn run_program(&mut self, run: Run) -> Result<()> {
         let (ops, behind, room) = (run.ops, run.behind, run.room);
         let decode = &mut self.decode;
-        let first = first_number(decode.sequence, run.steps);
+        // Zero is what fresh memory holds.
+        let first = match decode.sequence.checked_add(run.steps) {
+            Some(_) => decode.sequence + 1,
+            None => 1,
+        };
         decode.sequence = first + run.steps - 1;
         let args = DecodeArgs {
             ops: ops as *const Op,
@@ -589,9 +587,9 @@ impl<D: Driver> Gpu<D> {
         self.decode.drawing
     }
 
-    /// The number of the step that runs `steps` launches of one step after the last.
-    pub(super) fn number_after(&self, steps: u32) -> u32 {
-        (0..steps).fold(self.decode.sequence, |number, _| first_number(number, 1))
+    /// The number of the last step.
+    pub(super) fn last_number(&self) -> u32 {
+        self.decode.sequence
     }
 
     /// Where the token drawn for step `sequence` goes: for the host, and for the next step, with room for another behind it.

@@ -26,7 +26,7 @@ impl Drawing {
     /// `None` where the likeliest id is chosen.
     fn of(row: &SampleRow<'_>) -> Option<Self> {
         let p = row.params;
-        let cold = p.temperature < MIN_TEMPERATURE;
+        let cold = p.temperature.is_nan() || p.temperature < MIN_TEMPERATURE;
         (!cold || p.repetition_penalty != 1.0).then_some(Self {
             temperature: if cold { 0.0 } else { p.temperature },
             top_k: p.top_k,
@@ -155,7 +155,7 @@ impl<D: Driver> Gpu<D> {
         let first = u32::from(begun);
         let rows: Vec<DrawRow> = (first..=steps)
             .map(|later| {
-                let number = self.number_after(later);
+                let number = self.last_number() + later;
                 let [out, next] = self.choice_places(number);
                 let of = later - first;
                 DrawRow {
