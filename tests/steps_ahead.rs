@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 const CONTEXT: usize = 96;
 const PROMPT: usize = 13;
-const TOKENS: usize = 40;
+const TOKENS: usize = 26;
 
 /// The CPU begins none.
 fn device() -> DeviceChoice {
@@ -152,7 +152,7 @@ fn check(name: &str) {
     let runner = &mut *runner;
     for (seed, params) in (1..).zip(params()) {
         let (expected, _) = one_by_one(runner, &params, seed);
-        for left_at in [TOKENS, 20] {
+        for left_at in [TOKENS, 11] {
             let (tokens, begun) = ahead(runner, &params, seed, left_at);
             assert_eq!(
                 tokens, expected,
