@@ -71,7 +71,7 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
 }
 
 /// Kernels that wait themselves for the launch before theirs, and for all that it waited for (`griddepcontrol`): from compute
-/// capability 9.0 on they may begin while that runs. All that the others of a step of several rows take time for is to begin.
+/// capability 9.0 on they may begin while that runs. Small ones take most of their time to begin.
 pub const WAITING: [&str; 21] = [
     "activate_rows",
     "argmax",

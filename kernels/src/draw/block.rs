@@ -85,7 +85,7 @@ impl Block {
 
     /// Where total `n` is made.
     #[inline(always)]
-    pub(super) unsafe fn sums(&self, n: u32) -> *mut u64 {
+    unsafe fn sums(&self, n: u32) -> *mut u64 {
         unsafe {
             let first = (&raw mut (*self.row.common).sums).cast::<u64>();
             first.add((n % 2 * BLOCKS) as usize)

@@ -3,7 +3,8 @@
 //!
 //! A step costs the host one launch at most: token and position travel as arguments, the block table only when it
 //! grew, and the likeliest token comes back through memory that the host reads while the device runs. Where what a step
-//! chooses is the next one's token, a launch may carry several.
+//! chooses is the next one's token, a launch may carry several. A token that is drawn takes a launch of its own behind its step's
+//! ([`super::sampling`]), and the next step begins with it all the same.
 //!
 //! What operations hand each other lies in buffers of its own, whose words carry the number of their writer
 //! (`kernels::decode`, [`super::recording`]).

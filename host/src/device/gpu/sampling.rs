@@ -141,11 +141,7 @@ impl<D: Driver> Gpu<D> {
         begun: bool,
     ) -> Result<()> {
         const MOST: usize = MAX_STEPS as usize + 1;
-        let seen = if drawing.repetition_penalty == 1.0 {
-            &[]
-        } else {
-            row.seen
-        };
+        let seen = penalised(row);
         // The memory first: programs are forgotten where it grows.
         let listed = self.draw_list(MOST, seen.len() + MOST)?;
         let [work, common] = self.draw_scratch(vocabulary, 1)?;
@@ -205,15 +201,11 @@ impl<D: Driver> Gpu<D> {
         if drawings.iter().any(Option::is_none) {
             self.argmax(logits, vocabulary, rows.len(), out)?;
         }
-        let seen_of = |row: &SampleRow<'_>| match row.params.repetition_penalty {
-            1.0 => 0,
-            _ => row.seen.len(),
-        };
         // As many together as there are multiprocessors: all blocks of a launch are at work at the same time.
         let most = self.driver.multiprocessors() as usize;
         let drawn: Vec<usize> = (0..rows.len()).filter(|&i| drawings[i].is_some()).collect();
         for group in drawn.chunks(most) {
-            let all_seen = group.iter().map(|&i| seen_of(&rows[i])).sum();
+            let all_seen = group.iter().map(|&i| penalised(&rows[i]).len()).sum();
             let listed = self.draw_list(group.len(), all_seen)?;
             let [work, common] = self.draw_scratch(vocabulary, group.len())?;
             let mut seen = Vec::with_capacity(all_seen);
@@ -222,7 +214,7 @@ impl<D: Driver> Gpu<D> {
                 let Some(drawing) = drawings[i] else {
                     continue;
                 };
-                let own = &rows[i].seen[..seen_of(&rows[i])];
+                let own = penalised(&rows[i]);
                 draws.push(DrawRow {
                     logits: (logits + (4 * i * vocabulary) as u64) as *const f32,
                     work: (work + (4 * n * vocabulary) as u64) as *mut f32,
@@ -314,6 +306,14 @@ impl<D: Driver> Gpu<D> {
         let grid = n as u32 * blocks;
         self.driver
             .launch_cooperative("draw", grid, draw::THREADS, draw::SHARED, &args)
+    }
+}
+
+/// The ids that the repetition penalty applies to.
+fn penalised<'a>(row: &SampleRow<'a>) -> &'a [u32] {
+    match row.params.repetition_penalty {
+        1.0 => &[],
+        _ => row.seen,
     }
 }
 
