@@ -2,6 +2,7 @@
 //! every token, and the last one's logits, are what the CPU has for the same tokens. In the emulator (the GPU's kernels, run on the
 //! host), or with `KIGO_TEST_DEVICE=cuda` on a GPU.
 
+use kigo::device::CacheType;
 use kigo::engine::Direct;
 use kigo::gguf::Gguf;
 use kigo::model::{DeviceChoice, LoadOptions, load};
@@ -13,12 +14,13 @@ const PROMPT: usize = 571;
 /// Several launches of several steps each, over the ends of blocks.
 const STEPS: usize = 45;
 
-fn direct(name: &str, device: DeviceChoice) -> Direct {
+fn direct(name: &str, device: DeviceChoice, cache_type: Option<CacheType>) -> Direct {
     let path = golden_dir().join("tiny").join(name);
     let file = Arc::new(Gguf::open(&path).expect("a model"));
     let options = LoadOptions {
         device,
         context: Some(PROMPT + STEPS),
+        cache_type,
         ..LoadOptions::default()
     };
     Direct::new(load(&file, &options, &mut |_| {}).expect("a runner"))
@@ -31,7 +33,7 @@ fn rms(values: impl Iterator<Item = f64>) -> f64 {
 
 /// `limit`: how far logits may be from the CPU's, in these' root mean square; about twice what was measured. The prompt's products take
 /// activations in f16.
-fn check(name: &str, limit: f64) {
+fn check(name: &str, cache_type: Option<CacheType>, limit: f64) {
     let device = match kigo_tests::device().parse().expect("a device") {
         DeviceChoice::Cpu => DeviceChoice::Emulated,
         device => device,
@@ -39,7 +41,7 @@ fn check(name: &str, limit: f64) {
     let prompt: Vec<u32> = (0..PROMPT)
         .map(|i| (5 + (i * 31 + i / 7) % 200) as u32)
         .collect();
-    let mut gpu = direct(name, device);
+    let mut gpu = direct(name, device, cache_type);
     gpu.feed(&prompt).expect("a prompt");
     let mut tokens = vec![gpu.sample_greedy().expect("a token")];
     for left in (0..STEPS - 1).rev() {
@@ -52,7 +54,7 @@ fn check(name: &str, limit: f64) {
     }
     let found = gpu.logits().expect("logits");
 
-    let mut cpu = direct(name, DeviceChoice::Cpu);
+    let mut cpu = direct(name, DeviceChoice::Cpu, cache_type);
     cpu.feed(&prompt).expect("a prompt");
     let mut expected = vec![cpu.logits().expect("logits")];
     let fed = &tokens[..tokens.len() - 1];
@@ -76,15 +78,23 @@ fn check(name: &str, limit: f64) {
 
 #[test]
 fn keys_rotated_by_products() {
-    check("llama-256-Q4_K_M.gguf", 5e-3);
+    check("llama-256-Q4_K_M.gguf", None, 5e-3);
 }
 
 #[test]
 fn keys_normed_by_attention() {
-    check("qwen3-Q8_0.gguf", 3e-3);
+    check("qwen3-Q8_0.gguf", None, 3e-3);
 }
 
 #[test]
 fn weights_in_f16() {
-    check("qwen2-F16.gguf", 1e-3);
+    check("qwen2-F16.gguf", None, 1e-3);
+}
+
+#[test]
+fn a_cache_of_eight_bits() {
+    let cache_type = Some(CacheType::Q8_0);
+    check("qwen2-F16.gguf", cache_type, 1e-2);
+    check("llama-256-Q4_K_M.gguf", cache_type, 2.2e-2);
+    check("qwen3-Q8_0.gguf", cache_type, 1.4e-2);
 }

@@ -511,7 +511,7 @@ pub(super) fn load<D: Device>(
     // Heads that are normed are turned by lanes of four elements, pairs of which are lanes apart.
     let turns = config.blueprint.head_norms.is_none() || config.shape.rope_dims.is_multiple_of(8);
     let plain = config.blueprint.is_plain() && turns;
-    device.set_plain(plain && !adapted && cache_shape.ty == CacheType::F16);
+    device.set_plain(plain && !adapted && cache_shape.ty != CacheType::F32);
 
     let mut loader = Loader::new(&mut device, file, &config, &places, &adapters, progress);
     // Tells when the device was open.

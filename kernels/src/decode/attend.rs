@@ -16,10 +16,10 @@ use super::pieces::{Cutting, Piece};
 use super::running::{Running, split};
 use super::seal::Seal;
 use super::{
-    Current, DecodeArgs, LATE, ROWS_AT, WARPS, WIDE, Warp, cache_block, get, lane, may_be, sync,
-    thread,
+    Current, DecodeArgs, LATE, ROWS_AT, WARPS, WIDE, Warp, cache_block, get, is_quantised, lane,
+    may_be, sync, thread,
 };
-use super::{long, merge};
+use super::{long, merge, q8};
 use crate::attention::{LOG2_E, NONE};
 use crate::rows::BLOCK_TOKENS;
 use crate::unrolled;
@@ -51,14 +51,10 @@ const FRESH_AT: u32 = MAX_HEAD_DIM / CHUNK * 32 * 32;
 const TARGET_AT: u32 = FRESH_AT + 2 * 2 * MAX_HEAD_DIM;
 pub(crate) const ASKED_BYTES: u32 = TARGET_AT + TARGET_BYTES;
 
-/// Bytes of shared memory that attention needs, with so many query heads for each key-value head and so many splits.
-pub const fn attend_bytes(group: u32, head_dim: u32, splits: u32) -> u32 {
+/// Bytes of shared memory that attention needs, with so many query heads for each key-value head, where it is [`Op::ringed`](super::Op::ringed) or is not.
+pub const fn attend_bytes(group: u32, head_dim: u32, ringed: bool) -> u32 {
     let heads = if group < HEADS { group } else { HEADS };
-    let halves = if splits == 1 {
-        1
-    } else {
-        head_dim.div_ceil(WIDTH)
-    };
+    let halves = if ringed { head_dim.div_ceil(WIDTH) } else { 1 };
     ASKED_BYTES + heads * halves * HEAD_PARTS * 4
 }
 
@@ -147,12 +143,18 @@ impl Place {
     /// Leaves four elements of a head's query there, scaled, from `element` on.
     #[inline(always)]
     pub unsafe fn put_query(&self, head: u32, element: u32, v: [f32; 4]) {
-        let (near, far) = (split(v[0], v[1]), split(v[2], v[3]));
-        let (chunk, t, half) = (
+        let place = (
             element / CHUNK,
             element % CHUNK / EIGHT,
             element % EIGHT / 4,
         );
+        unsafe { self.put_query_at(head, place, v) }
+    }
+
+    /// The same in a place of chunk, lane of four and half.
+    #[inline(always)]
+    unsafe fn put_query_at(&self, head: u32, (chunk, t, half): (u32, u32, u32), v: [f32; 4]) {
+        let (near, far) = (split(v[0], v[1]), split(v[2], v[3]));
         let at = ((2 * chunk + half) * 32 + head * 4 + t) * 16;
         let to = shared::at::<u32>(self.asked + at);
         unsafe { to.store_v4([near[0], near[1], far[0], far[1]]) }
@@ -182,22 +184,17 @@ pub(super) unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
             if thread() == KEEPER {
                 Target::new(op, &piece).store(place);
             }
-            let wide = may_be(WIDE) && get!(op, cache.head_dim) > NARROW_DIM;
-            if get!(op, splits) == 1 {
-                if wide {
+            if is_quantised(op) {
+                ringed::<true>(a, op, place, piece, w);
+            } else if get!(op, splits) > 1 {
+                ringed::<false>(a, op, place, piece, w);
+            } else {
+                if may_be(WIDE) && get!(op, cache.head_dim) > NARROW_DIM {
                     walk::<4>(a, op, place, piece);
                 } else {
                     walk::<2>(a, op, place, piece);
                 }
                 join::<1>(op, place);
-            } else if wide {
-                let behind = long::walk::<4, 2>(a, op, place, piece, w);
-                join::<2>(op, place);
-                long::pass(w, behind);
-            } else {
-                let behind = long::walk::<2, 1>(a, op, place, piece, w);
-                join::<1>(op, place);
-                long::pass(w, behind);
             }
             index += Cutting::of(op).step();
             // Of the last the operation's end is the barrier.
@@ -211,7 +208,29 @@ pub(super) unsafe fn attend(a: &DecodeArgs, op: Current, w: &mut Warp) {
     }
 }
 
-/// This lane's keys of a tile, as they lie in the cache: eight elements of two keys for each of `K` chunks.
+/// A piece whose keys and values come through the ring, of a cache of 8 bits (`Q`) or of f16.
+#[inline(always)]
+unsafe fn ringed<const Q: bool>(
+    a: &DecodeArgs,
+    op: Current,
+    place: Place,
+    piece: Piece,
+    w: &mut Warp,
+) {
+    unsafe {
+        if may_be(WIDE) && get!(op, cache.head_dim) > NARROW_DIM {
+            let behind = long::walk::<4, 2, Q>(a, op, place, piece, w);
+            join::<2>(op, place);
+            long::pass(w, behind);
+        } else {
+            let behind = long::walk::<2, 1, Q>(a, op, place, piece, w);
+            join::<1>(op, place);
+            long::pass(w, behind);
+        }
+    }
+}
+
+/// This lane's keys of a tile, as they lie in a cache of f16: eight elements of two keys for each of `K` chunks.
 pub(crate) type Keys<const K: usize> = [[[u32; 4]; 2]; K];
 /// Its values: eight elements of four.
 pub(crate) type Values = [[u32; 4]; 4];
@@ -236,26 +255,26 @@ pub(super) unsafe fn tile_at(a: &DecodeArgs, op: Current, kv_head: u32, base: u3
         at_token(
             a,
             get!(op, cache.kv_heads),
-            get!(op, cache.head_dim),
+            get!(op, row_bytes),
             kv_head,
             base,
         )
     }
 }
 
-/// Where the row of token `token` and of a head begins in a cache of so many and such heads, in bytes.
+/// Where the row of token `token` and of a head begins in a cache of so many heads and rows of so many bytes, in bytes.
 #[inline(always)]
 pub(super) unsafe fn at_token(
     a: &DecodeArgs,
     kv_heads: u32,
-    head_dim: u32,
+    row_bytes: u32,
     kv_head: u32,
     token: u32,
 ) -> usize {
     let tokens = BLOCK_TOKENS as u32;
     let block = unsafe { cache_block(a, token) };
     let row = (block * kv_heads + kv_head) * tokens + token % tokens;
-    row as usize * head_dim as usize * 2
+    row as usize * row_bytes as usize
 }
 
 /// Keys of the tile that begins at `from`, of its tokens before `tokens`.
@@ -303,9 +322,50 @@ pub(crate) unsafe fn load_values(
     }
 }
 
+/// Keys of the tile at token `base`, of its first `tokens`.
+#[inline(always)]
+pub(super) unsafe fn tile_keys<const K: usize, const Q: bool>(
+    a: &DecodeArgs,
+    op: Current,
+    kv_head: u32,
+    base: u32,
+    tokens: u32,
+) -> Keys<K> {
+    unsafe {
+        let from = get!(op, cache.keys).add(tile_at(a, op, kv_head, base));
+        let head_dim = get!(op, cache.head_dim);
+        if Q {
+            q8::load_keys(from, head_dim, get!(op, row_bytes), tokens)
+        } else {
+            load_keys(from, head_dim, tokens)
+        }
+    }
+}
+
+/// Values likewise, from element `element` on.
+#[inline(always)]
+pub(super) unsafe fn tile_values<const Q: bool>(
+    a: &DecodeArgs,
+    op: Current,
+    kv_head: u32,
+    base: u32,
+    tokens: u32,
+    element: u32,
+) -> Values {
+    unsafe {
+        let from = get!(op, cache.values).add(tile_at(a, op, kv_head, base));
+        let head_dim = get!(op, cache.head_dim);
+        if Q {
+            q8::load_values(from, head_dim, get!(op, row_bytes), tokens, element)
+        } else {
+            load_values(from, head_dim, tokens, element)
+        }
+    }
+}
+
 /// Puts the step's own key, token `token` of the tile, in its place.
 #[inline(always)]
-pub(super) unsafe fn put_key<const K: usize>(
+pub(super) unsafe fn put_key<const K: usize, const Q: bool>(
     keys: &mut Keys<K>,
     place: Place,
     token: u32,
@@ -313,7 +373,11 @@ pub(super) unsafe fn put_key<const K: usize>(
 ) {
     let (g, t) = place_in_fragment();
     for c in 0..K {
-        let e = c as u32 * CHUNK + t * EIGHT;
+        let e = if Q {
+            q8::key_element::<K>() + c as u32 * EIGHT
+        } else {
+            c as u32 * CHUNK + t * EIGHT
+        };
         for r in 0..2 {
             if g + 8 * r as u32 == token && e < head_dim {
                 keys[c][r] = unsafe { place.fresh(0, e).load_v4() };
@@ -380,7 +444,7 @@ impl Asked {
 
 /// Waits for what has been asked for, and leaves it where all warps find it. A barrier must follow.
 #[inline(always)]
-pub(super) unsafe fn ask<const K: usize>(
+pub(super) unsafe fn ask<const K: usize, const Q: bool>(
     a: &DecodeArgs,
     op: Current,
     place: Place,
@@ -408,29 +472,49 @@ pub(super) unsafe fn ask<const K: usize>(
             words = come.map(|w| if active { w } else { 0 });
         }
         let mut v = words.map(|w| seal.open(w));
-        if may_be(LATE) && get!(op, late) != 0 && warp <= HEADS {
+        let turns = may_be(LATE) && get!(op, late) != 0 && warp <= HEADS;
+        if turns {
             v = turn(op, v, !query);
-            // Of the pieces with this key, the first keeps it.
-            let group = get!(op, group);
-            let first = piece.element == 0 && piece.head == piece.kv_head * group;
-            if !query && active && first {
-                let base = get!(op, now.position) - get!(op, now.position) % TOKENS;
-                let at = tile_at(a, op, piece.kv_head, base)
-                    + (get!(op, now.position) % TOKENS * head_dim + element) as usize * 2;
-                let words = [pack_f16x2(v[0], v[1]), pack_f16x2(v[2], v[3])];
-                st_global_v2(get!(op, cache.keys).add(at), words);
-            }
         }
         if !query {
+            let mut words = [pack_f16x2(v[0], v[1]), pack_f16x2(v[2], v[3])];
+            if Q || turns {
+                // Of the pieces with this key, the first keeps it.
+                let group = get!(op, group);
+                let first = piece.element == 0 && piece.head == piece.kv_head * group;
+                let own = get!(op, now.position) < piece.to;
+                let at = at_token(
+                    a,
+                    get!(op, cache.kv_heads),
+                    get!(op, row_bytes),
+                    piece.kv_head,
+                    get!(op, now.position),
+                );
+                if Q {
+                    let key = warp == HEADS;
+                    let base = if key {
+                        get!(op, cache.keys)
+                    } else {
+                        get!(op, cache.values)
+                    };
+                    let keeps = first && own && !get!(op, fresh).is_null();
+                    words = q8::keep(op, v, keeps, base.wrapping_add(at));
+                } else if active && first {
+                    st_global_v2(get!(op, cache.keys).add(at + 2 * element as usize), words);
+                }
+            }
             if active {
-                let words = [pack_f16x2(v[0], v[1]), pack_f16x2(v[2], v[3])];
                 place.fresh(warp - HEADS, element).store_v2(words);
             }
             return;
         }
         v = v.map(|v| if active { v * scale } else { 0.0 });
         if element < K as u32 * CHUNK {
-            place.put_query(warp, element, v);
+            if Q {
+                place.put_query_at(warp, q8::query_place::<K>(element), v);
+            } else {
+                place.put_query(warp, element, v);
+            }
         }
     }
 }
@@ -501,13 +585,13 @@ unsafe fn walk<const K: usize>(a: &DecodeArgs, op: Current, place: Place, piece:
         }
         let mut own = here(own_token(op, base));
         let asked = Asked::first(op, piece);
-        ask::<K>(a, op, place, piece, asked);
+        ask::<K, false>(a, op, place, piece, asked);
         sync();
         let mut running = Running::<1>::new();
         while base < piece.to {
             if own < TOKENS {
                 let head_dim = get!(op, cache.head_dim);
-                put_key(&mut keys, place, own, head_dim);
+                put_key::<K, false>(&mut keys, place, own, head_dim);
                 put_value(&mut values, place, own, piece.element, head_dim);
             }
             // Several sums, so that one product does not wait for the last.

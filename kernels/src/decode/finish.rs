@@ -10,7 +10,8 @@ use super::seal::Seal;
 use super::task::{EIGHT, ROWS, TaskRow, block_tasks, rows};
 use super::{
     CHOICES, Current, DecodeArgs, FINISHERS, HALVES, LATE, SCRATCH_AT, WARPS, Warp, await_op,
-    blocks, cache_block, get, kind, lane, may_be, note, point, sync_finishers, thread,
+    blocks, cache_block, get, is_quantised, kind, lane, may_be, note, point, sync_finishers,
+    thread,
 };
 use crate::rows::BLOCK_TOKENS;
 use crate::sample::{max_u64, rank, warp_max};
@@ -277,6 +278,8 @@ unsafe fn write_cache(a: &DecodeArgs, op: Current, output: &Output, v: f32, seal
         let bits = to_f16(v);
         let fresh = get!(op, fresh);
         let late = may_be(LATE) && which == 0 && get!(op, late) != 0;
+        // Only the attention has whole groups of these.
+        let late = late || is_quantised(op);
         if !fresh.is_null() {
             let at = which * kv_heads * head_dim + r;
             let rounded = half::F16::from_bits(bits).to_f32();

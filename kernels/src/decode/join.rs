@@ -110,6 +110,7 @@ pub(super) unsafe fn join<const H: usize>(op: Current, place: Place) {
         let exists = i < joining::<H>() && head < target.heads && half * WIDTH + e < target.width;
         let row_head = target.head + head;
         let (out, to) = if splits == 1 {
+            let e = half * WIDTH + e;
             (row, row_head * head_dim + target.element + e)
         } else {
             let e = half * WIDTH + e;

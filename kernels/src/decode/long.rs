@@ -6,11 +6,11 @@
 
 use super::attend::{
     Asked, CHUNK, EIGHT, NO_SCORES, Place, TOKENS, Values, WIDTH, add_scores, ask, at_token,
-    cached_end, load_keys, load_values, own_token, place_in_fragment, put_key, put_value, seen,
-    tile_at,
+    cached_end, own_token, place_in_fragment, put_key, put_value, seen, tile_keys, tile_values,
 };
 use super::join::leave;
 use super::pieces::Piece;
+use super::q8;
 use super::ring::Ring;
 use super::running::Running;
 use super::task::Cached;
@@ -33,14 +33,14 @@ const fn round(tiles: usize) -> u32 {
     WARPS / sharers(tiles)
 }
 
-/// Bytes of a turn, and as many more as are read past its last row.
-pub const fn turn_bytes(head_dim: u32) -> u32 {
-    2 * half_bytes(head_dim) + 2 * (head_dim.next_multiple_of(WIDTH) - head_dim)
+/// Bytes of a turn of rows of so many, and as many more as are read past its last row.
+pub const fn turn_bytes(head_dim: u32, row_bytes: u32) -> u32 {
+    2 * half_bytes(row_bytes) + 2 * (head_dim.next_multiple_of(WIDTH) - head_dim)
 }
 
 /// Bytes of a turn's keys.
-const fn half_bytes(head_dim: u32) -> u32 {
-    2 * head_dim * TURN
+const fn half_bytes(row_bytes: u32) -> u32 {
+    row_bytes * TURN
 }
 
 /// A piece's tokens that come through the ring end there, a whole block.
@@ -66,9 +66,11 @@ pub(super) unsafe fn feed<const BULK: bool>(
             let piece = Piece::of(cutting, index, position);
             let mut base = piece.from;
             while base < ring_end(a, &piece) {
-                let at = at_token(a, kv_heads, head_dim, piece.kv_head, base);
+                let row_bytes = cached.row_bytes;
+                let at = at_token(a, kv_heads, row_bytes, piece.kv_head, base);
                 let from = cached.bases.map(|base| base.wrapping_add(at));
-                ring.bring::<BULK>(a, from, half_bytes(head_dim), turn_bytes(head_dim));
+                let all = turn_bytes(head_dim, row_bytes);
+                ring.bring::<BULK>(a, from, half_bytes(row_bytes), all);
                 base += TURN;
             }
             index += cutting.step();
@@ -81,7 +83,7 @@ pub(super) unsafe fn feed<const BULK: bool>(
 /// Of a turn two neighbours have each a tile, or a warp has both: its products and exchanges then go side by side. So many warps have both
 /// that one round is enough, or all, where none is.
 #[inline(always)]
-pub(super) unsafe fn walk<const K: usize, const H: usize>(
+pub(super) unsafe fn walk<const K: usize, const H: usize, const Q: bool>(
     a: &DecodeArgs,
     op: Current,
     place: Place,
@@ -106,10 +108,10 @@ pub(super) unsafe fn walk<const K: usize, const H: usize>(
                 old.whole = (2 * old.turns + behind).saturating_sub(WARPS);
             }
             if thread() / 32 < old.whole {
-                return share::<K, H, 2>(a, op, place, piece, old, true, w);
+                return share::<K, H, 2, Q>(a, op, place, piece, old, true, w);
             }
         }
-        share::<K, H, 1>(a, op, place, piece, old, room > round(1), w)
+        share::<K, H, 1, Q>(a, op, place, piece, old, room > round(1), w)
     }
 }
 
@@ -129,7 +131,7 @@ struct Old {
 /// where the ring has room for a turn more than a [`round`]. Else warps would wait for each other's for ever; and at the ring's end one
 /// may be lost.
 #[inline(always)]
-unsafe fn share<const K: usize, const H: usize, const N: usize>(
+unsafe fn share<const K: usize, const H: usize, const N: usize, const Q: bool>(
     a: &DecodeArgs,
     op: Current,
     place: Place,
@@ -165,14 +167,12 @@ unsafe fn share<const K: usize, const H: usize, const N: usize>(
         // So many turns pass by before a warp's first.
         let before = if turns < mine { turns } else { mine };
         if any {
-            let dim = get!(op, cache.head_dim);
             let there = cached_end(op, &piece).saturating_sub(base);
-            let at = tile_at(a, op, piece.kv_head, base);
-            keys[0] = load_keys(get!(op, cache.keys).add(at), dim, there);
+            let kv_head = piece.kv_head;
+            keys[0] = tile_keys::<K, Q>(a, op, kv_head, base, there);
             for h in 0..H {
-                let at = tile_at(a, op, piece.kv_head, here(base));
-                let from = get!(op, cache.values).add(at);
-                values[0][h] = load_values(from, dim, there, h as u32 * WIDTH);
+                let element = h as u32 * WIDTH;
+                values[0][h] = tile_values::<Q>(a, op, kv_head, here(base), there, element);
             }
             own = own_token(op, base);
         }
@@ -187,11 +187,12 @@ unsafe fn share<const K: usize, const H: usize, const N: usize>(
                 (base, to) = (0, N as u32 * TOKENS);
                 let tiles = Tile::next::<N>(op, first, w);
                 for n in 0..N {
+                    let rows = tiles[n].key_rows::<K, Q>(op);
                     for c in 0..K {
-                        keys[n][c] = tiles[n].keys(c as u32);
+                        keys[n][c] = rows.keys::<K, Q>(c as u32);
                     }
                     for h in 0..H {
-                        values[n][h] = tiles[n].values(h as u32);
+                        values[n][h] = tiles[n].values::<Q>(op, h as u32);
                     }
                 }
                 w.place.release();
@@ -199,14 +200,18 @@ unsafe fn share<const K: usize, const H: usize, const N: usize>(
                 others = round(N) - 1;
             }
         }
-        ask::<K>(a, op, place, piece, asked);
+        if Q {
+            keys = keys.map(|keys| q8::open_keys(&keys));
+            values = values.map(|values| values.map(|values| q8::open_values(&values)));
+        }
+        ask::<K, Q>(a, op, place, piece, asked);
         sync();
         let mut running;
         if any {
             running = Running::<H>::new();
             if own < TOKENS {
                 let head_dim = get!(op, cache.head_dim);
-                put_key(&mut keys[0], place, own, head_dim);
+                put_key::<K, Q>(&mut keys[0], place, own, head_dim);
                 for h in 0..H {
                     put_value(&mut values[0][h], place, own, h as u32 * WIDTH, head_dim);
                 }
@@ -237,15 +242,24 @@ unsafe fn share<const K: usize, const H: usize, const N: usize>(
             others = round(N) - 1;
             let tiles = Tile::next::<N>(op, first, w);
             let mut scores = [NO_SCORES; N];
+            let rows: [KeyRows; N] = core::array::from_fn(|n| tiles[n].key_rows::<K, Q>(op));
             for c in 0..K {
                 for n in 0..N {
-                    add_scores(&mut scores[n], place, c as u32, &tiles[n].keys(c as u32));
+                    let mut keys = rows[n].keys::<K, Q>(c as u32);
+                    if Q {
+                        keys = keys.map(q8::open);
+                    }
+                    add_scores(&mut scores[n], place, c as u32, &keys);
                 }
             }
             let p = running.weigh(scores.map(|scores| seen(&scores, 0, TOKENS)));
             for n in 0..N {
                 for h in 0..H {
-                    running.add(h, &tiles[n].values(h as u32), &p[n]);
+                    let mut values = tiles[n].values::<Q>(op, h as u32);
+                    if Q {
+                        values = q8::open_values(&values);
+                    }
+                    running.add(h, &values, &p[n]);
                 }
             }
             w.place.release();
@@ -274,7 +288,7 @@ pub(super) unsafe fn pass(w: &mut Warp, turns: u32) {
 /// One of the two tiles of a turn.
 #[derive(Clone, Copy)]
 struct Tile {
-    /// Addresses of this lane's first elements.
+    /// Addresses of the rows that have this lane's elements, the first of each.
     keys: u32,
     values: u32,
     /// Bytes from token to token.
@@ -287,13 +301,13 @@ impl Tile {
     unsafe fn next<const N: usize>(op: Current, first: u32, w: &Warp) -> [Tile; N] {
         unsafe {
             let start = w.place.wait().start;
-            let row = 2 * get!(op, cache.head_dim);
+            let row = get!(op, row_bytes);
             let (g, t) = place_in_fragment();
             core::array::from_fn(|n| {
                 let token = (first + n as u32) * TOKENS;
                 Tile {
-                    keys: start + (token + g) * row + 2 * EIGHT * t,
-                    values: start + (TURN + token + 2 * t) * row + 2 * EIGHT * g,
+                    keys: start + (token + g) * row,
+                    values: start + (TURN + token + 2 * t) * row,
                     row,
                 }
             })
@@ -302,16 +316,52 @@ impl Tile {
 
     // A row's elements past its end are the next one's: zero in the query, and not written of what comes of values.
 
-    /// This lane's of a chunk of the keys.
+    /// This lane's rows of the keys.
     #[inline(always)]
-    unsafe fn keys(self, chunk: u32) -> [[u32; 4]; 2] {
-        [0, 8].map(|r| unsafe { eight(self.keys + r * self.row + chunk * 2 * CHUNK) })
+    unsafe fn key_rows<const K: usize, const Q: bool>(self, op: Current) -> KeyRows {
+        unsafe {
+            let head_dim = if Q { get!(op, cache.head_dim) } else { 0 };
+            let (_, t) = place_in_fragment();
+            let rows = [0, 8].map(|r| self.keys + r * self.row);
+            KeyRows(if Q {
+                rows.map(|row| q8::Row::new(row, q8::key_element::<K>(), head_dim))
+            } else {
+                rows.map(|row| q8::Row::plain(row + 2 * EIGHT * t))
+            })
+        }
     }
 
     /// Its values of one part.
     #[inline(always)]
-    unsafe fn values(self, part: u32) -> Values {
-        [0, 1, 8, 9].map(|i| unsafe { eight(self.values + i * self.row + part * 2 * WIDTH) })
+    unsafe fn values<const Q: bool>(self, op: Current, part: u32) -> Values {
+        let (g, _) = place_in_fragment();
+        [0, 1, 8, 9].map(|i| unsafe {
+            let row = self.values + i * self.row;
+            let element = part * WIDTH + EIGHT * g;
+            if Q {
+                q8::Row::new(row, element, get!(op, cache.head_dim)).eight(element)
+            } else {
+                eight(row + 2 * element)
+            }
+        })
+    }
+}
+
+/// Rows that have a lane's keys.
+#[derive(Clone, Copy)]
+struct KeyRows([q8::Row; 2]);
+
+impl KeyRows {
+    /// Those of a chunk.
+    #[inline(always)]
+    unsafe fn keys<const K: usize, const Q: bool>(self, chunk: u32) -> [[u32; 4]; 2] {
+        self.0.map(|row| unsafe {
+            if Q {
+                row.eight(q8::key_element::<K>() + EIGHT * chunk)
+            } else {
+                eight(row.start() + chunk * 2 * CHUNK)
+            }
+        })
     }
 }
 

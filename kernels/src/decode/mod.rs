@@ -32,6 +32,7 @@ mod merge;
 mod op;
 mod pieces;
 mod product;
+mod q8;
 mod ring;
 mod row;
 pub(crate) mod running;
@@ -73,48 +74,66 @@ const FINISHERS: u32 = 3;
 /// Threads per block, one block per multiprocessor; the last warp brings weights.
 pub const THREADS: u32 = 32 * (WARPS + FINISHERS + 1);
 
-/// The number ([`settled`](cuda_std::settled::settled)) of what a module's steps may need: the set of the types of their
-/// matrices, by [`type_bit`](crate::types::type_bit), and what follows here. A module has no code for what its steps
+/// The numbers ([`settled`](cuda_std::settled::settled)) of what a module's steps may need, the lower and the upper half of a set: of the types
+/// of their matrices, by [`type_bit`](crate::types::type_bit), and of what follows here. A module has no code for what its steps
 /// cannot need; and the less code there is, the faster is the rest of it.
-pub const NEEDS: u32 = 0;
+pub const NEEDS: [u32; 2] = [0, 2];
 
 /// A gate and its up of two types.
-pub const MIXED: u32 = 1 << 31;
+pub const MIXED: u64 = 1 << 32;
 
 /// A [`trace`](DecodeArgs::trace): even the question takes time on the path from one operation's output to the next one's.
-pub const TRACED: u32 = 1 << 30;
+pub const TRACED: u64 = 1 << 33;
 
 /// Heads of more than [`NARROW_DIM`] elements. There is always code for narrower ones: where it was left out, the compiler gave
 /// the rest such registers that products took 3% longer (8B 504 and 488 tokens/s).
-pub const WIDE: u32 = 1 << 29;
+pub const WIDE: u64 = 1 << 34;
 
 /// Queries and keys that are normed head by head.
-pub const LATE: u32 = 1 << 27;
+pub const LATE: u64 = 1 << 35;
 
 /// Products of halves of a row, whose outputs are added up by who reads them.
-pub const HALVES: u32 = 1 << 28;
+pub const HALVES: u64 = 1 << 36;
 
 /// Rows whose lengths are no multiples of four.
-pub const UNEVEN: u32 = 1 << 26;
+pub const UNEVEN: u64 = 1 << 37;
 
-const _: () = assert!(LAYOUTS.len() < 26, "types have the bits below");
+/// A cache of 8 bits, and one of f16.
+pub const QUANTISED: u64 = 1 << 38;
+pub const HALF: u64 = 1 << 39;
+
+const _: () = assert!(LAYOUTS.len() <= 32, "types have the lower half");
 
 /// The number of what steps end at: a named barrier, or, where it is zero, an `mbarrier`, which takes longer. compute-sanitizer's
 /// racecheck loses count of two named barriers whose threads overlap, and reports what lies between them.
 pub const STEP_BARRIER: u32 = 1;
-const ALL_TYPES: u32 = (1 << LAYOUTS.len()) - 1;
+const ALL_TYPES: u32 = u32::MAX >> (32 - LAYOUTS.len());
+
+/// [`Op::ringed`].
+#[inline(always)]
+unsafe fn is_ringed(op: Current) -> bool {
+    unsafe { is_quantised(op) || get!(op, splits) != 1 }
+}
 
 /// Whether a step may need any of `needs`.
 #[inline(always)]
-fn may_be(needs: u32) -> bool {
-    settled::<NEEDS>() & needs != 0
+fn may_be(needs: u64) -> bool {
+    let [low, high] = [needs as u32, (needs >> 32) as u32];
+    low != 0 && settled::<{ NEEDS[0] }>() & low != 0
+        || high != 0 && settled::<{ NEEDS[1] }>() & high != 0
+}
+
+/// Whether the cache of `op` is of 8 bits.
+#[inline(always)]
+unsafe fn is_quantised(op: Current) -> bool {
+    may_be(QUANTISED) && (!may_be(HALF) || unsafe { get!(op, quantised) } != 0)
 }
 
 /// Whether `ty` is `T`: no question where no other may be.
 #[inline(always)]
 fn is_type<const T: u32>(ty: u32) -> bool {
     let bit = const { type_bit(T) };
-    may_be(bit) && (ty == T || settled::<NEEDS>() & ALL_TYPES == bit)
+    may_be(bit as u64) && (ty == T || settled::<{ NEEDS[0] }>() & ALL_TYPES == bit)
 }
 
 /// Arguments of [`decode`].

@@ -1,6 +1,6 @@
 //! Operations of a step.
 
-use super::{HALVES, LATE, MIXED, NARROW_DIM, PLAIN, Shares, UNEVEN, WARPS, WIDE};
+use super::{HALF, HALVES, LATE, MIXED, NARROW_DIM, PLAIN, QUANTISED, Shares, UNEVEN, WARPS, WIDE};
 use crate::rows::{CacheLayer, Rotation};
 use crate::types::{Matrix, NO_MATRIX, type_bit};
 
@@ -11,10 +11,10 @@ pub mod kind {
     /// `out = silu(Wg norm(x) + bg) * (Wu norm(x) + bu)`.
     pub const GATE_UP: u32 = 1;
     /// `out = rope(Wq norm(x) + bq)`; keys, rotated, and values go to the f16 cache and to `fresh`. With `late` nothing
-    /// rotates, and keys go to `fresh` alone.
+    /// rotates, and keys go to `fresh` alone; and so do both where the cache is `quantised`.
     pub const QKV: u32 = 2;
     /// Attention of the row over the cache, `input.x` being the queries. With `late`, the heads of these and the keys in
-    /// `fresh` are normed and rotated first, and the keys go to the cache. `out` is a row of heads. In several splits it is
+    /// `fresh` are normed and rotated first, and the keys go to the cache; to one that is `quantised` keys and values go in any case. `out` is a row of heads. In several splits it is
     /// merged from what these leave at `parts`.
     pub const ATTEND: u32 = 3;
     /// `out = table[token] * scale`.
@@ -118,6 +118,9 @@ pub struct Op {
     /// RMS norm's weight of each key head, where they are.
     pub key_norm: *const f32,
     pub cache: CacheLayer,
+    /// Whether the cache is of 8 bits; and the bytes of a token's key, or value, of a head.
+    pub quantised: u32,
+    pub row_bytes: u32,
     /// f32 `[2][kv_heads * head_dim]`: this step's keys and values, sealed, as the cache holds them; null for
     /// an attention whose last token is in the cache.
     pub fresh: *mut f32,
@@ -134,18 +137,25 @@ pub struct Op {
 }
 
 impl Op {
-    /// What of [`NEEDS`] it is.
-    pub fn needs(&self) -> u32 {
+    /// Whether keys and values of an attention come through the ring: where tokens are split, and those of 8 bits always.
+    pub const fn ringed(&self) -> bool {
+        self.splits > 1 || self.quantised != 0
+    }
+
+    /// What of [`NEEDS`](super::NEEDS) it is.
+    pub fn needs(&self) -> u64 {
         let [first, second, _] = self.matrices;
-        let flag = |is: bool, flag: u32| if is { flag } else { 0 };
+        let flag = |is: bool, flag: u64| if is { flag } else { 0 };
         let attends = self.kind == kind::ATTEND;
         let late = self.late != 0;
         // An absent one's type is a number like any other.
         let matrices = self.matrices.iter().filter(|m| m.rows > 0);
         let types = matrices.fold(0, |all, m| all | type_bit(m.ty));
-        types
+        u64::from(types)
             | flag(self.kind == kind::GATE_UP && first.ty != second.ty, MIXED)
             | flag(attends && self.cache.head_dim > NARROW_DIM, WIDE)
+            | flag(attends && self.quantised == 0, HALF)
+            | flag(self.quantised != 0, QUANTISED)
             | flag(late, LATE)
             | flag(self.input.halves | self.add_halves != 0, HALVES)
             | flag(!self.input.len.is_multiple_of(4), UNEVEN)
@@ -220,6 +230,8 @@ pub const NO_OP: Op = Op {
         kv_heads: 0,
         head_dim: 0,
     },
+    quantised: 0,
+    row_bytes: 0,
     fresh: core::ptr::null_mut(),
     parts: core::ptr::null_mut(),
     out: core::ptr::null_mut(),

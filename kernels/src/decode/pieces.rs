@@ -1,14 +1,14 @@
 //! How attention is cut into pieces, and which a block takes.
 
 use super::attend::{HEADS, MAX_HEAD_DIM, TOKENS, WIDTH};
-use super::{Current, WARPS, blocks, get};
+use super::{Current, WARPS, blocks, get, is_ringed};
 use crate::rows::BLOCK_TOKENS;
 use cuda_std::int::quotient;
 use cuda_std::thread::block_idx_x;
 
-/// Pieces of each split, where the tokens are split or are not: a wide head's values are in two only where they are not.
-pub const fn attend_pieces(kv_heads: u32, group: u32, head_dim: u32, split: bool) -> u32 {
-    let halves = if split { 1 } else { head_dim.div_ceil(WIDTH) };
+/// Pieces of each split, where keys and values come through the ring or do not: a wide head's values are in two only where they do not.
+pub const fn attend_pieces(kv_heads: u32, group: u32, head_dim: u32, ringed: bool) -> u32 {
+    let halves = if ringed { 1 } else { head_dim.div_ceil(WIDTH) };
     kv_heads * group.div_ceil(HEADS) * halves
 }
 
@@ -29,6 +29,8 @@ pub struct Cutting {
     pub splits: u32,
     pub inverse_splits: u32,
     pub first_block: u32,
+    /// [`Op::ringed`](super::Op::ringed).
+    pub ringed: bool,
 }
 
 impl Cutting {
@@ -42,6 +44,7 @@ impl Cutting {
                 splits: get!(op, splits),
                 inverse_splits: get!(op, inverse_splits),
                 first_block: get!(op, first_block),
+                ringed: is_ringed(op),
             }
         }
     }
@@ -60,7 +63,7 @@ impl Cutting {
     /// How many pieces there are, of all splits.
     #[inline(always)]
     pub(super) fn pieces(&self) -> u32 {
-        attend_pieces(self.kv_heads, self.group, self.head_dim, self.splits > 1) * self.splits
+        attend_pieces(self.kv_heads, self.group, self.head_dim, self.ringed) * self.splits
     }
 
     /// The block's first piece, if there is one of that number.
@@ -105,7 +108,7 @@ impl Piece {
             } = cutting;
             let whole = cutting.share(index);
             let split = index - whole * splits;
-            let most = if splits == 1 { WIDTH } else { MAX_HEAD_DIM };
+            let most = if cutting.ringed { MAX_HEAD_DIM } else { WIDTH };
             let (parts, pieces) = (head_dim.div_ceil(most), group.div_ceil(HEADS));
             const { assert!(MAX_HEAD_DIM == 2 * WIDTH, "one part or two") };
             let piece = whole >> (parts - 1);

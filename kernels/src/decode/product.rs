@@ -11,8 +11,8 @@ use super::row::{GROUPS, Kept, Part, ask, fill, parts};
 use super::seal::Seal;
 use super::task::{BlockTasks, EIGHT, ROWS, block_tasks, matrix_field};
 use super::{
-    Current, DecodeArgs, FINISHERS, INVERSE_UNIT, LATE, MIXED, PARTS_AT, WARPS, Warp, first_note,
-    get, is_type, lane, may_be, point, sync, thread,
+    Current, DecodeArgs, FINISHERS, INVERSE_UNIT, LATE, MIXED, PARTS_AT, QUANTISED, WARPS, Warp,
+    first_note, get, is_type, lane, may_be, point, sync, thread,
 };
 use crate::types::*;
 use crate::{for_each_type, unrolled};
@@ -366,7 +366,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
             w.end_step();
             return;
         }
-        if may_be(LATE) && get!(op, choose) != 0 {
+        if may_be(LATE | QUANTISED) && get!(op, choose) != 0 {
             // As finishers do of what they have written.
             threadfence();
         }

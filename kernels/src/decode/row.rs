@@ -318,7 +318,7 @@ impl Kept {
     /// Of part `part`.
     #[inline(always)]
     pub unsafe fn new(op: Current, part: u32) -> Kept {
-        let float = may_be(FLOATS) && unsafe { get!(op, input.keep_f32) } != 0;
+        let float = may_be(FLOATS as u64) && unsafe { get!(op, input.keep_f32) } != 0;
         let bytes = if float { FLOAT_PART_BYTES } else { PART_BYTES };
         Kept {
             at: shared::at::<u8>(ROWS_AT + part * bytes).addr(),

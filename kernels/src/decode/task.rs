@@ -64,7 +64,9 @@ pub struct Cached {
     /// Where keys and values begin.
     pub bases: [*const u8; 2],
     pub cutting: Cutting,
-    pub unused: [u32; 12],
+    /// As [`Op::row_bytes`].
+    pub row_bytes: u32,
+    pub unused: [u32; 10],
     /// [`Cached::MARK`], where a segment has its types.
     pub mark: u32,
     pub rest: [u32; 5],
@@ -252,7 +254,7 @@ impl Op {
 
     /// What of the cache comes through the ring.
     pub fn cached(&self) -> Option<Cached> {
-        (self.kind == kind::ATTEND && self.splits > 1).then(|| Cached {
+        (self.kind == kind::ATTEND && self.ringed()).then(|| Cached {
             bases: [self.cache.keys, self.cache.values].map(|p| p.cast_const()),
             cutting: Cutting {
                 kv_heads: self.cache.kv_heads,
@@ -261,8 +263,10 @@ impl Op {
                 splits: self.splits,
                 inverse_splits: self.inverse_splits,
                 first_block: self.first_block,
+                ringed: true,
             },
-            unused: [0; 12],
+            row_bytes: self.row_bytes,
+            unused: [0; 10],
             mark: Cached::MARK,
             rest: [0; 5],
         })

@@ -46,7 +46,8 @@ pub(super) fn share_attention(ops: &mut [Op], blocks: u32) {
         }
         let group = op.heads / op.cache.kv_heads.max(1);
         let split = op.splits > 1;
-        let pieces = decode::attend_pieces(op.cache.kv_heads, group, op.cache.head_dim, split);
+        let pieces =
+            decode::attend_pieces(op.cache.kv_heads, group, op.cache.head_dim, op.ringed());
         let pieces = pieces * op.splits.max(1);
         let mut apart = pieces < blocks;
         if let Some(before) = i.checked_sub(1).map(|before| &mut ops[before])

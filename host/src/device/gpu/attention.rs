@@ -151,7 +151,7 @@ impl<D: Driver> Gpu<D> {
             CacheType::F32 => cache_types::F32,
             CacheType::Q8_0 => cache_types::Q8_0,
         };
-        let cache = self.cache_layer(cache, place);
+        let (cached, cache) = (cache.shape, self.cache_layer(cache, place));
         let linears = [op.q, op.k, op.v];
         let step = self.step_args(place.part);
         let pairs = (h.heads + 2 * h.kv_heads) * h.head_dim / 2;
@@ -175,6 +175,8 @@ impl<D: Driver> Gpu<D> {
                 },
                 late: u32::from(late.is_some()),
                 cache,
+                quantised: u32::from(cached.ty == CacheType::Q8_0),
+                row_bytes: cached.ty.row_bytes(h.head_dim) as u32,
                 heads: h.heads as u32,
                 fresh: self.numbered(Role::Fresh(new), new)?,
                 out,
@@ -321,6 +323,8 @@ impl<D: Driver> Gpu<D> {
                 key_norm: late.map_or(ptr::null(), |l| l.key_norm),
                 rotation: late.map_or(NO_OP.rotation, |l| l.rotation),
                 cache: self.cache_layer(cache, place),
+                quantised: u32::from(cache.shape.ty == CacheType::Q8_0),
+                row_bytes: cache.shape.ty.row_bytes(heads.head_dim) as u32,
                 heads: heads.heads as u32,
                 splits,
                 scale: heads.scale,

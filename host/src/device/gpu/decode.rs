@@ -117,7 +117,7 @@ pub(super) struct Decode {
     numbers: u64,
     splits: u32,
     /// What steps of the model on the device will need, as far as that is known (`kernels::decode::NEEDS`).
-    pub(super) needs: u32,
+    pub(super) needs: u64,
     /// An operation that runs alone.
     single: Allocation,
     ranks: Address,
@@ -402,9 +402,9 @@ impl<D: Driver> Gpu<D> {
         let once = costs.iter().filter(|c| !c.each_token);
         let bytes = once.map(|c| c.bytes).sum::<u64>().max(1);
         // What a step has written into the cache is read from memory by the next one, not from what a multiprocessor has kept of the
-        // sectors around it: each row is its own sectors.
-        let mut dims = ops.iter().map(|op| op.cache.head_dim);
-        let most = if dims.all(|dim| dim.is_multiple_of(SECTOR)) {
+        // sectors around it: each row is its own sectors, or, in a cache of 8 bits, none of them is kept.
+        let mut ops = ops.iter();
+        let most = if ops.all(|op| op.quantised != 0 || op.cache.head_dim.is_multiple_of(SECTOR)) {
             MAX_STEPS
         } else {
             1

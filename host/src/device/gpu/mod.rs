@@ -22,14 +22,15 @@ pub use emulated::Emulated;
 pub use selftest::Outcome;
 
 use super::{
-    Attention, BLOCK_TOKENS, Batch, CachePart, CachePlace, CacheShape, Device, DeviceInfo, Experts,
+    Attention, BLOCK_TOKENS, Batch, CachePart, CachePlace, CacheShape, CacheType, Device,
+    DeviceInfo, Experts,
 };
 use super::{GateUp, Head, Linear, Qkv, Residual, SampleRow};
 use super::{HandOff, OpTiming};
 use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
 use cuda_std::tensor::{TensorMap, Tiling};
-use kernels::decode::{HALVES, NARROW_DIM, WIDE};
+use kernels::decode::{HALF, HALVES, NARROW_DIM, QUANTISED, WIDE};
 use kernels::skinny;
 use kernels::types::type_bit;
 use std::collections::HashMap;
@@ -104,7 +105,7 @@ pub trait Driver: Send + Sized + 'static {
 
     /// Says that steps of the kernel `decode` need no more than `needs` (`kernels::decode::NEEDS`), from now on, in
     /// addition to what was said before. Only their speed depends on it.
-    fn settle(&mut self, _needs: u32) -> Result<()> {
+    fn settle(&mut self, _needs: u64) -> Result<()> {
         Ok(())
     }
 
@@ -491,7 +492,7 @@ impl<D: Driver> Device for Gpu<D> {
         file: &Arc<gguf::Gguf>,
     ) -> Result<Weight> {
         let weight = weights::load(&mut self.driver, tensor, rows, file)?;
-        self.decode.needs |= type_bit(weight.matrix.ty);
+        self.decode.needs |= u64::from(type_bit(weight.matrix.ty));
         if program::cut_of(&weight.matrix, self.driver.multiprocessors()) != 0 {
             self.decode.needs |= HALVES;
         }
@@ -527,6 +528,10 @@ impl<D: Driver> Device for Gpu<D> {
         if shape.head_dim > NARROW_DIM as usize {
             self.decode.needs |= WIDE;
         }
+        self.decode.needs |= match shape.ty {
+            CacheType::Q8_0 => QUANTISED,
+            _ => HALF,
+        };
         let keys = self.driver.alloc(shape.bytes())?;
         let values = self.driver.alloc(shape.bytes())?;
         self.current.table_room = shape.blocks;

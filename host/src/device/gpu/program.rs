@@ -64,8 +64,8 @@ pub(super) fn plan<D: Driver>(driver: &D, ops: &[Op], blocks: u32, shared: usize
         op.alone = u32::from(op.teams == 1 && parts <= WARPS);
         op.group = op.heads / op.cache.kv_heads.max(1);
         op.shares = Shares::of(tasks, shares.first(), shares.blocks());
-        if op.kind == kind::ATTEND && op.splits > 1 {
-            op.room = room.ring_bytes / decode::turn_bytes(op.cache.head_dim);
+        if op.kind == kind::ATTEND && op.ringed() {
+            op.room = room.ring_bytes / decode::turn_bytes(op.cache.head_dim, op.row_bytes);
         }
         op.input.inverse_len = 1.0 / op.input.len as f32;
     }
@@ -281,8 +281,6 @@ pub(super) struct Cost {
 }
 
 pub(super) fn cost(op: &Op) -> Cost {
-    /// Keys and values are f16 wherever steps are recorded.
-    const CACHED: u64 = 2;
     let len = u64::from(op.input.len);
     match op.kind {
         // One row of its matrix, scaled.
@@ -293,7 +291,7 @@ pub(super) fn cost(op: &Op) -> Cost {
         },
         // Keys and values; query heads of a group share them. Scores and their sum are two products.
         kind::ATTEND => Cost {
-            bytes: 2 * CACHED * u64::from(op.cache.kv_heads) * u64::from(op.cache.head_dim),
+            bytes: 2 * u64::from(op.cache.kv_heads) * u64::from(op.row_bytes),
             operations: 4 * u64::from(op.heads) * u64::from(op.cache.head_dim),
             each_token: true,
         },
@@ -335,12 +333,12 @@ fn room<D: Driver>(driver: &D, ops: &[Op], shared: usize) -> Result<Room> {
     let attention = || ops.iter().filter(|op| op.kind == kind::ATTEND);
     let attend = attention().map(|op| {
         let group = op.heads / op.cache.kv_heads.max(1);
-        decode::attend_bytes(group, op.cache.head_dim, op.splits)
+        decode::attend_bytes(group, op.cache.head_dim, op.ringed())
     });
     let attend = attend.max().unwrap_or(0);
     // Keys and values that come through the ring.
-    let split = attention().filter(|op| op.splits > 1);
-    let cached = split.map(|op| decode::turn_bytes(op.cache.head_dim));
+    let ringed = attention().filter(|op| op.ringed());
+    let cached = ringed.map(|op| decode::turn_bytes(op.cache.head_dim, op.row_bytes));
     let cached = cached.max().unwrap_or(0);
     let products = ops.iter().filter(|op| is_product(op));
     let rows = products.map(|op| {

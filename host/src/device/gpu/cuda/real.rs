@@ -109,7 +109,7 @@ pub struct Cuda {
     /// The kernel `decode`: its PTX, what its last module is settled for, and its modules, of which the last is in use
     /// and the others may still run.
     decode: String,
-    settled: u32,
+    settled: u64,
     decode_modules: Vec<Module>,
     /// Of the driver and of the device, as the cache of compiled kernels wants them.
     versions: (i32, i32),
@@ -304,7 +304,7 @@ impl Cuda {
         }
         if !self.functions.contains_key(name) {
             if name == DECODE && self.decode_modules.is_empty() {
-                self.settle(u32::MAX)?;
+                self.settle(u64::MAX)?;
             }
             let module = match (self.decode_modules.last(), &self.warpgroup) {
                 (Some(module), _) if name == DECODE => module,
@@ -621,13 +621,16 @@ impl Driver for Cuda {
         self.decode = ptx::settle(&self.decode, STEP_BARRIER, 0);
     }
 
-    fn settle(&mut self, needs: u32) -> Result<()> {
+    fn settle(&mut self, needs: u64) -> Result<()> {
         let needs = self.settled | needs;
         if needs == self.settled {
             return Ok(());
         }
         self.enter()?;
-        let text = ptx::settle(&self.decode, NEEDS, needs);
+        let halves = [needs as u32, (needs >> 32) as u32].into_iter().zip(NEEDS);
+        let text = halves.fold(self.decode.clone(), |text, (half, id)| {
+            ptx::settle(&text, id, half)
+        });
         let module = cubin::load(&text, self.versions.0, self.versions.1)
             .map_err(|e| self.fail("compiling the kernel decode", e))?;
         self.decode_modules.push(module);

@@ -3,9 +3,10 @@
 use super::super::program::{Plan, cut_of, listing, plan, turn_bytes};
 use super::Driver;
 use super::bench::{Bench, Guarded, TestMatrix, layout, nmse, nmse_at_least};
-use super::decode_attention::attend;
+use super::decode_attention::{Case, attend};
 use super::products::{F32_LIMIT, name};
 use super::rows::{Paging, rms_norm, rotate, rotation_table, silu};
+use crate::device::CacheType;
 use crate::error::{Error, Result};
 use gguf::GgmlType;
 use half::f16;
@@ -84,20 +85,77 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
         (2, 1, 72, 415, 3),
         (3, 1, 64, 1, 4),
     ] {
-        attend(b, heads, kv_heads, head_dim, past, splits, None)?;
+        for cache in CACHES {
+            attend(
+                b,
+                &Case {
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    past,
+                    splits,
+                    late: None,
+                    cache,
+                },
+            )?;
+        }
     }
     // More turns of the cache than a ring has room for: of three programs one has a small ring, that of a single head such that whoever
     // awaited its first turn before others had read theirs would do so for ever.
     for heads in [3, 1] {
         for past in [1500, 1501, 1502] {
-            attend(b, heads, 1, 64, past, 3, None)?;
+            attend(b, &Case { heads, past, ..ONE })?;
         }
     }
     // Six to fourteen turns of a split, of which some warps take one and some half a one, and up to two tiles behind them.
     for past in [
         380, 415, 447, 463, 512, 575, 601, 640, 688, 703, 767, 775, 830, 863,
     ] {
-        attend(b, 7, 1, 64, past, 2, None)?;
+        for cache in CACHES {
+            attend(
+                b,
+                &Case {
+                    heads: 7,
+                    past,
+                    splits: 2,
+                    cache,
+                    ..ONE
+                },
+            )?;
+        }
+    }
+    // More turns of a split than there are places for turns.
+    for past in [1100, 1151, 1200, 1727] {
+        for cache in CACHES {
+            attend(
+                b,
+                &Case {
+                    heads: 7,
+                    past,
+                    splits: 2,
+                    cache,
+                    ..ONE
+                },
+            )?;
+        }
+    }
+    // In 8 bits they come through the ring where there is one split, too: more turns than a round of the warps.
+    for (heads, kv_heads, head_dim) in [(7, 1, 64), (6, 3, 128), (4, 2, 40)] {
+        for past in [200, 390, 511, 900] {
+            let (splits, late, cache) = (1, None, CacheType::Q8_0);
+            attend(
+                b,
+                &Case {
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    past,
+                    splits,
+                    late,
+                    cache,
+                },
+            )?;
+        }
     }
     // Heads that are normed and rotated by the attention: all, some and none of their elements.
     for (heads, kv_heads, head_dim, past, splits, dims, halves) in [
@@ -107,15 +165,21 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
         (2, 1, 40, 16, 2, 16, true),
         (3, 3, 32, 0, 1, 0, true),
     ] {
-        attend(
-            b,
-            heads,
-            kv_heads,
-            head_dim,
-            past,
-            splits,
-            Some((dims, halves)),
-        )?;
+        let late = Some((dims, halves));
+        for cache in CACHES {
+            attend(
+                b,
+                &Case {
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    past,
+                    splits,
+                    late,
+                    cache,
+                },
+            )?;
+        }
     }
     for (rows, cols) in [(64, 8192), (64, 8448), (1600, 12288)] {
         halves(b, rows, cols)?;
@@ -125,6 +189,20 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
     }
     Ok(())
 }
+
+/// What steps' caches are made of.
+const CACHES: [CacheType; 2] = [CacheType::F16, CacheType::Q8_0];
+
+/// An attention with one key-value head, in three splits.
+const ONE: Case = Case {
+    heads: 1,
+    kv_heads: 1,
+    head_dim: 64,
+    past: 0,
+    splits: 3,
+    late: None,
+    cache: CacheType::F16,
+};
 
 /// Runs `ops` once; what they choose, if they do.
 pub(super) fn launch<D: Driver>(

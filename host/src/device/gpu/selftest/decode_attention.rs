@@ -4,6 +4,7 @@ use super::Driver;
 use super::bench::{Bench, nmse};
 use super::decode::{input, launch};
 use super::rows::{Paging, rms_norm, rotate, rotation_table};
+use crate::device::CacheType;
 use crate::error::Result;
 use gguf::GgmlType;
 use half::f16;
@@ -12,19 +13,81 @@ use kernels::rows::Rotation;
 use kernels::types::NO_MATRIX;
 use std::ptr;
 
+/// An attention of one row.
+#[derive(Clone, Copy)]
+pub struct Case {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Tokens in the cache before the step's own.
+    pub past: usize,
+    pub splits: u32,
+    /// Where heads are normed by the attention: how many of their elements rotate, and whether pairs lie half of these apart.
+    pub late: Option<(usize, bool)>,
+    pub cache: CacheType,
+}
+
+/// What a head's key or value is in a cache.
+struct Cached {
+    bytes: Vec<u8>,
+    values: Vec<f32>,
+}
+
+impl Cached {
+    fn new(cache: CacheType, values: &[f32]) -> Cached {
+        let mut bytes = Vec::new();
+        if cache == CacheType::Q8_0 {
+            let mut scales = Vec::new();
+            for unit in values.chunks(32) {
+                let most = unit.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+                let d = most / 127.0;
+                let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
+                // Half away from zero.
+                bytes.extend(unit.iter().map(|v| (v * inverse).round() as i8 as u8));
+                scales.extend(f16::from_f32(d).to_le_bytes());
+            }
+            bytes.extend(scales);
+            bytes.resize(cache.row_bytes(values.len()), 0);
+        } else {
+            bytes.extend(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()));
+        }
+        Cached::of_bytes(cache, bytes, values.len())
+    }
+
+    fn of_bytes(cache: CacheType, bytes: Vec<u8>, len: usize) -> Cached {
+        let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
+        let value = |i: usize| match cache {
+            CacheType::Q8_0 => {
+                let v = half(len + i / 32 * 2) * f32::from(bytes[i] as i8);
+                f16::from_f32(v).to_f32()
+            }
+            _ => half(2 * i),
+        };
+        Cached {
+            values: (0..len).map(value).collect(),
+            bytes,
+        }
+    }
+}
+
 /// Attention, and the product that takes its parts, with a barrier between them.
-pub fn attend<D: Driver>(
-    b: &mut Bench<'_, D>,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    past: usize,
-    splits: u32,
-    late: Option<(usize, bool)>,
-) -> Result<()> {
+pub fn attend<D: Driver>(b: &mut Bench<'_, D>, case: &Case) -> Result<()> {
     const EPS: f32 = 1e-6;
+    let Case {
+        heads,
+        kv_heads,
+        head_dim,
+        past,
+        splits,
+        late,
+        cache,
+    } = *case;
     let tokens = past + 1;
-    let paging = Paging::new(b, &[(past, 1)], kv_heads * head_dim * 2, &[0])?;
+    let row_bytes = cache.row_bytes(head_dim);
+    // An 8-bit one has the step's own key and value from the attention.
+    let keeps = late.is_some() || cache == CacheType::Q8_0;
+    let paging = Paging::new(b, &[(past, 1)], kv_heads * row_bytes, &[0])?;
+    let mut fresh = [Vec::new(), Vec::new()];
     // Keys far from zero, as those of a model with large key biases are.
     let mut cached = [Vec::new(), Vec::new()];
     for token in 0..tokens {
@@ -32,14 +95,20 @@ pub fn attend<D: Driver>(
             let mut by_head = Vec::new();
             for head in 0..kv_heads {
                 let offset = if kind == 0 { 3.0 } else { 0.0 };
-                let v: Vec<f32> = b
-                    .random
-                    .values(head_dim)
-                    .iter()
-                    .map(|v| f16::from_f32(v + offset).to_f32())
-                    .collect();
-                paging.write::<f16, D>(b, kv_heads, head_dim, kind == 1, head, 0, token, &v)?;
-                by_head.push(v);
+                let v = b.random.values(head_dim);
+                let v: Vec<f32> = v.iter().map(|v| v + offset).collect();
+                let cached = Cached::new(cache, &v);
+                if token < past || !keeps {
+                    let at = paging.at(row_bytes, kv_heads, kind == 1, head, 0, token);
+                    b.driver.write(at, &cached.bytes)?;
+                }
+                if token == past {
+                    fresh[kind].extend(match cache {
+                        CacheType::Q8_0 => &v,
+                        _ => &cached.values,
+                    });
+                }
+                by_head.push(cached.values);
             }
             by_token.push(by_head);
         }
@@ -47,11 +116,9 @@ pub fn attend<D: Driver>(
     let len = heads * head_dim;
     let q: Vec<f32> = b.random.values(len).iter().map(|v| v * 3.0).collect();
     let q_on = b.upload(&q)?;
-    // The step's own key and value: as the cache is to have them, or the key before its norm.
-    let mut fresh = Vec::new();
-    for kind in &cached {
-        fresh.extend(kind[past].concat());
-    }
+    // The step's own key and value: as a cache of f16 is to have them, or the key before its norm.
+    let keys = fresh[0].clone();
+    let fresh = fresh.concat();
     let (query_norm, key_norm) = (b.random.values(head_dim), b.random.values(head_dim));
     let dims = late.map_or(0, |(dims, _)| dims);
     let halves = late.is_some_and(|(_, halves)| halves);
@@ -70,9 +137,9 @@ pub fn attend<D: Driver>(
             .chunks(head_dim)
             .flat_map(|head| turn(head, &query_norm))
             .collect();
-        for head in &mut cached[0][past] {
-            let turned = turn(head, &key_norm);
-            *head = turned.iter().map(|v| f16::from_f64(*v).to_f32()).collect();
+        for (head, key) in cached[0][past].iter_mut().zip(keys.chunks(head_dim)) {
+            let turned: Vec<f32> = turn(key, &key_norm).iter().map(|v| *v as f32).collect();
+            *head = Cached::new(cache, &turned).values;
         }
     }
     let (query_norm_on, key_norm_on) = (b.upload(&query_norm)?, b.upload(&key_norm)?);
@@ -103,13 +170,15 @@ pub fn attend<D: Driver>(
             dims: dims as u32,
             halves: u32::from(halves),
         },
-        // Where nothing is normed the cache has it all.
-        fresh: if late.is_some() {
+        // Where nothing is left to do the cache has it all.
+        fresh: if keeps {
             fresh_on.ptr()
         } else {
             ptr::null_mut()
         },
         cache: paging.layer(kv_heads, head_dim),
+        quantised: u32::from(cache == CacheType::Q8_0),
+        row_bytes: row_bytes as u32,
         heads: heads as u32,
         splits,
         scale,
@@ -163,28 +232,38 @@ pub fn attend<D: Driver>(
         None => String::new(),
     };
     let case = format!(
-        "attention, {heads}/{kv_heads} heads of {head_dim}, {tokens} tokens, {splits} splits{turned}"
+        "attention, {heads}/{kv_heads} heads of {head_dim}, {tokens} tokens of {cache}, {splits} splits{turned}"
     );
-    // A key that is rounded the other way, to f16, for one of the tokens.
-    let limit = if late.is_some() { 1e-6 } else { 1e-9 };
+    // A key that is rounded the other way, to f16 or to one of 255 integers, for one of the tokens.
+    let limit = match (late, cache) {
+        (Some(_), CacheType::Q8_0) => 1e-5,
+        (Some(_), _) => 1e-6,
+        _ => 1e-9,
+    };
     let error = nmse(&found, &m.times(&attended));
     b.report(b.decode_kernel, case, error, limit);
-    if late.is_some() {
-        // The cache has it for the steps to come.
+    // The cache has them for the steps to come: keys, and in 8 bits values.
+    let kinds = match (keeps, cache) {
+        (false, _) => 0,
+        (true, CacheType::Q8_0) => 2,
+        _ => 1,
+    };
+    for (kind, what) in ["keys", "values"].into_iter().enumerate().take(kinds) {
         let mut kept = Vec::new();
         for head in 0..kv_heads {
-            kept.extend(paging.read::<f16, D>(b, kv_heads, head_dim, false, head, 0, past)?);
+            let mut bytes = vec![0; row_bytes];
+            let at = paging.at(row_bytes, kv_heads, kind == 1, head, 0, past);
+            b.driver.read(at, &mut bytes)?;
+            kept.extend(Cached::of_bytes(cache, bytes, head_dim).values);
         }
-        let expected: Vec<f64> = cached[0][past]
-            .concat()
-            .iter()
-            .map(|v| f64::from(*v))
-            .collect();
+        let expected = cached[kind][past].concat();
+        let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
+        let turned = if kind == 0 { &turned[..] } else { "" };
         b.report(
             b.decode_kernel,
-            format!("{heads}/{kv_heads} keys of {head_dim}, normed, {dims} rotate"),
+            format!("{heads}/{kv_heads} {what} of {head_dim} in {cache}{turned}"),
             nmse(&kept, &expected),
-            1e-6,
+            if cache == CacheType::Q8_0 { 1e-5 } else { 1e-6 },
         );
     }
     Ok(())

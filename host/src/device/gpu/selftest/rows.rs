@@ -120,12 +120,11 @@ impl Paging {
         }
     }
 
-    /// Address of a token's key (or value) of one head.
-    fn at(
+    /// Address of a token's key (or value) of one head, of so many bytes.
+    pub fn at(
         &self,
-        element_bytes: usize,
+        row_bytes: usize,
         kv_heads: usize,
-        head_dim: usize,
         value: bool,
         head: usize,
         sequence: usize,
@@ -134,7 +133,7 @@ impl Paging {
         let block = self.tables[sequence][token / BLOCK_TOKENS] as usize;
         let row = (block * kv_heads + head) * BLOCK_TOKENS + token % BLOCK_TOKENS;
         let base = if value { &self.values } else { &self.keys };
-        base.address() + (row * head_dim * element_bytes) as u64
+        base.address() + (row * row_bytes) as u64
     }
 
     pub fn read<E: Element, D: Driver>(
@@ -147,15 +146,8 @@ impl Paging {
         sequence: usize,
         token: usize,
     ) -> Result<Vec<f32>> {
-        let at = self.at(
-            size_of::<E>(),
-            kv_heads,
-            head_dim,
-            value,
-            head,
-            sequence,
-            token,
-        );
+        let row_bytes = head_dim * size_of::<E>();
+        let at = self.at(row_bytes, kv_heads, value, head, sequence, token);
         let mut values = vec![E::zeroed(); head_dim];
         b.driver.read(at, bytemuck::cast_slice_mut(&mut values))?;
         Ok(values.into_iter().map(E::to_f32).collect())
@@ -172,15 +164,8 @@ impl Paging {
         token: usize,
         values: &[f32],
     ) -> Result<()> {
-        let at = self.at(
-            size_of::<E>(),
-            kv_heads,
-            head_dim,
-            value,
-            head,
-            sequence,
-            token,
-        );
+        let row_bytes = head_dim * size_of::<E>();
+        let at = self.at(row_bytes, kv_heads, value, head, sequence, token);
         let values: Vec<E> = values.iter().copied().map(E::from_f32).collect();
         b.driver.write(at, bytemuck::cast_slice(&values))
     }
