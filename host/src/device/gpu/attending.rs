@@ -12,12 +12,24 @@ pub(super) struct Attending {
     pub(super) before: u32,
 }
 
+/// From so many tokens on they are split among blocks: merging what these find takes as long as a block takes for the rest.
+const SPLIT_FROM: usize = 288;
+/// The same where every block has a task of the product before: so many weights come in meanwhile that merging holds up less.
+const SPLIT_FROM_BESIDE_WEIGHTS: usize = 128;
+
 impl Attending {
-    /// Splits of so many tokens: such that every one of `blocks` blocks takes a piece, or every one that has no task of the product
+    /// Splits of so many tokens; one where they are few, else such that every one of `blocks` blocks takes a piece, or every one that has no task of the product
     /// before, and has not to end that first.
     pub(super) fn splits(&self, tokens: usize, blocks: u32) -> u32 {
         /// What a block's warps take at a time.
         const TOKENS: u32 = 16 * WARPS;
+        let from = match self.before >= blocks {
+            true => SPLIT_FROM_BESIDE_WEIGHTS,
+            false => SPLIT_FROM,
+        };
+        if tokens < from {
+            return 1;
+        }
         // A piece at least, and each at least a round of the warps; in rounds, and beside them what the product's end costs.
         let of = |blocks: u32, later: u32| {
             let splits = (blocks / self.pieces.max(1)).clamp(1, MAX_SPLITS);
@@ -137,6 +149,10 @@ mod tests {
             before: 72,
         };
         assert_eq!(attending.splits(8000, BLOCKS), 30);
+        assert_eq!(
+            [287, 288].map(|tokens| attending.splits(tokens, BLOCKS)),
+            [1, 30]
+        );
         for (splits, pieces) in [(1, 2), (30, 60)] {
             let [before, attention, after] = around_attention([896, 128, 128], 896, 64, splits);
             let first = BLOCKS - pieces;
@@ -159,6 +175,10 @@ mod tests {
             before: 384,
         };
         assert_eq!(attending.splits(8000, BLOCKS), 16);
+        assert_eq!(
+            [127, 128].map(|tokens| attending.splits(tokens, BLOCKS)),
+            [1, 16]
+        );
         let [before, attention, after] = around_attention([4096, 1024, 1024], 4096, 128, 16);
         assert_eq!((attention.first_block, attention.mergers), (0, BLOCKS));
         assert_eq!([before.shares, after.shares], [Shares::NONE; 2]);

@@ -21,10 +21,6 @@ use kernels::decode::{
 };
 use std::collections::HashMap;
 
-/// From so many tokens on they are split among blocks: merging what these find takes as long as a block takes for
-/// some hundred more.
-const SPLIT_FROM: usize = 512;
-
 /// What decides how a step's operations look.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Shape {
@@ -320,11 +316,8 @@ impl<D: Driver> Gpu<D> {
 
     /// How a step looks whose sequence has so many tokens with its own.
     fn shape_for(&self, tokens: usize, outputs: usize) -> Shape {
-        let splits = if tokens < SPLIT_FROM {
-            1
-        } else {
-            self.attending.splits(tokens, self.driver.multiprocessors())
-        };
+        let blocks = self.driver.multiprocessors();
+        let splits = self.attending.splits(tokens, blocks);
         Shape { outputs, splits }
     }
 
