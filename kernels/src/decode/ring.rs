@@ -416,6 +416,8 @@ impl Ring {
     ) {
         unsafe {
             self.make_room(a, all);
+            // Of the turn whose place this will be, all lanes have read the head.
+            warp::sync_warp();
             let place = self.next;
             let head = [0, 0, self.at, all];
             if BULK {
@@ -460,6 +462,8 @@ impl Ring {
             let pitch = turn_pitch(pieces, s.types);
             let size = turn_bytes(pieces, s.types);
             self.make_room(a, size);
+            // As in `bring`.
+            warp::sync_warp();
             let place = self.next;
             let head = [
                 (s.types & 0xffff) | (pitch << PITCH_SHIFT),
