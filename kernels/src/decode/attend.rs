@@ -1,7 +1,7 @@
 //! Attention of the step's row over the cache, on tensor cores.
 //!
-//! A piece is up to [`HEADS`] query heads that share a key-value head, over a split of the tokens; where there is one split, with
-//! [`WIDTH`] elements of the values, else with all, which come [through the ring](super::long). A block takes one at a time, its warps
+//! A piece is up to [`HEADS`] query heads that share a key-value head, over a split of the tokens; with all of the values where these
+//! come [through the ring](super::long), as they do in several splits and of 8 bits, else with [`WIDTH`] elements of them. A block takes one at a time, its warps
 //! tiles of 16 tokens. The heads are eight rows of `Q Kᵀ`, whose columns are the tokens, and the columns of `Vᵀ Pᵀ`, whose rows are
 //! the elements: what is a fragment of the scores is one of the weights, and keys and values are read once
 //! for all heads, straight into fragments. Which element is which of a product's summands, and which of its rows, is

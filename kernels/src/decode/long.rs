@@ -1,4 +1,4 @@
-//! Attention over many tokens: keys and values of a split come through the [ring](super::ring), among the weights.
+//! Attention over many tokens, or a cache of 8 bits: keys and values come through the [ring](super::ring), among the weights.
 //!
 //! So they are on their way long before the query is there, and memory is at work while blocks wait for each other. A turn is a
 //! block of the cache, all its keys of a head and behind them its values. The copy engine sees what launches before this one have

@@ -7,7 +7,7 @@
 //!   between blocks, and there is no barrier: every word carries in its low bits the number of the operation
 //!   that wrote it ([`seal`]), and who needs a word looks until it is there. That costs about half of a
 //!   barrier over the grid and the read behind it.
-//! - Weights, and a long sequence's keys and values, come through a ring in shared memory ([`ring`]). One more warp does nothing but keep it full: it knows the
+//! - Weights, and keys and values of a long sequence or of 8 bits, come through a ring in shared memory ([`ring`]). One more warp does nothing but keep it full: it knows the
 //!   block's tasks of all operations to come, so that the memory never waits for an operation to end.
 //!
 //! In a product ([`product`]), every block brings the whole input row into shared memory, quantised to 15 bits per

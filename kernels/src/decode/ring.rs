@@ -1,4 +1,4 @@
-//! Weights on their way into shared memory, and [keys and values](super::long) of long sequences.
+//! Weights on their way into shared memory, and [keys and values](super::long) of long sequences and of 8 bits.
 //!
 //! A block has a ring of *turns*. A turn is up to sixteen rows of a task, of each a tile or two, or a block of the cache, and
 //! takes no more room than these. A feeder warp goes through the block's tasks of all operations in the order in which they will be computed,

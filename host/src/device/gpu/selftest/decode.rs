@@ -107,25 +107,12 @@ pub fn run<D: Driver>(b: &mut Bench<'_, D>) -> Result<()> {
             attend(b, &Case { heads, past, ..ONE })?;
         }
     }
-    // Six to fourteen turns of a split, of which some warps take one and some half a one, and up to two tiles behind them.
+    // Six to fourteen turns of a split, of which some warps take one and some half a one, and up to two tiles behind them; and more than
+    // there are places for turns.
     for past in [
-        380, 415, 447, 463, 512, 575, 601, 640, 688, 703, 767, 775, 830, 863,
+        380, 415, 447, 463, 512, 575, 601, 640, 688, 703, 767, 775, 830, 863, 1100, 1151, 1200,
+        1727,
     ] {
-        for cache in CACHES {
-            attend(
-                b,
-                &Case {
-                    heads: 7,
-                    past,
-                    splits: 2,
-                    cache,
-                    ..ONE
-                },
-            )?;
-        }
-    }
-    // More turns of a split than there are places for turns.
-    for past in [1100, 1151, 1200, 1727] {
         for cache in CACHES {
             attend(
                 b,
