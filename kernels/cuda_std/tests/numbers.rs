@@ -528,7 +528,7 @@ fn simple_functions() {
 /// Boxes inside both matrices, across their edges, and outside.
 #[test]
 fn a_warpgroup_multiplies_boxes() {
-    use cuda_std::tensor::{TensorMap, Tiling};
+    use cuda_std::tensor::{Copied, TensorMap, Tiling};
     let mut random = Random(11);
     let (rows, cols, stride) = (150usize, 96usize, 104usize);
     let mut matrix = || -> Vec<u16> {
@@ -543,6 +543,7 @@ fn a_warpgroup_multiplies_boxes() {
             cols: cols as u32,
             stride: 2 * stride as u64,
             box_rows,
+            copy: Copied::Box,
         })
     };
     for (row, col) in [(0, 0), (5, 32), (100, 64), (149, 0), (200, 0), (0, 96)] {

@@ -241,11 +241,24 @@ pub(crate) fn place_in_fragment() -> (u32, u32) {
     (lane() / 4, lane() % 4)
 }
 
-/// The token of a tile whose score, and whose value, is the lane's `i`th: a product's columns, and then summands, `2 t`, `2 t + 1`,
+/// The token of a tile in column `column` of a product, of eight: an order in which lanes that read [swizzled](super::long) rows at the same time, of
+/// two neighbouring columns for keys, of every other one for values, find them in different banks.
+#[inline(always)]
+pub(super) const fn token_of(column: u32) -> u32 {
+    0x1625_4370 >> (4 * column) & 7
+}
+
+/// The token of a tile whose key is the lane's `r`th: of columns `g` and `g + 8`.
+#[inline(always)]
+pub(super) fn key_token(r: u32) -> u32 {
+    token_of(lane() / 4) + 8 * r
+}
+
+/// The token of a tile whose score, and whose value, is the lane's `i`th: of a product's columns, and then summands, `2 t`, `2 t + 1`,
 /// `2 t + 8`, `2 t + 9`.
 #[inline(always)]
 pub(crate) fn value_token(i: u32) -> u32 {
-    2 * (lane() % 4) + i % 2 + i / 2 * 8
+    token_of(2 * (lane() % 4) + i % 2) + i / 2 * 8
 }
 
 /// Where the tile at token `base` begins in the cache, in bytes.
@@ -271,10 +284,15 @@ pub(super) unsafe fn at_token(
     kv_head: u32,
     token: u32,
 ) -> usize {
+    unsafe { row_of(a, kv_heads, kv_head, token) as usize * row_bytes as usize }
+}
+
+/// The number of that row.
+#[inline(always)]
+pub(super) unsafe fn row_of(a: &DecodeArgs, kv_heads: u32, kv_head: u32, token: u32) -> u32 {
     let tokens = BLOCK_TOKENS as u32;
     let block = unsafe { cache_block(a, token) };
-    let row = (block * kv_heads + kv_head) * tokens + token % tokens;
-    row as usize * row_bytes as usize
+    (block * kv_heads + kv_head) * tokens + token % tokens
 }
 
 /// Keys of the tile that begins at `from`, of its tokens before `tokens`.
@@ -285,11 +303,11 @@ pub(crate) unsafe fn load_keys<const K: usize>(
     tokens: u32,
 ) -> Keys<K> {
     unsafe {
-        let (g, t) = place_in_fragment();
+        let (_, t) = place_in_fragment();
         let mut keys = [[[0; 4]; 2]; K];
         // From place to place by constants: addresses of their own would take as many registers as what is loaded.
         for r in 0..2 {
-            let token = g + 8 * r as u32;
+            let token = key_token(r as u32);
             let from = from.wrapping_add(((token * head_dim + t * EIGHT) * 2) as usize);
             for c in 0..K {
                 if c as u32 * CHUNK + t * EIGHT < head_dim && token < tokens {
@@ -371,7 +389,7 @@ pub(super) unsafe fn put_key<const K: usize, const Q: bool>(
     token: u32,
     head_dim: u32,
 ) {
-    let (g, t) = place_in_fragment();
+    let (_, t) = place_in_fragment();
     for c in 0..K {
         let e = if Q {
             q8::key_element::<K>() + c as u32 * EIGHT
@@ -379,7 +397,7 @@ pub(super) unsafe fn put_key<const K: usize, const Q: bool>(
             c as u32 * CHUNK + t * EIGHT
         };
         for r in 0..2 {
-            if g + 8 * r as u32 == token && e < head_dim {
+            if key_token(r as u32) == token && e < head_dim {
                 keys[c][r] = unsafe { place.fresh(0, e).load_v4() };
             }
         }

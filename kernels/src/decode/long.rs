@@ -5,8 +5,9 @@
 //! written; the cache's last blocks, which this one writes into, warps read themselves.
 
 use super::attend::{
-    Asked, CHUNK, EIGHT, NO_SCORES, Place, TOKENS, Values, WIDTH, add_scores, ask, at_token,
-    cached_end, own_token, place_in_fragment, put_key, put_value, seen, tile_keys, tile_values,
+    Asked, CHUNK, EIGHT, NO_SCORES, Place, TOKENS, Values, WIDTH, add_scores, ask, cached_end,
+    key_token, own_token, place_in_fragment, put_key, put_value, row_of, seen, tile_keys,
+    tile_values, token_of, value_token,
 };
 use super::join::leave;
 use super::pieces::Piece;
@@ -14,13 +15,14 @@ use super::q8;
 use super::ring::Ring;
 use super::running::Running;
 use super::task::Cached;
-use super::{Current, DecodeArgs, WARPS, Warp, get, sync, thread};
+use super::{Current, DecodeArgs, HALF, QUANTISED, RAGGED, WARPS, Warp, get, may_be, sync, thread};
 use crate::rows::BLOCK_TOKENS;
 use cuda_std::int::{here, opaque};
 use cuda_std::shared::SharedPtr;
+use cuda_std::tensor::BOX_COLS;
 
 /// Tokens of a turn.
-const TURN: u32 = BLOCK_TOKENS as u32;
+pub const TURN: u32 = BLOCK_TOKENS as u32;
 const _: () = assert!(TURN == 2 * TOKENS, "a turn is two tiles");
 
 /// Warps that share a turn of which each takes so many tiles.
@@ -33,14 +35,34 @@ const fn round(tiles: usize) -> u32 {
     WARPS / sharers(tiles)
 }
 
-/// Bytes of a turn of rows of so many, and as many more as are read past its last row.
-pub const fn turn_bytes(head_dim: u32, row_bytes: u32) -> u32 {
-    2 * half_bytes(row_bytes) + 2 * (head_dim.next_multiple_of(WIDTH) - head_dim)
+/// Bytes of a turn of heads of so many elements, whose rows are of so many bytes: of f16 whole lines, of 8 bits the rows, and as much as is
+/// read past the last one.
+pub const fn turn_bytes(head_dim: u32, row_bytes: u32, quantised: bool) -> u32 {
+    if quantised {
+        2 * row_bytes * TURN + 2 * (head_dim.next_multiple_of(WIDTH) - head_dim)
+    } else {
+        2 * head_dim.div_ceil(WIDTH) * LINE * TURN
+    }
 }
 
-/// Bytes of a turn's keys.
-const fn half_bytes(row_bytes: u32) -> u32 {
-    row_bytes * TURN
+/// Bytes of [`WIDTH`] elements in f16, of a box's row ([`TensorMap`](cuda_std::tensor::TensorMap)). A turn of f16 has the lines of its keys,
+/// row by row, and then those of its values. They are swizzled: lanes that read the same elements of several rows find them in several banks.
+pub const LINE: u32 = 2 * BOX_COLS;
+/// Pieces of a line, which change places.
+pub(super) const PIECES: u32 = 8;
+/// Where such a turn may begin.
+pub(super) const ALIGN: u32 = LINE * PIECES;
+const _: () = assert!(BOX_COLS == WIDTH && (LINE * TURN).is_multiple_of(ALIGN));
+
+/// Whether the last line of heads of so many elements is not full, and what follows in memory is behind these.
+pub(super) const fn ragged(head_dim: u32) -> bool {
+    head_dim > WIDTH && !head_dim.is_multiple_of(WIDTH)
+}
+
+/// So many turns at least does a ring of so many bytes hold, wherever in it they lie.
+pub const fn turns_in(ring_bytes: u32, turn_bytes: u32) -> u32 {
+    // Where there is room, and at the ring's start, a turn begins a little later.
+    ring_bytes.saturating_sub(2 * ALIGN) / turn_bytes
 }
 
 /// A piece's tokens that come through the ring end there, a whole block.
@@ -67,10 +89,16 @@ pub(super) unsafe fn feed<const BULK: bool>(
             let mut base = piece.from;
             while base < ring_end(a, &piece) {
                 let row_bytes = cached.row_bytes;
-                let at = at_token(a, kv_heads, row_bytes, piece.kv_head, base);
+                let row = row_of(a, kv_heads, piece.kv_head, base);
+                let at = row as usize * row_bytes as usize;
                 let from = cached.bases.map(|base| base.wrapping_add(at));
-                let all = turn_bytes(head_dim, row_bytes);
-                ring.bring::<BULK>(a, from, half_bytes(row_bytes), all);
+                let quantised = may_be(QUANTISED) && (!may_be(HALF) || cached.quantised != 0);
+                let all = turn_bytes(head_dim, row_bytes, quantised);
+                if quantised {
+                    ring.bring::<BULK>(a, from, row_bytes * TURN, all);
+                } else {
+                    ring.bring_cached::<BULK>(a, from, cached.first_row + row, head_dim, all);
+                }
                 base += TURN;
             }
             index += cutting.step();
@@ -185,11 +213,11 @@ unsafe fn share<const K: usize, const H: usize, const N: usize, const Q: bool>(
             if !any && turns > 0 {
                 any = true;
                 (base, to) = (0, N as u32 * TOKENS);
-                let tiles = Tile::next::<N>(op, first, w);
+                let tiles = Tile::next::<N, H, Q>(op, first, w);
                 for n in 0..N {
                     let rows = tiles[n].key_rows::<K, Q>(op);
                     for c in 0..K {
-                        keys[n][c] = rows.keys::<K, Q>(c as u32);
+                        keys[n][c] = rows.keys::<K, Q>(op, c as u32);
                     }
                     for h in 0..H {
                         values[n][h] = tiles[n].values::<Q>(op, h as u32);
@@ -240,12 +268,12 @@ unsafe fn share<const K: usize, const H: usize, const N: usize, const Q: bool>(
             pass(w, others);
             turns -= others + 1;
             others = round(N) - 1;
-            let tiles = Tile::next::<N>(op, first, w);
+            let tiles = Tile::next::<N, H, Q>(op, first, w);
             let mut scores = [NO_SCORES; N];
             let rows: [KeyRows; N] = core::array::from_fn(|n| tiles[n].key_rows::<K, Q>(op));
             for c in 0..K {
                 for n in 0..N {
-                    let mut keys = rows[n].keys::<K, Q>(c as u32);
+                    let mut keys = rows[n].keys::<K, Q>(op, c as u32);
                     if Q {
                         keys = keys.map(q8::open);
                     }
@@ -288,7 +316,7 @@ pub(super) unsafe fn pass(w: &mut Warp, turns: u32) {
 /// One of the two tiles of a turn.
 #[derive(Clone, Copy)]
 struct Tile {
-    /// Addresses of the rows that have this lane's elements, the first of each.
+    /// Addresses of its first token's rows.
     keys: u32,
     values: u32,
     /// Bytes from token to token.
@@ -298,23 +326,30 @@ struct Tile {
 impl Tile {
     /// Tiles from `first` on of the next turn, once it has come.
     #[inline(always)]
-    unsafe fn next<const N: usize>(op: Current, first: u32, w: &Warp) -> [Tile; N] {
+    unsafe fn next<const N: usize, const H: usize, const Q: bool>(
+        op: Current,
+        first: u32,
+        w: &Warp,
+    ) -> [Tile; N] {
         unsafe {
             let start = w.place.wait().start;
-            let row = get!(op, row_bytes);
-            let (g, t) = place_in_fragment();
+            let row = if Q {
+                get!(op, row_bytes)
+            } else {
+                H as u32 * LINE
+            };
             core::array::from_fn(|n| {
-                let token = (first + n as u32) * TOKENS;
+                let keys = start + (first + n as u32) * TOKENS * row;
                 Tile {
-                    keys: start + (token + g) * row,
-                    values: start + (TURN + token + 2 * t) * row,
+                    keys,
+                    values: keys + TURN * row,
                     row,
                 }
             })
         }
     }
 
-    // A row's elements past its end are the next one's: zero in the query, and not written of what comes of values.
+    // A row's elements past its end are zeros or the next one's: zero in the query, and not written of what comes of values.
 
     /// This lane's rows of the keys.
     #[inline(always)]
@@ -322,12 +357,15 @@ impl Tile {
         unsafe {
             let head_dim = if Q { get!(op, cache.head_dim) } else { 0 };
             let (_, t) = place_in_fragment();
-            let rows = [0, 8].map(|r| self.keys + r * self.row);
-            KeyRows(if Q {
-                rows.map(|row| q8::Row::new(row, q8::key_element::<K>(), head_dim))
-            } else {
-                rows.map(|row| q8::Row::plain(row + 2 * EIGHT * t))
-            })
+            KeyRows([0, 1].map(|r| {
+                let before = key_token(r) * self.row;
+                let row = self.keys + before;
+                if Q {
+                    q8::Row::new(row, q8::key_element::<K>(), head_dim)
+                } else {
+                    q8::Row::plain(row + swizzled(before / LINE, t))
+                }
+            }))
         }
     }
 
@@ -335,16 +373,52 @@ impl Tile {
     #[inline(always)]
     unsafe fn values<const Q: bool>(self, op: Current, part: u32) -> Values {
         let (g, _) = place_in_fragment();
-        [0, 1, 8, 9].map(|i| unsafe {
-            let row = self.values + i * self.row;
+        [0, 1, 2, 3].map(|i| unsafe {
+            let before = value_token(i) * self.row;
+            let row = self.values + before;
             let element = part * WIDTH + EIGHT * g;
             if Q {
                 q8::Row::new(row, element, get!(op, cache.head_dim)).eight(element)
             } else {
-                eight(row + 2 * element)
+                eight(next_line(row + swizzled(before / LINE, g), part))
             }
         })
     }
+}
+
+/// Where in line `line` of a turn piece `piece` begins.
+#[inline(always)]
+const fn swizzled(line: u32, piece: u32) -> u32 {
+    (piece ^ line % PIECES) * (LINE / PIECES)
+}
+
+/// Eight lanes, who read at the same time, read all of the banks, be it keys or values, of narrow heads or of wide ones, of which a
+/// row has two lines.
+const _: () = {
+    let mut lines = 1;
+    while lines <= 2 {
+        let mut eight = 0;
+        while eight < 4 {
+            let (mut keys, mut values) = (0u32, [0u32; 2]);
+            let mut lane = 0;
+            while lane < 8 {
+                let (g, t) = (2 * eight + lane / 4, lane % 4);
+                keys |= 1 << (swizzled(token_of(g) * lines, t) / 16);
+                values[0] |= 1 << (swizzled(token_of(2 * t) * lines, g) / 16);
+                values[1] |= 1 << (swizzled(token_of(2 * t + 1) * lines, g) / 16);
+                lane += 1;
+            }
+            assert!(keys & values[0] & values[1] == 0xff);
+            eight += 1;
+        }
+        lines += 1;
+    }
+};
+
+/// Where the same piece of the next line is, the number of that with `at` being even, or `at` again: `next` is 1 or 0.
+#[inline(always)]
+fn next_line(at: u32, next: u32) -> u32 {
+    (at ^ next * (LINE / PIECES)) + next * LINE
 }
 
 /// Rows that have a lane's keys.
@@ -354,13 +428,21 @@ struct KeyRows([q8::Row; 2]);
 impl KeyRows {
     /// Those of a chunk.
     #[inline(always)]
-    unsafe fn keys<const K: usize, const Q: bool>(self, chunk: u32) -> [[u32; 4]; 2] {
+    unsafe fn keys<const K: usize, const Q: bool>(self, op: Current, chunk: u32) -> [[u32; 4]; 2] {
         self.0.map(|row| unsafe {
             if Q {
-                row.eight(q8::key_element::<K>() + EIGHT * chunk)
-            } else {
-                eight(row.start() + chunk * 2 * CHUNK)
+                return row.eight(q8::key_element::<K>() + EIGHT * chunk);
             }
+            // A line has two chunks, and the swizzle as many pieces in either.
+            const { assert!(2 * CHUNK == WIDTH) };
+            let at = row.start() ^ (chunk % 2 * (LINE / 2));
+            let keys = eight(next_line(at, chunk / 2));
+            let (_, t) = place_in_fragment();
+            // What lies behind may never have been written.
+            if may_be(RAGGED) && chunk * CHUNK + EIGHT * t >= get!(op, cache.head_dim) {
+                return [0; 4];
+            }
+            keys
         })
     }
 }

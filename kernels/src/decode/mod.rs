@@ -38,6 +38,7 @@ mod row;
 pub(crate) mod running;
 mod seal;
 mod task;
+mod tile;
 mod window;
 
 use crate::rows::BLOCK_TOKENS;
@@ -49,6 +50,7 @@ use cuda_std::mbarrier;
 use cuda_std::memory::{cp_async_4, cp_async_commit, cp_async_wait, ldg_u32};
 use cuda_std::settled::settled;
 use cuda_std::shared;
+use cuda_std::tensor::TensorMap;
 use cuda_std::thread::{
     bar_sync, block_idx_x, globaltimer, grid_dim_x, lane_id, sync_threads, thread_idx_x,
 };
@@ -57,7 +59,7 @@ use ring::Place;
 use window::{AHEAD, Current, WINDOW, await_op, copy_op, get, matrix_at};
 
 pub use attend::{MAX_HEAD_DIM, NARROW_DIM, OCTET, attend_bytes, split_words};
-pub use long::turn_bytes;
+pub use long::{LINE, TURN, turn_bytes, turns_in};
 pub use merge::MAX_SPLITS;
 pub use op::{INVERSE_UNIT, Input, NO_OP, Now, OP_BYTES, Op, kind};
 pub use pieces::{Cutting, attend_pieces};
@@ -102,6 +104,9 @@ pub const UNEVEN: u64 = 1 << 37;
 pub const QUANTISED: u64 = 1 << 38;
 pub const HALF: u64 = 1 << 39;
 
+/// Heads in f16 of more than one box's elements, the last of which is not full.
+pub const RAGGED: u64 = 1 << 40;
+
 const _: () = assert!(LAYOUTS.len() <= 32, "types have the lower half");
 
 /// The number of what steps end at: a named barrier, or, where it is zero, an `mbarrier`, which takes longer. compute-sanitizer's
@@ -145,6 +150,9 @@ pub struct DecodeArgs {
     /// a segment without tasks after them.
     pub segments: *const Segment,
     pub segment_count: u32,
+    /// Of a cache of f16, where the copy engine brings it: all layers' keys, and their values, as matrices of a row a token and head, of which a copy
+    /// brings [`TURN`].
+    pub maps: *const TensorMap,
     /// [`Now::tasks`] of each operation and block.
     pub tasks: *const u32,
     /// Operations that a block takes of it, a step.

@@ -1,6 +1,9 @@
 //! Operations of a step.
 
-use super::{HALF, HALVES, LATE, MIXED, NARROW_DIM, PLAIN, QUANTISED, Shares, UNEVEN, WARPS, WIDE};
+use super::long::ragged;
+use super::{
+    HALF, HALVES, LATE, MIXED, NARROW_DIM, PLAIN, QUANTISED, RAGGED, Shares, UNEVEN, WARPS, WIDE,
+};
 use crate::rows::{CacheLayer, Rotation};
 use crate::types::{Matrix, NO_MATRIX, type_bit};
 
@@ -155,6 +158,10 @@ impl Op {
             | flag(self.kind == kind::GATE_UP && first.ty != second.ty, MIXED)
             | flag(attends && self.cache.head_dim > NARROW_DIM, WIDE)
             | flag(attends && self.quantised == 0, HALF)
+            | flag(
+                attends && self.quantised == 0 && ragged(self.cache.head_dim),
+                RAGGED,
+            )
             | flag(self.quantised != 0, QUANTISED)
             | flag(late, LATE)
             | flag(self.input.halves | self.add_halves != 0, HALVES)

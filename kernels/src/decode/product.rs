@@ -6,10 +6,11 @@
 //! each other. Warps leave what they computed of each row in shared memory and go on; after a *batch* of tasks other
 //! warps add it up and write what the tasks are for ([`super::finish`]).
 
-use super::ring::{Head, Tile, TwoWords};
+use super::ring::Head;
 use super::row::{GROUPS, Kept, Part, ask, fill, parts};
 use super::seal::Seal;
 use super::task::{BlockTasks, EIGHT, ROWS, block_tasks, matrix_field};
+use super::tile::{Tile, TwoWords};
 use super::{
     Current, DecodeArgs, FINISHERS, INVERSE_UNIT, LATE, MIXED, PARTS_AT, QUANTISED, WARPS, Warp,
     first_note, get, is_type, lane, may_be, point, sync, thread,

@@ -5,7 +5,7 @@
 //! A lane's elements of a key are neighbours, `8 K` of them where there are `K` chunks, so that four lanes of a wide head have
 //! a scale each; what falls to which summand of a product is free as long as the queries have it the same.
 
-use super::attend::{Keys, Values, value_token};
+use super::attend::{Keys, Values, key_token, value_token};
 use super::{Current, get, lane};
 use crate::unrolled;
 use cuda_std::float;
@@ -89,10 +89,9 @@ pub unsafe fn load_keys<const K: usize>(
     tokens: u32,
 ) -> Keys<K> {
     unsafe {
-        let g = lane() / 4;
         let mut keys = [[[0; 4]; 2]; K];
         for r in 0..2 {
-            let token = g + 8 * r as u32;
+            let token = key_token(r as u32);
             let row = from.wrapping_add((token * row_bytes) as usize);
             let first = key_element::<K>();
             if token < tokens && first < head_dim {

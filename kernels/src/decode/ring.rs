@@ -8,15 +8,16 @@
 use super::long;
 use super::task::{Cached, EIGHT, ROWS, SEGMENT_VECTORS, Segment};
 use super::{BARRIERS_AT, DecodeArgs, ROWS_AT, WARPS};
-use crate::types::{GROUP, PAD, Planes, Quantised, TILE, Weights};
+use crate::types::{GROUP, PAD, TILE};
 use crate::unrolled;
-use core::marker::PhantomData;
 use cuda_std::int::{opaque, quotient};
 use cuda_std::mbarrier;
 #[cfg(any(not(target_arch = "nvptx64"), not(cuda_sm_90)))]
 use cuda_std::memory::cp_async_16;
 use cuda_std::memory::{cp_async_wait_all, ldg_v4_u32_here};
 use cuda_std::shared::{self, SharedPtr};
+#[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+use cuda_std::tensor::copy_rows;
 use cuda_std::thread::{block_idx_x, lane_id};
 use cuda_std::warp;
 
@@ -89,131 +90,6 @@ pub const fn piece_bytes(row_bytes: u32, tile_bytes: u32, tiles: u32) -> u32 {
         row_bytes
     } else {
         tiles * tile_bytes
-    }
-}
-
-/// A part of a quantised tile of a row in shared memory: its groups from one on, all of one block of the file.
-pub(super) struct Tile<T> {
-    start: u32,
-    /// Of all of the tile.
-    groups: u32,
-    first: u32,
-    weights: PhantomData<T>,
-}
-
-impl<T: Weights> Tile<T> {
-    /// Of the tile at address `start`, which has so many groups, those from `first` on.
-    #[inline(always)]
-    pub fn new(start: u32, groups: u32, first: u32) -> Self {
-        Self {
-            start,
-            groups,
-            first,
-            weights: PhantomData,
-        }
-    }
-
-    #[inline(always)]
-    fn at<E>(&self, plane: usize, index: usize) -> SharedPtr<E> {
-        let layout = T::LAYOUT;
-        let offset = layout.plane_offset(plane, self.groups as usize);
-        let before = layout.elements(plane, self.first as usize) + index;
-        SharedPtr::from_addr(self.start + (offset + before * layout.planes[plane].bytes) as u32)
-    }
-}
-
-impl<T: Quantised> Planes for Tile<T> {
-    #[inline(always)]
-    unsafe fn words4(&self, plane: usize, index: usize) -> [u32; 4] {
-        unsafe { self.at::<u32>(plane, index).load_v4() }
-    }
-
-    #[inline(always)]
-    unsafe fn words2(&self, plane: usize, index: usize) -> [u32; 2] {
-        unsafe { self.at::<u32>(plane, index).load_v2() }
-    }
-
-    #[inline(always)]
-    unsafe fn word(&self, plane: usize, index: usize) -> u32 {
-        unsafe { self.at::<u32>(plane, index).load() }
-    }
-
-    #[inline(always)]
-    unsafe fn half_word(&self, plane: usize, index: usize) -> u16 {
-        unsafe { self.at::<u16>(plane, index).load() }
-    }
-
-    #[inline(always)]
-    unsafe fn single(&self, plane: usize, index: usize) -> u8 {
-        unsafe { self.at::<u8>(plane, index).load() }
-    }
-}
-
-/// A tile whose levels are read as two words of a group, `word` and `word + 4`: see [`Planes::level_words4`].
-pub(super) struct TwoWords<T> {
-    pub tile: Tile<T>,
-    pub word: u32,
-}
-
-impl<T: Quantised> TwoWords<T> {
-    /// Word `word` of an element.
-    #[inline(always)]
-    unsafe fn one(&self, plane: usize, index: usize, word: u32) -> u32 {
-        unsafe { self.tile.at::<u32>(plane, index).add(word).load() }
-    }
-}
-
-impl<T: Quantised> Planes for TwoWords<T> {
-    #[inline(always)]
-    unsafe fn words4(&self, plane: usize, index: usize) -> [u32; 4] {
-        unsafe { self.tile.words4(plane, index) }
-    }
-
-    #[inline(always)]
-    unsafe fn words2(&self, plane: usize, index: usize) -> [u32; 2] {
-        unsafe { self.tile.words2(plane, index) }
-    }
-
-    #[inline(always)]
-    unsafe fn word(&self, plane: usize, index: usize) -> u32 {
-        unsafe { self.tile.word(plane, index) }
-    }
-
-    #[inline(always)]
-    unsafe fn half_word(&self, plane: usize, index: usize) -> u16 {
-        unsafe { self.tile.half_word(plane, index) }
-    }
-
-    #[inline(always)]
-    unsafe fn single(&self, plane: usize, index: usize) -> u8 {
-        unsafe { self.tile.single(plane, index) }
-    }
-
-    #[inline(always)]
-    unsafe fn level_words4(&self, plane: usize, index: usize) -> [u32; 4] {
-        [unsafe { self.one(plane, index, self.word) }; 4]
-    }
-
-    #[inline(always)]
-    unsafe fn level_runs4(&self, plane: usize, index: usize) -> [u32; 4] {
-        let (word, shift) = (self.word / 2, self.word % 2 * 16);
-        let [near, far] = [0, 2].map(|w| unsafe { self.one(plane, index, word + w) } >> shift);
-        [near, near, far, far]
-    }
-
-    #[inline(always)]
-    unsafe fn level_words2(&self, plane: usize, index: usize) -> [u32; 2] {
-        // Two groups' words at a time: of the same ones for either the compiler makes one.
-        let two: [u32; 4] = unsafe { self.tile.at(plane, index / 2 * 2).load_v4() };
-        let from = index % 2 * 2;
-        [two[from], two[from + 1]].map(|v| v >> (2 * self.word))
-    }
-
-    #[inline(always)]
-    unsafe fn level_word(&self, plane: usize, index: usize) -> u32 {
-        // Four groups' likewise.
-        let four: [u32; 4] = unsafe { self.tile.at(plane, index / 4 * 4).load_v4() };
-        four[index % 4] >> self.word
     }
 }
 
@@ -368,11 +244,12 @@ impl Ring {
         self.coming = self.coming.next();
     }
 
-    /// Waits until a place is free, and so many bytes from where the next turn begins on: there, or at the ring's start.
+    /// Waits until a place is free, and so many bytes from where the next turn begins on, at a multiple of `align`: there, or at the ring's start.
     #[inline(always)]
-    unsafe fn make_room(&mut self, a: &DecodeArgs, bytes: u32) {
+    unsafe fn make_room(&mut self, a: &DecodeArgs, bytes: u32, align: u32) {
         let first = shared::at::<u8>(ROWS_AT + a.row_bytes).addr();
         let end = first + a.ring_bytes;
+        let first = first.next_multiple_of(align);
         while self.flying > 0 && self.flying + bytes > a.flying {
             unsafe {
                 mbarrier::wait(self.coming.come(), self.coming.parity());
@@ -383,7 +260,9 @@ impl Ring {
             if self.count < MAX_TURNS {
                 // Turns lie from `start` on to `at`, or to the ring's end and on from its first byte.
                 let around = self.count > 0 && self.at <= self.start;
-                if self.at + bytes <= if around { self.start } else { end } {
+                let at = self.at.next_multiple_of(align);
+                if at + bytes <= if around { self.start } else { end } {
+                    self.at = at;
                     return;
                 }
                 if !around && (self.count == 0 || first + bytes <= self.start) {
@@ -415,7 +294,7 @@ impl Ring {
         all: u32,
     ) {
         unsafe {
-            self.make_room(a, all);
+            self.make_room(a, all, 16);
             // Of the turn whose place this will be, all lanes have read the head.
             warp::sync_warp();
             let place = self.next;
@@ -454,6 +333,67 @@ impl Ring {
         }
     }
 
+    /// Brings a turn of rows of f16, from number `row` of the matrices of keys and values on, which lie at `from`: `all` bytes of boxes.
+    #[inline(always)]
+    pub unsafe fn bring_cached<const BULK: bool>(
+        &mut self,
+        a: &DecodeArgs,
+        from: [*const u8; 2],
+        row: u32,
+        head_dim: u32,
+        all: u32,
+    ) {
+        unsafe {
+            self.make_room(a, all, long::ALIGN);
+            // As in `bring`.
+            warp::sync_warp();
+            let place = self.next;
+            let head = [0, 0, self.at, all];
+            if BULK {
+                #[cfg(any(not(target_arch = "nvptx64"), cuda_sm_90))]
+                if warp::elect() {
+                    place.head().store_v4(head);
+                    mbarrier::arrive_expecting(place.come(), all);
+                    for kind in 0..2 {
+                        let map = a.maps.wrapping_add(kind as usize);
+                        let to = self.at + kind * (all / 2);
+                        copy_rows(SharedPtr::from_addr(to), map, row, place.come());
+                    }
+                }
+            } else {
+                #[cfg(any(not(target_arch = "nvptx64"), not(cuda_sm_90)))]
+                {
+                    if lane_id() == 0 {
+                        place.head().store_v4(head);
+                    }
+                    // A lane brings a piece of 16 bytes to where the copy engine would; past a row's end some other one.
+                    let row_bytes = 2 * head_dim;
+                    let lines = all / 2 / long::TURN / long::LINE;
+                    let mut i = lane_id();
+                    while i < all / 16 {
+                        let (line, place) = (i / long::PIECES, i % long::PIECES);
+                        let values = line >= lines * long::TURN;
+                        let (row, line_of_row) = (line / lines % long::TURN, line % lines);
+                        let piece = line_of_row * long::PIECES + (place ^ line % long::PIECES);
+                        let at = if 16 * piece < row_bytes {
+                            16 * piece
+                        } else {
+                            0
+                        };
+                        let from =
+                            of_two(values, from).wrapping_add((row * row_bytes + at) as usize);
+                        cp_async_16(SharedPtr::<u8>::from_addr(self.at + 16 * i), from);
+                        i += 32;
+                    }
+                    mbarrier::arrive_after_copies(place.come());
+                }
+            }
+            // All lanes will read the head.
+            warp::sync_warp();
+            self.push(all);
+        }
+    }
+
     /// Brings a turn of weights. With `BULK` the copy engine does, else two lanes copy a row 16 bytes at a time.
     #[inline(always)]
     unsafe fn bring_rows<const BULK: bool>(&mut self, a: &DecodeArgs, s: &Segment, e: &Eights) {
@@ -461,7 +401,7 @@ impl Ring {
             let pieces = e.pieces;
             let pitch = turn_pitch(pieces, s.types);
             let size = turn_bytes(pieces, s.types);
-            self.make_room(a, size);
+            self.make_room(a, size, 16);
             // As in `bring`.
             warp::sync_warp();
             let place = self.next;

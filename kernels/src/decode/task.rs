@@ -66,7 +66,10 @@ pub struct Cached {
     pub cutting: Cutting,
     /// As [`Op::row_bytes`].
     pub row_bytes: u32,
-    pub unused: [u32; 10],
+    pub quantised: u32,
+    /// Of f16, the layer's first row in the matrices of [`DecodeArgs::maps`](super::DecodeArgs::maps).
+    pub first_row: u32,
+    pub unused: [u32; 8],
     /// [`Cached::MARK`], where a segment has its types.
     pub mark: u32,
     pub rest: [u32; 5],
@@ -252,8 +255,10 @@ impl Op {
         })
     }
 
-    /// What of the cache comes through the ring.
-    pub fn cached(&self) -> Option<Cached> {
+    /// What of the cache comes through the ring; of f16 `first` is where the matrix of all layers' keys begins.
+    pub fn cached(&self, first: Option<*const u8>) -> Option<Cached> {
+        let keys = self.cache.keys as u64;
+        let before = keys - first.map_or(keys, |first| first as u64).min(keys);
         (self.kind == kind::ATTEND && self.ringed()).then(|| Cached {
             bases: [self.cache.keys, self.cache.values].map(|p| p.cast_const()),
             cutting: Cutting {
@@ -266,7 +271,9 @@ impl Op {
                 ringed: true,
             },
             row_bytes: self.row_bytes,
-            unused: [0; 10],
+            quantised: self.quantised,
+            first_row: (before / u64::from(self.row_bytes.max(1))) as u32,
+            unused: [0; 8],
             mark: Cached::MARK,
             rest: [0; 5],
         })

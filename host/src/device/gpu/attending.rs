@@ -23,6 +23,8 @@ impl Attending {
     pub(super) fn splits(&self, tokens: usize, blocks: u32) -> u32 {
         /// What a block's warps take at a time.
         const TOKENS: u32 = 16 * WARPS;
+        /// And splits that a warp merges at a time.
+        const LANES: u32 = 32;
         let from = match self.before >= blocks {
             true => SPLIT_FROM_BESIDE_WEIGHTS,
             false => SPLIT_FROM,
@@ -33,6 +35,13 @@ impl Attending {
         // A piece at least, and each at least a round of the warps; in rounds, and beside them what the product's end costs.
         let of = |blocks: u32, later: u32| {
             let splits = (blocks / self.pieces.max(1)).clamp(1, MAX_SPLITS);
+            // A few more than who merges them takes at a time cost it as long as all of these.
+            let over = splits % LANES;
+            let splits = if splits > LANES && over <= splits / 10 {
+                splits - over
+            } else {
+                splits
+            };
             let rounds = (tokens as u32).div_ceil(splits).div_ceil(TOKENS);
             (rounds + later, splits)
         };
@@ -168,7 +177,7 @@ mod tests {
         let [_, attention, _] = around_attention([896, 128, 128], 896, 64, 30);
         assert_eq!(attention.mergers, 72);
         // So many tokens that all blocks are faster.
-        assert_eq!(attending.splits(40_000, BLOCKS), 66);
+        assert_eq!(attending.splits(40_000, BLOCKS), 64);
         // 8B: all have tasks of every product.
         let attending = Attending {
             pieces: 8,

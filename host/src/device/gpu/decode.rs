@@ -15,6 +15,7 @@ use super::sampling::Drawing;
 use super::{Address, Allocation, Driver, Gpu, Mapped};
 use crate::device::{BLOCK_TOKENS, Batch, OpTiming};
 use crate::error::{Error, Result};
+use cuda_std::tensor::TensorMap;
 use kernels::decode::{
     CHOICES, CHOSEN, DecodeArgs, MAX_SEGMENTS, NO_OP, NUMBERS, Op, Segment, THREADS, TRACED, kind,
     point,
@@ -139,7 +140,8 @@ pub(super) struct Decode {
 
 impl Decode {
     pub(super) fn new<D: Driver>(driver: &mut D) -> Result<Self> {
-        let single = listing(&[NO_OP], driver.multiprocessors()).0.len();
+        let blocks = driver.multiprocessors();
+        let single = listing(driver, &[NO_OP], blocks)?.0.len();
         let single = driver.alloc(single + MAX_SEGMENTS * size_of::<Segment>())?;
         let ranks = vec![0; 16 * driver.multiprocessors() as usize];
         let ranks_on = driver.alloc(ranks.len())?;
@@ -387,7 +389,8 @@ impl<D: Driver> Gpu<D> {
         )?;
         let Plan { ops, count, room } = plan;
         self.settle(&ops)?;
-        let (listing, behind) = listing(&ops, self.driver.multiprocessors());
+        let blocks = self.driver.multiprocessors();
+        let (listing, behind) = listing(&mut self.driver, &ops, blocks)?;
         let memory = self.driver.alloc(listing.len())?;
         self.driver.write(memory.address, &listing)?;
         // Of the operations as they were recorded: one may be two by now.
@@ -464,6 +467,7 @@ impl<D: Driver> Gpu<D> {
             ops: ops as *const Op,
             segments: (ops + behind.segments as u64) as *const Segment,
             segment_count: behind.segment_count,
+            maps: behind.maps.map_or(0, |at| ops + at as u64) as *const TensorMap,
             tasks: (ops + behind.tasks as u64) as *const u32,
             count: run.count,
             steps: run.steps,
@@ -554,7 +558,8 @@ impl<D: Driver> Gpu<D> {
         )?;
         self.settle(&ops)?;
         let address = self.decode.single.address;
-        let (listing, behind) = listing(&ops, self.driver.multiprocessors());
+        let blocks = self.driver.multiprocessors();
+        let (listing, behind) = listing(&mut self.driver, &ops, blocks)?;
         self.driver.write(address, &listing)?;
         self.run_program(Run {
             ops: address,

@@ -177,6 +177,10 @@ impl Driver for Emulated {
         true
     }
 
+    fn copy_engine(&self) -> bool {
+        true
+    }
+
     fn tensor_map(&mut self, tiling: &Tiling) -> Result<TensorMap> {
         Ok(TensorMap::emulated(tiling))
     }

@@ -30,7 +30,7 @@ use super::{HandOff, OpTiming};
 use crate::error::{Error, Result};
 use crate::model::{DeviceChoice, MAX_OUTPUTS, MAX_ROWS};
 use cuda_std::tensor::{TensorMap, Tiling};
-use kernels::decode::{HALF, HALVES, NARROW_DIM, QUANTISED, WIDE};
+use kernels::decode::{HALF, HALVES, LINE, NARROW_DIM, QUANTISED, WIDE};
 use kernels::skinny;
 use kernels::types::type_bit;
 use std::collections::HashMap;
@@ -125,7 +125,10 @@ pub trait Driver: Send + Sized + 'static {
     /// Whether the kernels of `warpgroup` run here.
     fn warpgroups(&self) -> bool;
 
-    /// Describes a matrix for the copy engine, where [`Driver::warpgroups`] run.
+    /// Whether there is a copy engine, of which kernels for compute capability 9.0 make use.
+    fn copy_engine(&self) -> bool;
+
+    /// Describes a matrix for the [copy engine](Driver::copy_engine).
     fn tensor_map(&mut self, tiling: &Tiling) -> Result<TensorMap>;
 
     /// Names of the forms of the kernel `decode`, which differ in how weights come.
@@ -532,8 +535,10 @@ impl<D: Driver> Device for Gpu<D> {
             CacheType::Q8_0 => QUANTISED,
             _ => HALF,
         };
-        let keys = self.driver.alloc(shape.bytes())?;
-        let values = self.driver.alloc(shape.bytes())?;
+        // The copy engine brings lines, the last of which may reach past the last row's end.
+        let bytes = shape.bytes() + LINE as usize;
+        let keys = self.driver.alloc(bytes)?;
+        let values = self.driver.alloc(bytes)?;
         self.current.table_room = shape.blocks;
         self.current.tables = Some(self.driver.alloc(4 * 2 * MAX_SPANS * shape.blocks)?);
         Ok(Cache {

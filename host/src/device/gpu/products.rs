@@ -4,7 +4,7 @@ use super::ops::{NormRows, blocks};
 use super::{Address, Driver, Gpu, Scratch};
 use crate::device::{Linear, Norm};
 use crate::error::Result;
-use cuda_std::tensor::Tiling;
+use cuda_std::tensor::{Copied, Tiling};
 use kernels::decode::{NO_OP, Op, kind};
 use kernels::dense::{self, DenseArgs, DequantiseArgs, Part};
 use kernels::epilogue::Output;
@@ -115,6 +115,7 @@ impl Form {
                 cols,
                 stride: u64::from(cols) * 2,
                 box_rows,
+                copy: Copied::Box,
             })
         };
         let args = WarpgroupArgs {

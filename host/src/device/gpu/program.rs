@@ -1,9 +1,10 @@
 //! What follows from a decode step's operations before they are carried out: how their tasks fall to the blocks, what they
 //! need of shared memory, what the device reads of them, what they cost.
 
-use super::Driver;
 use super::attending::share_attention;
+use super::{Address, Driver};
 use crate::error::{Error, Result};
+use cuda_std::tensor::{Copied, Tiling};
 use kernels::decode::{
     self, BATCH, Cached, INVERSE_UNIT, MAX_TURNS, Op, ROWS, Segment, Shares, WARPS, kind,
 };
@@ -65,7 +66,7 @@ pub(super) fn plan<D: Driver>(driver: &D, ops: &[Op], blocks: u32, shared: usize
         op.group = op.heads / op.cache.kv_heads.max(1);
         op.shares = Shares::of(tasks, shares.first(), shares.blocks());
         if op.kind == kind::ATTEND && op.ringed() {
-            op.room = room.ring_bytes / decode::turn_bytes(op.cache.head_dim, op.row_bytes);
+            op.room = decode::turns_in(room.ring_bytes, cached_bytes(op));
         }
         op.input.inverse_len = 1.0 / op.input.len as f32;
     }
@@ -338,8 +339,7 @@ fn room<D: Driver>(driver: &D, ops: &[Op], shared: usize) -> Result<Room> {
     let attend = attend.max().unwrap_or(0);
     // Keys and values that come through the ring.
     let ringed = attention().filter(|op| op.ringed());
-    let cached = ringed.map(|op| decode::turn_bytes(op.cache.head_dim, op.row_bytes));
-    let cached = cached.max().unwrap_or(0);
+    let cached = ringed.map(cached_bytes).max();
     let products = ops.iter().filter(|op| is_product(op));
     let rows = products.map(|op| {
         let cols = op.input.len.next_multiple_of(GROUP as u32);
@@ -355,7 +355,8 @@ fn room<D: Driver>(driver: &D, ops: &[Op], shared: usize) -> Result<Room> {
             .max()
             .unwrap_or(0);
         let turns = if turn_tiles > 1 { FEW_TURNS } else { 1 };
-        if turns * turn <= ring_bytes && cached <= ring_bytes {
+        let cached_fits = cached.is_none_or(|bytes| decode::turns_in(ring_bytes, bytes) > 0);
+        if turns * turn <= ring_bytes && cached_fits {
             return Ok(Room {
                 ring_bytes,
                 turns: MAX_TURNS.min(ring_bytes / turn.max(1)),
@@ -369,9 +370,15 @@ fn room<D: Driver>(driver: &D, ops: &[Op], shared: usize) -> Result<Room> {
         device: driver.info().name.clone(),
         what: format!(
             "a decode step's rows take {row_bytes} bytes of shared memory, a turn of their weights {turn}, and one of keys \
-             and values {cached}; it has {shared}"
+             and values {}; it has {shared}",
+            cached.unwrap_or(0)
         ),
     })
+}
+
+/// Bytes of a turn of an attention's keys and values.
+fn cached_bytes(op: &Op) -> u32 {
+    decode::turn_bytes(op.cache.head_dim, op.row_bytes, op.quantised != 0)
 }
 
 /// What lies behind operations, in bytes from the first of these on.
@@ -382,14 +389,27 @@ pub(super) struct Behind {
     /// Their segments, and how many.
     pub(super) segments: usize,
     pub(super) segment_count: u32,
+    /// [`DecodeArgs::maps`](decode::DecodeArgs::maps), if there are any.
+    pub(super) maps: Option<usize>,
 }
 
-/// What the device reads of a program: its operations, each block's tasks, segments.
-pub(super) fn listing(ops: &[Op], blocks: u32) -> (Vec<u8>, Behind) {
+/// What the device reads of a program: its operations, each block's tasks, segments, and what the copy engine knows of the cache.
+///
+/// # Errors
+/// Those of the driver.
+pub(super) fn listing<D: Driver>(
+    driver: &mut D,
+    ops: &[Op],
+    blocks: u32,
+) -> Result<(Vec<u8>, Behind)> {
+    let boxed = |op: &&Op| op.kind == kind::ATTEND && op.ringed() && op.quantised == 0;
+    let boxed = ops.iter().filter(boxed).map(|op| op.cache);
+    let keys = boxed.clone().map(|cache| cache.keys.cast_const()).min();
+    let values = boxed.clone().map(|cache| cache.values.cast_const()).min();
     let mut segments = Vec::new();
     for op in ops {
         segments.extend(op.segments().into_iter().filter(|s| s.first < s.end));
-        segments.extend(op.cached().map(Cached::segment));
+        segments.extend(op.cached(keys).map(Cached::segment));
     }
     let segment_count = segments.len() as u32;
     segments.push(Segment::NONE);
@@ -398,22 +418,46 @@ pub(super) fn listing(ops: &[Op], blocks: u32) -> (Vec<u8>, Behind) {
         .flat_map(|op| (0..blocks).map(|block| op.shares.of_block(block).word()))
         .collect();
     let mut listing = bytes(ops).to_vec();
-    let tasks_at = listing.len();
-    listing.extend_from_slice(bytes(&tasks));
-    listing.resize(listing.len().next_multiple_of(align_of::<Segment>()), 0);
-    let segments_at = listing.len();
-    listing.extend_from_slice(bytes(&segments));
-    let behind = Behind {
-        tasks: tasks_at,
-        segments: segments_at,
-        segment_count,
+    let mut append = |bytes: &[u8], align: usize| {
+        listing.resize(listing.len().next_multiple_of(align), 0);
+        let at = listing.len();
+        listing.extend_from_slice(bytes);
+        at
     };
-    (listing, behind)
+    let tasks = append(bytes(&tasks), align_of::<u32>());
+    let segments = append(bytes(&segments), align_of::<Segment>());
+    let mut maps = None;
+    if let (Some(keys), Some(values), Some(cache)) = (keys, values, boxed.clone().next())
+        && driver.copy_engine()
+    {
+        let mut map = |first: *const u8| {
+            driver.tensor_map(&Tiling {
+                address: first as Address,
+                // How many there are says only what lies outside of it.
+                rows: i32::MAX as u32,
+                cols: cache.head_dim,
+                stride: 2 * u64::from(cache.head_dim),
+                box_rows: decode::TURN,
+                copy: Copied::Rows,
+            })
+        };
+        maps = Some(append(bytes(&[map(keys)?, map(values)?]), TENSOR_MAP_ALIGN));
+    }
+    let behind = Behind {
+        tasks,
+        segments,
+        segment_count,
+        maps,
+    };
+    Ok((listing, behind))
 }
+
+/// The copy engine wants its maps at multiples of this.
+const TENSOR_MAP_ALIGN: usize = 64;
 
 /// The bytes of plain data, as the device reads them.
 pub(super) fn bytes<T: Copy>(values: &[T]) -> &[u8] {
-    // Only of `Op`, `Segment`, `DrawRow` and numbers, whose padding is never read.
+    // Only of `Op`, `Segment`, `TensorMap`, `DrawRow` and numbers, whose padding is never read.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 

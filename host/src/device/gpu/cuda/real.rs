@@ -653,6 +653,10 @@ impl Driver for Cuda {
         self.warpgroup.is_some()
     }
 
+    fn copy_engine(&self) -> bool {
+        self.versions.1 >= 90
+    }
+
     fn tensor_map(&mut self, tiling: &Tiling) -> Result<TensorMap> {
         let mut map = TensorMap([0; 16]);
         check(tensor_map::encode(tiling, &mut map))

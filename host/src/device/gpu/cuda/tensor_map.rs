@@ -1,6 +1,6 @@
 //! Descriptions of matrices for the copy engine, which the driver encodes.
 
-use cuda_std::tensor::{BOX_COLS, TensorMap, Tiling};
+use cuda_std::tensor::{BOX_COLS, Copied, TensorMap, Tiling};
 use cust::sys::cudaError_enum;
 use std::ffi::c_void;
 
@@ -35,18 +35,31 @@ pub(super) fn encode(tiling: &Tiling, map: &mut TensorMap) -> cudaError_enum {
     #[repr(align(64))]
     struct Aligned(TensorMap);
     let mut aligned = Aligned(TensorMap([0; 16]));
-    let sizes = [u64::from(tiling.cols), u64::from(tiling.rows)];
+    let [rows, boxes] = [tiling.rows, tiling.boxes()].map(u64::from);
+    // From the fastest on; strides of all but that.
+    let (sizes, strides, box_sizes) = match tiling.copy {
+        Copied::Box => (
+            vec![u64::from(tiling.cols), rows],
+            vec![tiling.stride],
+            vec![BOX_COLS, tiling.box_rows],
+        ),
+        Copied::Rows => (
+            vec![u64::from(tiling.cols.min(BOX_COLS)), boxes, rows],
+            vec![2 * u64::from(BOX_COLS), tiling.stride],
+            vec![BOX_COLS, tiling.boxes(), tiling.box_rows],
+        ),
+    };
     // It reads what the pointers point to, and writes the map alone.
     let result = unsafe {
         cuTensorMapEncodeTiled(
             aligned.0.0.as_mut_ptr().cast(),
             FLOAT16,
-            2,
+            sizes.len() as u32,
             tiling.address as *mut c_void,
             sizes.as_ptr(),
-            [tiling.stride].as_ptr(),
-            [BOX_COLS, tiling.box_rows].as_ptr(),
-            [1, 1].as_ptr(),
+            strides.as_ptr(),
+            box_sizes.as_ptr(),
+            [1; 3].as_ptr(),
             INTERLEAVE_NONE,
             SWIZZLE_128B,
             L2_PROMOTION_256B,

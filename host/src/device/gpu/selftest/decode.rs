@@ -225,7 +225,7 @@ fn launch_steps<D: Driver>(
         planned = plan(&b.driver, ops, BLOCKS, limit - less as usize)?;
     }
     let Plan { ops, count, room } = planned;
-    let (listing, behind) = listing(&ops, BLOCKS);
+    let (listing, behind) = listing(&mut b.driver, &ops, BLOCKS)?;
     let ops_on = b.upload(&listing)?;
     let ranks = b.upload(&[0u64; 2 * BLOCKS as usize])?;
     let chosen = b.upload(&[0u64; CHOICES as usize])?;
@@ -236,6 +236,9 @@ fn launch_steps<D: Driver>(
         ops: ops_on.ptr(),
         segments: ops_on.ptr::<u8>().wrapping_add(behind.segments).cast(),
         segment_count: behind.segment_count,
+        maps: behind
+            .maps
+            .map_or(ptr::null(), |at| ops_on.ptr::<u8>().wrapping_add(at).cast()),
         tasks: ops_on.ptr::<u8>().wrapping_add(behind.tasks).cast(),
         count,
         steps,
