@@ -245,7 +245,7 @@ pub(crate) fn place_in_fragment() -> (u32, u32) {
 /// two neighbouring columns for keys, of every other one for values, find them in different banks.
 #[inline(always)]
 pub(super) const fn token_of(column: u32) -> u32 {
-    0x1625_4370 >> (4 * column) & 7
+    (0x1625_4370 >> (4 * column)) & 7
 }
 
 /// The token of a tile whose key is the lane's `r`th: of columns `g` and `g + 8`.

@@ -389,7 +389,7 @@ impl Tile {
 /// Where in line `line` of a turn piece `piece` begins.
 #[inline(always)]
 const fn swizzled(line: u32, piece: u32) -> u32 {
-    (piece ^ line % PIECES) * (LINE / PIECES)
+    (piece ^ (line % PIECES)) * (LINE / PIECES)
 }
 
 /// Eight lanes, who read at the same time, read all of the banks, be it keys or values, of narrow heads or of wide ones, of which a
@@ -418,7 +418,7 @@ const _: () = {
 /// Where the same piece of the next line is, the number of that with `at` being even, or `at` again: `next` is 1 or 0.
 #[inline(always)]
 fn next_line(at: u32, next: u32) -> u32 {
-    (at ^ next * (LINE / PIECES)) + next * LINE
+    (at ^ (next * (LINE / PIECES))) + next * LINE
 }
 
 /// Rows that have a lane's keys.

@@ -374,7 +374,7 @@ impl Ring {
                         let (line, place) = (i / long::PIECES, i % long::PIECES);
                         let values = line >= lines * long::TURN;
                         let (row, line_of_row) = (line / lines % long::TURN, line % lines);
-                        let piece = line_of_row * long::PIECES + (place ^ line % long::PIECES);
+                        let piece = line_of_row * long::PIECES + (place ^ (line % long::PIECES));
                         let at = if 16 * piece < row_bytes {
                             16 * piece
                         } else {
