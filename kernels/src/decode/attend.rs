@@ -676,9 +676,12 @@ pub(crate) fn seen(scores: &Scores, base: u32, to: u32) -> [f32; 4] {
         let [a, b] = scores[i / 2].map(|v| v[i % 2] + v[i % 2 + 2]);
         a + b
     });
-    for i in 0..4 {
-        if base + value_token(i as u32) >= to {
-            s[i] = NONE;
+    // Most are whole.
+    if base + TOKENS > to {
+        for i in 0..4 {
+            if base + value_token(i as u32) >= to {
+                s[i] = NONE;
+            }
         }
     }
     s
