@@ -5,7 +5,7 @@
 //! tiles of 16 tokens. The heads are eight rows of `Q Kᵀ`, whose columns are the tokens, and the columns of `Vᵀ Pᵀ`, whose rows are
 //! the elements: what is a fragment of the scores is one of the weights, and keys and values are read once
 //! for all heads, straight into fragments. Which element is which of a product's summands, and which of its rows, is
-//! free, and chosen so that a lane's are neighbours. A query and a weight are two f16 each, of which the second is what the
+//! free, and chosen so that a lane's are neighbours; so is which token is which, chosen for the banks ([`token_of`]). A query and a weight are two f16 each, of which the second is what the
 //! first leaves over: products are those of f32 that way, in all but the last bits. Of a query they are two of `Q`'s sixteen rows.
 //!
 //! A warp's [running softmax](super::running) goes from tile to tile; warps merge in shared memory, splits in

@@ -95,9 +95,9 @@ pub(super) unsafe fn feed<const BULK: bool>(
                 let quantised = may_be(QUANTISED) && (!may_be(HALF) || cached.quantised != 0);
                 let all = turn_bytes(head_dim, row_bytes, quantised);
                 if quantised {
-                    ring.bring::<BULK>(a, from, row_bytes * TURN, all);
+                    ring.bring_quantised::<BULK>(a, from, row_bytes * TURN, all);
                 } else {
-                    ring.bring_cached::<BULK>(a, from, cached.first_row + row, head_dim, all);
+                    ring.bring_half::<BULK>(a, from, cached.first_row + row, head_dim, all);
                 }
                 base += TURN;
             }

@@ -1,8 +1,8 @@
 //! Weights on their way into shared memory, and [keys and values](super::long) of long sequences and of 8 bits.
 //!
 //! A block has a ring of *turns*. A turn is up to sixteen rows of a task, of each a tile or two, or a block of the cache, and
-//! takes no more room than these. A feeder warp goes through the block's tasks of all operations in the order in which they will be computed,
-//! and copies a turn wherever the ring has room, eight rows at a time. Each turn has a place among [`MAX_TURNS`] with two
+//! takes no more room than these, with rows of f16 filled up to whole [lines](long::LINE). A feeder warp goes through the block's tasks of
+//! all operations in the order in which they will be computed, and copies a turn wherever the ring has room, eight rows at a time. Each turn has a place among [`MAX_TURNS`] with two
 //! barriers in shared memory ([`mbarrier`]): one says that it has come, the other that every warp has read its part.
 
 use super::long;
@@ -263,11 +263,11 @@ impl Ring {
                 let at = self.at.next_multiple_of(align);
                 if at + bytes <= if around { self.start } else { end } {
                     self.at = at;
-                    return;
+                    break;
                 }
                 if !around && (self.count == 0 || first + bytes <= self.start) {
                     self.at = first;
-                    return;
+                    break;
                 }
             }
             unsafe {
@@ -282,11 +282,13 @@ impl Ring {
                 }
             }
         }
+        // Of the turn whose place this will be, all lanes have read the head.
+        warp::sync_warp();
     }
 
-    /// Brings a turn of two pieces of so many bytes, a multiple of 16, the second behind the first, into one of `all` bytes.
+    /// Brings a turn of rows of 8 bits: two pieces of so many bytes, a multiple of 16, the second behind the first, into one of `all` bytes.
     #[inline(always)]
-    pub unsafe fn bring<const BULK: bool>(
+    pub unsafe fn bring_quantised<const BULK: bool>(
         &mut self,
         a: &DecodeArgs,
         from: [*const u8; 2],
@@ -295,8 +297,6 @@ impl Ring {
     ) {
         unsafe {
             self.make_room(a, all, 16);
-            // Of the turn whose place this will be, all lanes have read the head.
-            warp::sync_warp();
             let place = self.next;
             let head = [0, 0, self.at, all];
             if BULK {
@@ -327,15 +327,13 @@ impl Ring {
                     mbarrier::arrive_after_copies(place.come());
                 }
             }
-            // All lanes will read the head.
-            warp::sync_warp();
             self.push(all);
         }
     }
 
     /// Brings a turn of rows of f16, from number `row` of the matrices of keys and values on, which lie at `from`: `all` bytes of boxes.
     #[inline(always)]
-    pub unsafe fn bring_cached<const BULK: bool>(
+    pub unsafe fn bring_half<const BULK: bool>(
         &mut self,
         a: &DecodeArgs,
         from: [*const u8; 2],
@@ -345,8 +343,6 @@ impl Ring {
     ) {
         unsafe {
             self.make_room(a, all, long::ALIGN);
-            // As in `bring`.
-            warp::sync_warp();
             let place = self.next;
             let head = [0, 0, self.at, all];
             if BULK {
@@ -388,8 +384,6 @@ impl Ring {
                     mbarrier::arrive_after_copies(place.come());
                 }
             }
-            // All lanes will read the head.
-            warp::sync_warp();
             self.push(all);
         }
     }
@@ -402,8 +396,6 @@ impl Ring {
             let pitch = turn_pitch(pieces, s.types);
             let size = turn_bytes(pieces, s.types);
             self.make_room(a, size, 16);
-            // As in `bring`.
-            warp::sync_warp();
             let place = self.next;
             let head = [
                 (s.types & 0xffff) | (pitch << PITCH_SHIFT),
@@ -453,15 +445,15 @@ impl Ring {
                     mbarrier::arrive_after_copies(place.come());
                 }
             }
-            // All lanes will read the head.
-            warp::sync_warp();
             self.push(size);
         }
     }
 
     /// A turn of so many bytes lies there.
     #[inline(always)]
-    fn push(&mut self, bytes: u32) {
+    unsafe fn push(&mut self, bytes: u32) {
+        // All lanes will read its head.
+        warp::sync_warp();
         if self.count == 0 {
             self.start = self.at;
         }

@@ -402,6 +402,7 @@ pub(super) fn listing<D: Driver>(
     ops: &[Op],
     blocks: u32,
 ) -> Result<(Vec<u8>, Behind)> {
+    // Values of a layer are as far from the first ones as its keys are: a layer's rows have one number for both.
     let boxed = |op: &&Op| op.kind == kind::ATTEND && op.ringed() && op.quantised == 0;
     let boxed = ops.iter().filter(boxed).map(|op| op.cache);
     let keys = boxed.clone().map(|cache| cache.keys.cast_const()).min();
