@@ -443,7 +443,7 @@ macro_rules! by_type {
         }
     };
     (@float $name:ident) => { OfFloats<crate::types::$name> };
-    ($(@quantised)? $(@looked_up)? $name:ident) => { OfLevels<crate::types::$name> };
+    (@quantised $name:ident) => { OfLevels<crate::types::$name> };
 }
 for_each_type!(by_type);
 

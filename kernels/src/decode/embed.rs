@@ -64,7 +64,7 @@ macro_rules! four_by_type {
         }
     };
     (@float $name:ident, $m:expr, $r:expr, $g:expr, $w:expr) => { $name::unpack_four($m, $r, $g, $w) };
-    ($(@quantised)? $(@looked_up)? $name:ident, $m:expr, $r:expr, $g:expr, $w:expr) => {{
+    (@quantised $name:ident, $m:expr, $r:expr, $g:expr, $w:expr) => {{
         let raw = $name::load(&$m.row::<$name>($r), $g);
         four_weights($name::levels(raw), $name::affine(raw, $g), $w)
     }};

@@ -107,6 +107,10 @@ pub const HALF: u64 = 1 << 39;
 /// Heads in f16 of more than one box's elements, the last of which is not full.
 pub const RAGGED: u64 = 1 << 40;
 
+/// Rows that end within a tile, and within a part.
+pub const TAILS: u64 = 1 << 41;
+pub const ENDS: u64 = 1 << 42;
+
 const _: () = assert!(LAYOUTS.len() <= 32, "types have the lower half");
 
 /// The number of what steps end at: a named barrier, or, where it is zero, an `mbarrier`, which takes longer. compute-sanitizer's
@@ -228,12 +232,13 @@ unsafe fn first_note(a: &DecodeArgs, index: u32, point: usize) {
     }
 }
 
-/// Shared memory: sums of squares, scratch, the ring's barriers, parts of outputs, the window, the cache's table, the row, the
+/// Shared memory: sums of squares, scratch, zeros, the ring's barriers, parts of outputs, the window, the cache's table, the row, the
 /// ring, and as much as a part of a row may be read past a tile's end.
 const SCRATCH_AT: u32 = 2 * 4 * row::SQUARES;
 /// Where steps end at an `mbarrier`, that.
 const STEP_AT: u32 = SCRATCH_AT + 8 * FINISHERS;
-const BARRIERS_AT: u32 = (STEP_AT + 8).next_multiple_of(16);
+const ZEROS_AT: u32 = (STEP_AT + 8).next_multiple_of(32) + 16;
+const BARRIERS_AT: u32 = ZEROS_AT + row::ZEROS_BYTES;
 const PARTS_AT: u32 = BARRIERS_AT + ring::BARRIERS_BYTES;
 const WINDOW_AT: u32 = PARTS_AT + product::PARTS_BYTES;
 const TABLE_AT: u32 = WINDOW_AT + WINDOW * OP_BYTES;
@@ -370,6 +375,9 @@ unsafe fn run<const BULK: bool>(a: DecodeArgs) {
     unsafe {
         if settled::<STEP_BARRIER>() == 0 && thread_idx_x() == 0 {
             mbarrier::init(shared::at(STEP_AT), STEP_THREADS);
+        }
+        if thread_idx_x() < row::ZEROS_BYTES / 4 {
+            shared::at::<u32>(ZEROS_AT + 4 * thread_idx_x()).store(0);
         }
         ring::init::<BULK>(thread_idx_x());
         unrolled!(2, |i| {

@@ -1,11 +1,13 @@
 //! Operations of a step.
 
 use super::long::ragged;
+use super::row::GROUPS;
 use super::{
-    HALF, HALVES, LATE, MIXED, NARROW_DIM, PLAIN, QUANTISED, RAGGED, Shares, UNEVEN, WARPS, WIDE,
+    ENDS, HALF, HALVES, LATE, MIXED, NARROW_DIM, PLAIN, QUANTISED, RAGGED, Shares, TAILS, UNEVEN,
+    WARPS, WIDE,
 };
 use crate::rows::{CacheLayer, Rotation};
-use crate::types::{Matrix, NO_MATRIX, type_bit};
+use crate::types::{GROUP, Matrix, NO_MATRIX, TILE, type_bit};
 
 /// What an [`Op`] does.
 pub mod kind {
@@ -151,6 +153,8 @@ impl Op {
         let flag = |is: bool, flag: u64| if is { flag } else { 0 };
         let attends = self.kind == kind::ATTEND;
         let late = self.late != 0;
+        let ends_within =
+            |groups: u32| !attends && !self.input.len.is_multiple_of(groups * GROUP as u32);
         // An absent one's type is a number like any other.
         let matrices = self.matrices.iter().filter(|m| m.rows > 0);
         let types = matrices.fold(0, |all, m| all | type_bit(m.ty));
@@ -166,6 +170,8 @@ impl Op {
             | flag(late, LATE)
             | flag(self.input.halves | self.add_halves != 0, HALVES)
             | flag(!self.input.len.is_multiple_of(4), UNEVEN)
+            | flag(ends_within(TILE as u32), TAILS)
+            | flag(ends_within(GROUPS), ENDS)
     }
 }
 

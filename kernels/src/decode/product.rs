@@ -1,22 +1,22 @@
 //! Products with the input row: plain ones, gate and up, queries, keys and values.
 //!
 //! A block takes tasks of sixteen rows of weights. A team of its warps, all of them or some, takes one at a time, and they share
-//! the row's parts out ([`super::row`]). Weights are A's fragments of a product of bytes on tensor cores, a group at a time; of B all
-//! but the group's two columns are zero, so that several groups' sums, which have scales of their own, come to lie beside
-//! each other. Warps leave what they computed of each row in shared memory and go on; after a *batch* of tasks other
+//! the row's parts out ([`super::row`]). Weights are A's fragments of a product of bytes on tensor cores, of four groups at a time, of which
+//! each of four lanes has one, as it lies in memory; B is such that every group's sums, which have scales of their own, end in the
+//! lane that has it. Warps leave what they computed of each row in shared memory and go on; after a *batch* of tasks other
 //! warps add it up and write what the tasks are for ([`super::finish`]).
 
 use super::ring::Head;
-use super::row::{GROUPS, Kept, Part, ask, fill, parts};
+use super::row::{Columns, GROUPS, Kept, PART_OF, Part, ask, fill, parts};
 use super::seal::Seal;
 use super::task::{BlockTasks, EIGHT, ROWS, block_tasks, matrix_field};
-use super::tile::{Tile, TwoWords};
+use super::tile::Tile;
 use super::{
-    Current, DecodeArgs, FINISHERS, INVERSE_UNIT, LATE, MIXED, PARTS_AT, QUANTISED, WARPS, Warp,
-    first_note, get, is_type, lane, may_be, point, sync, thread,
+    Current, DecodeArgs, ENDS, FINISHERS, INVERSE_UNIT, LATE, MIXED, PARTS_AT, QUANTISED, TAILS,
+    WARPS, Warp, first_note, get, is_type, lane, may_be, point, sync, thread,
 };
+use crate::for_each_type;
 use crate::types::*;
-use crate::{for_each_type, unrolled};
 use core::mem::offset_of;
 use cuda_std::int::{here, opaque};
 use cuda_std::memory::threadfence;
@@ -51,22 +51,29 @@ pub(super) fn batch_of(index: u32, end: u32) -> u32 {
     }
 }
 
-/// Groups of eight rows, a row for four lanes: of each group two words of levels, and scales of that which is this
-/// lane's.
+/// A group of two rows, one of either eight.
 #[derive(Clone, Copy)]
-struct Eight {
-    levels: [[u32; 2]; GROUPS as usize],
-    affine: Affine,
+struct Pair {
+    /// Those of the second half as many times as large as [`Quantised::RAISED`] has it.
+    levels: [[u32; 8]; 2],
+    affine: [Affine; 2],
 }
 
 /// Nothing: registers that some path leaves undefined would be taken throughout the launch.
-const NO_EIGHT: Eight = Eight {
-    levels: [[0; 2]; GROUPS as usize],
-    affine: Affine {
+const NO_PAIR: Pair = Pair {
+    levels: [[0; 8]; 2],
+    affine: [Affine {
         d: [0.0; 2],
         m: [0.0; 2],
-    },
+    }; 2],
 };
+
+/// Which of eight rows is row `lane / 4` of a product: neighbours' lie four apart, so that eight lanes, who read at the same time, read
+/// all of the banks.
+#[inline(always)]
+fn row_of_lane() -> u32 {
+    lane() / 8 + (lane() & 4)
+}
 
 /// A task's tiles in a turn.
 #[derive(Clone, Copy)]
@@ -104,7 +111,7 @@ impl Turn {
                 self.start + first,
                 self.start + EIGHT * here(self.head.pitch()) + second,
             ],
-            groups: if left < TILE as u32 {
+            groups: if may_be(TAILS) && left < TILE as u32 {
                 left
             } else {
                 TILE as u32
@@ -114,112 +121,43 @@ impl Turn {
     }
 }
 
-/// Eight rows of a quantised type, whose levels come from nothing but their group's place. Past the end of a row levels and scales are whatever is there.
+/// This lane's group of a part, of the row of either eight. Past the end of a row levels and scales are whatever is there.
 #[inline(always)]
-unsafe fn eight<T: Quantised>(place: &Place, start: u32) -> Eight {
-    unsafe {
-        let tile = Tile::<T>::new(start, place.groups, place.first);
-        let words = TwoWords {
-            tile,
-            word: lane() % 4,
-        };
-        Eight {
-            levels: unrolled!(4, |g| {
-                let levels = T::levels(T::load(&words, g));
-                [levels[0], levels[4]]
-            }),
-            affine: affine::<T>(place, &words.tile, 0),
-        }
+unsafe fn pair<T: Quantised>(place: &Place) -> Pair {
+    let g = (place.first + lane() % 4) as usize;
+    let load = |start| unsafe { T::load(&Tile::<T>::new(start, place.groups), g) };
+    let affine = |raw| T::affine(raw, g);
+    // No array of these, which would go to local memory.
+    let (first, second) = (load(place.starts[0]), load(place.starts[1]));
+    Pair {
+        levels: [T::raised_levels(first), T::raised_levels(second)],
+        affine: [affine(first), affine(second)],
     }
 }
 
-/// The scales of this lane's group, of the part whose first group is number `first` of `tile`.
+/// Adds this warp's parts of a turn's products with the row to `sums`, of rows [`row_of_lane`] of either eight; its first part behind
+/// them.
 #[inline(always)]
-unsafe fn affine<T: Quantised>(place: &Place, tile: &Tile<T>, first: u32) -> Affine {
-    let g = lane() % 4;
-    let loaded = unsafe { T::load(tile, (first + g) as usize) };
-    T::affine(loaded, (place.first + g) as usize)
-}
-
-/// The same of a type whose levels come of whole groups.
-#[inline(always)]
-unsafe fn eight_looked_up<T: Quantised>(place: &Place, start: u32) -> Eight {
-    unsafe {
-        let tile = Tile::<T>::new(start, place.groups, 0);
-        let word = lane() % 4;
-        let mut all = [[0; 2]; GROUPS as usize];
-        let mut g = 0;
-        while g < GROUPS {
-            let levels = T::levels(T::load(&tile, (place.first + g) as usize));
-            // Not indexed, for which they would go to local memory.
-            let pick = |from: usize| {
-                let near = [levels[from], levels[from + 1]];
-                let far = [levels[from + 2], levels[from + 3]];
-                let two = if word & 2 != 0 { far } else { near };
-                if word & 1 != 0 { two[1] } else { two[0] }
-            };
-            let mine = [pick(0), pick(4)];
-            for i in 0..GROUPS {
-                if i == g {
-                    all[i as usize] = mine;
-                }
-            }
-            // Not unrolled.
-            g += opaque(1);
-        }
-        Eight {
-            levels: all,
-            affine: affine::<T>(place, &tile, place.first),
-        }
-    }
-}
-
-/// This warp's parts of a turn's products with the row: of rows `lane / 4` of either eight; and its first part behind them.
-#[inline(always)]
-unsafe fn dot_quantised<T: Quantised>(op: Current, turn: &Turn, parts: Parts) -> ([f32; 2], u32) {
-    let mut sums = [0.0; 2];
+unsafe fn dot_quantised<T: Quantised>(
+    op: Current,
+    turn: &Turn,
+    parts: Parts,
+    sums: &mut [f32; 2],
+) -> u32 {
+    let columns = unsafe { Columns::of(op) };
     let mut part = parts.first;
     while part < parts.end {
         unsafe {
-            let place = turn.part(part);
-            let x = Kept::new(op, part).load();
-            let [first, second] = place.starts;
-            let w = [eight::<T>(&place, first), eight::<T>(&place, second)];
-            let products = dot(&w, &x, T::UNIFORM);
-            sums[0] += products[0];
-            sums[1] += products[1];
+            let w = pair::<T>(&turn.part(part));
+            let x = columns.load(op, part);
+            let products = products(&w, &x);
+            for i in 0..2 {
+                add::<T>(&mut sums[i], &w.affine[i], products[i], &x);
+            }
         }
         part += parts.step;
     }
-    (sums, part)
-}
-
-/// The same of a type whose levels come of whole groups, one eight after the other through the same code: both would take
-/// more registers than there are.
-#[inline(always)]
-unsafe fn dot_looked_up<T: Quantised>(op: Current, turn: &Turn, parts: Parts) -> ([f32; 2], u32) {
-    let mut sums = [0.0; 2];
-    let mut part = parts.first;
-    let mut i = 0;
-    while i < 2 {
-        let mut sum = 0.0;
-        part = parts.first;
-        while part < parts.end {
-            unsafe {
-                let place = turn.part(part);
-                let x = Kept::new(op, part).load();
-                let [first, second] = place.starts;
-                let start = if i == 0 { first } else { second };
-                let w = [eight_looked_up::<T>(&place, start), NO_EIGHT];
-                sum += dot(&w, &x, T::UNIFORM)[0];
-            }
-            part += parts.step;
-        }
-        sums = [sums[1], sum];
-        // Not unrolled.
-        i += opaque(1);
-    }
-    (sums, part)
+    part
 }
 
 /// Parts `first`, `first + step` and so on before `end`.
@@ -232,11 +170,15 @@ struct Parts {
 
 /// The same of float weights with the f32 row.
 #[inline(always)]
-unsafe fn dot_float<T: Sixteen>(op: Current, turn: &Turn, parts: Parts) -> ([f32; 2], u32) {
+unsafe fn dot_float<T: Sixteen>(
+    op: Current,
+    turn: &Turn,
+    parts: Parts,
+    sums: &mut [f32; 2],
+) -> u32 {
     unsafe {
         const { assert!(GROUP % T::WEIGHTS == 0) };
         let units = (GROUP / T::WEIGHTS) as u32;
-        let mut sums = [0.0f32; 2];
         let mut part = parts.first;
         while part < parts.end {
             let place = turn.part(part);
@@ -262,7 +204,7 @@ unsafe fn dot_float<T: Sixteen>(op: Current, turn: &Turn, parts: Parts) -> ([f32
             }
             part += parts.step;
         }
-        (sums, part)
+        part
     }
 }
 
@@ -279,78 +221,85 @@ macro_rules! turn_by_type {
             }
         }
 
-        /// This warp's parts of a turn's products with eights of type `ty`.
+        /// Adds this warp's parts of a turn's products with eights of type `ty` to `sums`; its first part behind them.
         #[inline(always)]
-        unsafe fn dot_of(ty: u32, op: Current, turn: &Turn, parts: Parts) -> ([f32; 2], u32) {
+        unsafe fn dot_of(ty: u32, op: Current, turn: &Turn, parts: Parts, sums: &mut [f32; 2]) -> u32 {
             unsafe {
                 // One after the other: a jump by number takes longer than the few that a settled kernel has left.
                 $(if is_type::<$ty>(ty) {
-                    return turn_by_type!(@$kind $name, op, turn, parts);
+                    return turn_by_type!(@$kind $name, op, turn, parts, sums);
                 })*
-                ([f32::NAN; 2], parts.end)
+                *sums = [f32::NAN; 2];
+                parts.end
             }
         }
     };
-    (@quantised first $name:ident, $place:ident) => {
+    (@quantised first $name:ident, $place:ident) => {{
+        let Pair { levels, affine } = pair::<$name>($place);
         First {
             ready: true,
             read: false,
-            uniform: $name::UNIFORM,
-            eights: [
-                eight::<$name>($place, $place.starts[0]),
-                eight::<$name>($place, $place.starts[1]),
-            ],
+            weights: Pair {
+                levels,
+                affine: affine.map(|Affine { d, m }| Affine {
+                    d: [d[0], d[1] * (1.0 / f32::from($name::RAISED))],
+                    m,
+                }),
+            },
         }
-    };
-    (@looked_up first $name:ident, $place:ident) => { First::NONE };
+    }};
     (@float first $name:ident, $place:ident) => { First::NONE };
-    (@quantised $name:ident, $op:ident, $turn:ident, $parts:ident) => {
-        dot_quantised::<$name>($op, $turn, $parts)
-    };
-    (@looked_up $name:ident, $op:ident, $turn:ident, $parts:ident) => {
-        dot_looked_up::<$name>($op, $turn, $parts)
-    };
-    (@float $name:ident, $op:ident, $turn:ident, $parts:ident) => {
-        dot_float::<$name>($op, $turn, $parts)
-    };
+    (@quantised $name:ident, $($arg:ident),*) => { dot_quantised::<$name>($($arg),*) };
+    (@float $name:ident, $($arg:ident),*) => { dot_float::<$name>($($arg),*) };
 }
 for_each_type!(turn_by_type);
 
-/// This lane's parts of the products of rows `lane / 4` of either eight: those of group `lane % 4`.
+/// Products of levels with bytes of the row: of either half of this lane's group, of the row of either eight.
+type Products = [[i32; 2]; 2];
+
+/// This lane's products: those of group `lane % 4`.
 #[inline(always)]
-fn dot(w: &[Eight; 2], x: &Part, uniform: bool) -> [f32; 2] {
-    // Of B all but the group's columns are zero.
-    let column = lane() / 8;
-    let of = |g: u32, i: usize| if column == g { x.bytes[i] } else { 0 };
-    // Several sums, so that one product does not wait for the last: of even and of odd groups, and of either half.
-    let mut sums = [[[0i32; 4]; 2]; 2];
-    for g in 0..GROUPS as usize {
-        let [a, b] = [w[0].levels[g], w[1].levels[g]];
-        let x = [of(g as u32, 0), of(g as u32, 1)];
-        let [first, second] = &mut sums[g % 2];
-        if uniform {
-            *first = mma::m16n8k32_u8_s8([a[0], b[0], a[1], b[1]], x, *first);
-        } else {
-            *first = mma::m16n8k16_u8_s8([a[0], b[0]], x[0], *first);
-            *second = mma::m16n8k16_u8_s8([a[1], b[1]], x[1], *second);
-        }
+fn products(w: &Pair, x: &Part) -> Products {
+    let mut sums = [[0i32; 4]; 2];
+    for j in 0..4 {
+        let [a, b] = w.levels.map(|levels| [levels[2 * j], levels[2 * j + 1]]);
+        let x = [x.bytes[2 * j], x.bytes[2 * j + 1]];
+        let sum = &mut sums[j / 2];
+        *sum = mma::m16n8k32_u8_s8([a[0], b[0], a[1], b[1]], x, *sum);
     }
-    unrolled!(2, |i| {
-        let whole = |half: usize| {
-            let [even, odd] = [sums[0][half], sums[1][half]];
-            let (high, low) = (even[2 * i] + odd[2 * i], even[2 * i + 1] + odd[2 * i + 1]);
-            (128 * high + low) as f32
-        };
-        let w = &w[i].affine;
-        let [first, second] = x.sums;
-        let product = if uniform {
-            x.d * (w.d[0] * whole(0)) + w.m[0] * (first + second)
+    // Of columns `2 g` and `2 g + 1`, the high bytes and the low ones.
+    [0, 1].map(|i| sums.map(|sum| 128 * sum[2 * i] + sum[2 * i + 1]))
+}
+
+/// Adds what `products` stand for.
+#[inline(always)]
+fn add<T: Quantised>(sum: &mut f32, w: &Affine, products: [i32; 2], x: &Part) {
+    const { assert!(T::RAISED == 1 || T::UNIFORM && T::RAISED == PART_OF) };
+    let [first, second] = x.sums;
+    let before = *sum;
+    if T::UNIFORM {
+        let (d, whole) = if T::RAISED == 1 {
+            (x.d, products[0] + products[1])
         } else {
-            x.d * (w.d[0] * whole(0) + w.d[1] * whole(1)) + (w.m[0] * first + w.m[1] * second)
+            (x.d_part, products[0] * T::RAISED as i32 + products[1])
         };
+        *sum += d * (w.d[0] * whole as f32);
+        *sum += w.m[0] * (first + second);
+    } else {
+        add_halves(sum, w, products, x);
+    }
+    if may_be(ENDS) && x.d == 0.0 {
         // Past the row's end scales are whatever is there.
-        if x.d == 0.0 { 0.0 } else { product }
-    })
+        *sum = before;
+    }
+}
+
+/// The same where halves have scales of their own.
+#[inline(always)]
+fn add_halves(sum: &mut f32, w: &Affine, products: [i32; 2], x: &Part) {
+    let [first, second] = products.map(|p| p as f32);
+    *sum += x.d * (w.d[0] * first + w.d[1] * second);
+    *sum += w.m[0] * x.sums[0] + w.m[1] * x.sums[1];
 }
 
 /// Products of all kinds: what the warps that compute do of them.
@@ -404,7 +353,7 @@ pub unsafe fn product(a: &DecodeArgs, op: Current, w: &mut Warp) {
                 let mut sum = f32::from_bits(keep) + f32::from_bits(other);
                 sum += warp::shuffle_xor(sum, 2);
                 if lane() & 2 == 0 {
-                    let row = lane() / 4 + if odd { EIGHT } else { 0 };
+                    let row = row_of_lane() + if odd { EIGHT } else { 0 };
                     parts_of(w.step, task, row).add(team.warp).store(sum);
                 }
                 done = task + 1;
@@ -442,22 +391,20 @@ struct Team {
     turns: u32,
 }
 
-/// The weights of a warp's first part.
+/// The weights of a warp's first part, as halves that have scales of their own.
 #[derive(Clone, Copy)]
 struct First {
     ready: bool,
     /// Whether the first turn has been given back, its other parts being other warps'.
     read: bool,
-    uniform: bool,
-    eights: [Eight; 2],
+    weights: Pair,
 }
 
 impl First {
     const NONE: First = First {
         ready: false,
         read: false,
-        uniform: true,
-        eights: [NO_EIGHT; 2],
+        weights: NO_PAIR,
     };
 }
 
@@ -503,7 +450,7 @@ impl Team {
     unsafe fn turn(&self, w: &Warp, tile: u32) -> Turn {
         let head = unsafe { w.place.wait() };
         Turn {
-            start: head.start + here(lane()) / 4 * here(head.pitch()),
+            start: head.start + row_of_lane() * here(head.pitch()),
             head,
             tile,
             groups: self.groups,
@@ -543,7 +490,14 @@ impl Team {
             let mut sums = [0.0f32; 2];
             let mut part = self.warp;
             if first.ready {
-                sums = dot(&first.eights, &Kept::new(op, part).load(), first.uniform);
+                let (w, x) = (&first.weights, Columns::of(op).load(op, part));
+                let products = products(w, &x);
+                for i in 0..2 {
+                    add_halves(&mut sums[i], &w.affine[i], products[i], &x);
+                }
+                if may_be(ENDS) && x.d == 0.0 {
+                    sums = [0.0; 2];
+                }
                 part += self.warps;
             }
             let mut tile = 0;
@@ -562,14 +516,13 @@ impl Team {
                         step: self.warps,
                     };
                     let (ty, second) = (turn.head.first(), turn.head.second());
-                    let (products, behind) = dot_of(ty, op, &turn, parts);
-                    sums[0] += products[0];
-                    sums[1] += if may_be(MIXED) && ty != second {
-                        dot_of(second, op, &turn, parts).0[1]
-                    } else {
-                        products[1]
-                    };
-                    part = behind;
+                    let before = sums;
+                    part = dot_of(ty, op, &turn, parts, &mut sums);
+                    if may_be(MIXED) && ty != second {
+                        let mut of_second = before;
+                        dot_of(second, op, &turn, parts, &mut of_second);
+                        sums[1] = of_second[1];
+                    }
                     w.place.release();
                 } else {
                     w.place.pass();

@@ -46,20 +46,12 @@ pub unsafe fn init<const BULK: bool>(thread: u32) {
     mbarrier::show_to_copies();
 }
 
-/// Bytes from row to row of a turn whose rows take up to `bytes`: such that eight neighbours' words lie in
-/// different banks, where four lanes read 16 bytes of each, or, of `float` types, 64.
-const fn pitch(bytes: u32, float: bool) -> u32 {
-    if float {
-        (bytes + 63) / 128 * 128 + 64
-    } else {
-        bytes | 16
-    }
+/// Bytes from row to row of a turn whose rows take up to `bytes`: an odd number of 16 bytes, so that rows are in different banks.
+const fn pitch(bytes: u32) -> u32 {
+    bytes | 16
 }
 
-/// Above the types of a turn's eights: both are of float types.
-pub const FLOAT_TURN: u32 = 1 << 16;
-
-/// Likewise: its rows end within a part, which is read as a whole.
+/// Above the types of a turn's eights: its rows end within a part, which is read as a whole.
 pub const RAGGED_TURN: u32 = 1 << 17;
 
 /// How much is read past a row's end then: three groups of one more tile.
@@ -67,9 +59,8 @@ const PAST_END: u32 = 512;
 
 /// Bytes from row to row of a turn of which rows of either eight take `pieces` bytes.
 #[inline(always)]
-const fn turn_pitch([first, second]: [u32; 2], types: u32) -> u32 {
-    let bytes = if first > second { first } else { second };
-    pitch(bytes, types & FLOAT_TURN != 0)
+const fn turn_pitch([first, second]: [u32; 2]) -> u32 {
+    pitch(if first > second { first } else { second })
 }
 
 /// Bytes of that turn.
@@ -80,7 +71,7 @@ pub const fn turn_bytes(pieces: [u32; 2], types: u32) -> u32 {
     } else {
         0
     };
-    ROWS * turn_pitch(pieces, types) + past_end
+    ROWS * turn_pitch(pieces) + past_end
 }
 
 /// Bytes of a matrix's row in a turn of up to `tiles` tiles, with its padding if that is all that follows.
@@ -393,7 +384,7 @@ impl Ring {
     unsafe fn bring_rows<const BULK: bool>(&mut self, a: &DecodeArgs, s: &Segment, e: &Eights) {
         unsafe {
             let pieces = e.pieces;
-            let pitch = turn_pitch(pieces, s.types);
+            let pitch = turn_pitch(pieces);
             let size = turn_bytes(pieces, s.types);
             self.make_room(a, size, 16);
             let place = self.next;

@@ -1,13 +1,15 @@
 //! A product's input row in shared memory.
 //!
 //! The warps of a block share the row out in *parts* of four groups, of which a lane brings four values, eight lanes a
-//! group. They are quantised to 15 bits, `x ≈ d * (128 high + low)`, and lie as B's fragments of a product of bytes: of the eight
-//! columns, `2 g` has the high bytes of group `g`, `2 g + 1` the low ones, so that a fragment's sums of a group end in the
-//! lanes `t = g`.
+//! group. They are quantised to 15 bits, `x ≈ d * (128 high + low)`, and multiplied as bytes. Of a product on tensor cores lane `t` of
+//! four has the summands `4 t .. 4 t + 4` and `16 + 4 t ..`, which are all group `t`'s: of the row as B's fragments, whose columns
+//! are `2 g` for the high bytes of group `g` and `2 g + 1` for the low ones, other lanes have zeros. So a group's sums end in the lanes
+//! that have its weights and scales, and these are whole groups as they lie in memory.
 
 use super::seal::Seal;
-use super::{Current, HALVES, ROWS_AT, UNEVEN, WARPS, get, lane, may_be, thread};
+use super::{Current, ENDS, HALVES, ROWS_AT, UNEVEN, WARPS, ZEROS_AT, get, lane, may_be, thread};
 use crate::types::{FLOATS, GROUP};
+use crate::unrolled;
 use cuda_std::int::{here, opaque, prmt};
 use cuda_std::memory::{ld_relaxed_u32, ld_relaxed_v4_u32, ldg_f32, ldg_v4_u32};
 use cuda_std::shared::{self, SharedPtr};
@@ -15,9 +17,18 @@ use cuda_std::{float, mma, warp};
 
 /// Groups of a part: all in one tile.
 pub const GROUPS: u32 = 4;
-/// Shared memory of a part of the row: fragments; then for each group `d` and the sums of what its halves stand for; then,
-/// if kept, the values as f32.
-const META_AT: u32 = 32 * 8;
+/// Shared memory of a part of the row: of each group its high bytes, then its low ones; then for each group `d`, the sums of what its
+/// halves stand for and `d /` [`PART_OF`]; then, if kept, the values as f32.
+const META_AT: u32 = GROUPS * COLUMN_BYTES * 2;
+/// High or low bytes of a group.
+const COLUMN_BYTES: u32 = GROUP as u32;
+/// As many bytes of zeros are what other groups' lanes have of a column. Wherever a part lies, what lanes read beside each other is in
+/// different banks: columns begin at an even number of 16 bytes, these at an odd one.
+pub const ZEROS_BYTES: u32 = COLUMN_BYTES;
+const _: () = assert!(ZEROS_AT % 32 == 16 && ROWS_AT.is_multiple_of(32));
+const _: () = assert!(PART_BYTES.is_multiple_of(32) && FLOAT_PART_BYTES.is_multiple_of(32));
+/// What [`Part::d_part`] is of [`Part::d`].
+pub const PART_OF: u8 = 16;
 const VALUES_AT: u32 = META_AT + GROUPS * 16;
 const PART_BYTES: u32 = VALUES_AT;
 const FLOAT_PART_BYTES: u32 = VALUES_AT + 32 * 16;
@@ -111,7 +122,7 @@ pub unsafe fn ask(op: Current, part: u32) -> Asked {
 }
 
 impl Asked {
-    /// Waits for the values of `C` parts; them, and the sum of their squares. What lies past the row's end is zero.
+    /// Waits for the values of `C` parts; them, and the sum of their squares. What lies past the row's end is zero, in parts that are there.
     #[inline(always)]
     unsafe fn come<const C: usize>(
         &mut self,
@@ -122,10 +133,10 @@ impl Asked {
         unsafe {
             let (x, len) = (get!(op, input.x), get!(op, input.len));
             let mut v = [[0.0; 4]; C];
+            let inside: [bool; C] = core::array::from_fn(|c| value_of(part, c) < len);
             if may_be(UNEVEN) && len % 4 != 0 {
                 self.come_singly(op, seal, part, &mut v);
             } else {
-                let inside: [bool; C] = core::array::from_fn(|c| value_of(part, c) < len);
                 let mut all = true;
                 for c in 0..C {
                     all &= !inside[c] || seal.all_on(self.words[c]);
@@ -139,7 +150,8 @@ impl Asked {
                     });
                     let words: [_; C] = seal.await_all(from);
                     for c in 0..C {
-                        self.words[c] = words[c].map(|w| if inside[c] { w } else { 0 });
+                        self.words[c] =
+                            words[c].map(|w| if inside[c] || !may_be(ENDS) { w } else { 0 });
                     }
                 }
                 for c in 0..C {
@@ -150,10 +162,12 @@ impl Asked {
             }
             let mut squares = 0.0;
             for c in 0..C {
+                let mut of_part = 0.0;
                 for k in 0..4 {
-                    squares += v[c][k] * v[c][k];
+                    of_part += v[c][k] * v[c][k];
                     v[c][k] *= self.weights[c][k];
                 }
+                squares += if inside[c] { of_part } else { 0.0 };
             }
             (v, squares)
         }
@@ -287,8 +301,10 @@ unsafe fn keep<const C: usize, const S: usize>(
                 if kept.float {
                     kept.values().add(4 * lane()).store_v4(v[c]);
                 }
-                kept.bytes().store_v2(bytes[c]);
-                if lane() < 4 {
+                for i in 0..2 {
+                    kept.word_of_lane(i).store(bytes[c][i as usize]);
+                }
+                if lane() < GROUPS {
                     kept.meta().store_v4(metas[c]);
                 }
             }
@@ -300,11 +316,42 @@ unsafe fn keep<const C: usize, const S: usize>(
 /// A part of the row as a product takes it.
 #[derive(Clone, Copy)]
 pub struct Part {
-    /// This lane's bytes: four of the first half of the group of its column, and four of the second.
-    pub bytes: [u32; 2],
+    /// This lane's fragments: the bytes of its column that are of group `lane % 4`.
+    pub bytes: [u32; 8],
     /// Of group `lane % 4`: what a unit stands for, and the halves' sums.
     pub d: f32,
     pub sums: [f32; 2],
+    /// A [`PART_OF`]th of `d`.
+    pub d_part: f32,
+}
+
+/// The row as a lane finds it: its column in the first part and from part to part, which are zeros where these are other groups'.
+#[derive(Clone, Copy)]
+pub struct Columns {
+    first: u32,
+    step: u32,
+}
+
+impl Columns {
+    #[inline(always)]
+    pub unsafe fn of(op: Current) -> Columns {
+        let own = lane() % 4 == lane() / 8;
+        let first = unsafe { Kept::new(op, 0).at } + lane() / 4 * COLUMN_BYTES;
+        Columns {
+            first: if own {
+                first
+            } else {
+                shared::at::<u8>(ZEROS_AT).addr()
+            },
+            step: if own { unsafe { Kept::bytes(op) } } else { 0 },
+        }
+    }
+
+    /// What [`fill`] left of part `part`.
+    #[inline(always)]
+    pub unsafe fn load(self, op: Current, part: u32) -> Part {
+        unsafe { Kept::new(op, part).load(SharedPtr::from_addr(self.first + part * self.step)) }
+    }
 }
 
 /// The shared memory of a part.
@@ -318,17 +365,33 @@ impl Kept {
     /// Of part `part`.
     #[inline(always)]
     pub unsafe fn new(op: Current, part: u32) -> Kept {
-        let float = may_be(FLOATS as u64) && unsafe { get!(op, input.keep_f32) } != 0;
-        let bytes = if float { FLOAT_PART_BYTES } else { PART_BYTES };
-        Kept {
-            at: shared::at::<u8>(ROWS_AT + part * bytes).addr(),
-            float,
+        unsafe {
+            Kept {
+                at: shared::at::<u8>(ROWS_AT + part * Kept::bytes(op)).addr(),
+                float: Kept::is_float(op),
+            }
         }
     }
 
     #[inline(always)]
-    fn bytes(self) -> SharedPtr<u32> {
-        SharedPtr::from_addr(self.at + 8 * lane())
+    unsafe fn is_float(op: Current) -> bool {
+        may_be(FLOATS as u64) && unsafe { get!(op, input.keep_f32) } != 0
+    }
+
+    /// From part to part.
+    #[inline(always)]
+    unsafe fn bytes(op: Current) -> u32 {
+        if unsafe { Kept::is_float(op) } {
+            FLOAT_PART_BYTES
+        } else {
+            PART_BYTES
+        }
+    }
+
+    /// Where the high bytes (0) or the low ones (1) of this lane's four values go.
+    #[inline(always)]
+    fn word_of_lane(self, low: u32) -> SharedPtr<u32> {
+        SharedPtr::from_addr(self.at + (2 * (lane() / 8) + low) * COLUMN_BYTES + 4 * (lane() % 8))
     }
 
     #[inline(always)]
@@ -344,13 +407,15 @@ impl Kept {
 
     /// What [`fill`] left.
     #[inline(always)]
-    pub unsafe fn load(self) -> Part {
+    unsafe fn load(self, column: SharedPtr<u32>) -> Part {
         unsafe {
-            let [d, first, second, _] = self.meta().load_v4();
+            let [d, first, second, d_part] = self.meta().load_v4();
+            let (near, far) = (column.load_v4(), column.add(4).load_v4());
             Part {
-                bytes: self.bytes().load_v2(),
+                bytes: unrolled!(8, |j| if j < 4 { near[j % 4] } else { far[j % 4] }),
                 d,
                 sums: [first, second],
+                d_part,
             }
         }
     }
@@ -365,7 +430,7 @@ fn add_over<const S: usize>(sums: &mut [f32; S], width: u32) {
 }
 
 /// Quantises a warp's values of some parts: of lane `8 g + 4 h + t` those of half `h` of group `g`, from the `4 t`th on.
-/// This lane's bytes, and `d` and the halves' sums of group `lane % 4`. Adds up `sums` of all lanes beside it.
+/// This lane's high bytes and low ones, and what is kept of group `lane % 4`. Adds up `sums` of all lanes beside it.
 #[inline(always)]
 fn quantise<const C: usize, const S: usize>(
     v: [[f32; 4]; C],
@@ -375,7 +440,7 @@ fn quantise<const C: usize, const S: usize>(
     const MOST: f32 = 16256.0;
     /// Added to a value below 2^22, it leaves this rounded in the low bits.
     const ROUND: f32 = 12_582_912.0;
-    let (mut all_bytes, mut metas) = ([[0; 2]; C], [[0.0; 4]; C]);
+    let (mut bytes, mut metas) = ([[0; 2]; C], [[0.0; 4]; C]);
     let mut peaks = [0.0f32; C];
     for c in 0..C {
         let v = v[c];
@@ -387,38 +452,30 @@ fn quantise<const C: usize, const S: usize>(
         }
         add_over(sums, width);
     }
-    // The first half's lanes take the high bytes of both halves, the second's the low ones.
-    let second = lane() & 4 != 0;
     for c in 0..C {
-        metas[c][0] = warp::shuffle_idx(peaks[c] * (1.0 / MOST), lane() % 4 * 8);
+        let d = warp::shuffle_idx(peaks[c] * (1.0 / MOST), lane() % 4 * 8);
         if c == 0 {
             add_over(sums, 8);
         }
         // A peak so small that its inverse is infinite stands for nothing.
         let inverse = MOST * float::rcp_approx(peaks[c].max(1e-30));
-        let (mut high, mut low) = ([0; 4], [0; 4]);
-        for k in 0..4 {
-            let scaled = v[c][k] * inverse;
-            let rounded = float::fma(scaled, 1.0 / 128.0, ROUND);
-            high[k] = rounded.to_bits();
-            let rest = float::fma(rounded - ROUND, -128.0, scaled);
-            low[k] = (rest + ROUND).to_bits();
-        }
-        let pack = |b: [u32; 4]| prmt(prmt(b[0], b[1], 0x0040), prmt(b[2], b[3], 0x0040), 0x5410);
-        let (high, low) = (pack(high), pack(low));
-        let pass = if second { high } else { low };
-        // As one number: else either half of the lanes would get an exchange of its own, and wait for the other.
-        let other = warp::shuffle_xor(opaque(pass), 4);
-        all_bytes[c] = if second { [other, low] } else { [high, other] };
+        let level = v[c].map(|v| float::fma(v, inverse, ROUND).to_bits());
+        // Two at a time in 16 bits each: high bytes of both signs, low ones from 0 to 127.
+        let near = prmt(level[0], level[1], 0x5410);
+        let far = prmt(level[2], level[3], 0x5410);
+        let high = prmt(near >> 7, far >> 7, 0x6420);
+        let low = prmt(near, far, 0x6420) & 0x7f7f_7f7f;
+        bytes[c] = [high, low];
+        // A product with 128 and one: what lies beside each other is a column's, the halves' sums end where those of weights will.
+        let ones = mma::m16n8k16_u8_s8([0x0101_0101; 2], low, [0; 4]);
+        let [first, second, ..] = mma::m16n8k16_u8_s8([0x8080_8080; 2], high, ones);
+        metas[c] = [
+            d,
+            d * first as f32,
+            d * second as f32,
+            d * (1.0 / PART_OF as f32),
+        ];
     }
     add_over(sums, 16);
-    // Sums of all columns by a product with ones: they end where those of weights will.
-    for c in 0..C {
-        for half in 0..2 {
-            let ones = [0x0101_0101; 2];
-            let [high, low, ..] = mma::m16n8k16_u8_s8(ones, all_bytes[c][half], [0; 4]);
-            metas[c][half + 1] = metas[c][0] * (128 * high + low) as f32;
-        }
-    }
-    (all_bytes, metas)
+    (bytes, metas)
 }

@@ -5,10 +5,10 @@
 //! one task follow from those of another by additions. The feeder goes by segments, which the host prepares; who brings
 //! outputs to an end goes by tasks.
 
-use super::ring::{FLOAT_TURN, RAGGED_TURN, piece_bytes, turn_bytes};
+use super::ring::{RAGGED_TURN, piece_bytes, turn_bytes};
 use super::row::GROUPS;
 use super::{Current, Cutting, Op, get, kind, matrix_at};
-use crate::types::{self, FLOATS, GROUP, Matrix, type_bit};
+use crate::types::{self, GROUP, Matrix};
 use core::mem::offset_of;
 use cuda_std::int::quotient;
 
@@ -47,7 +47,7 @@ pub struct Segment {
     /// Rows of a repeat, and how many before the second eight of the first step.
     pub span: u32,
     pub second: u32,
-    /// Types of either eight, a byte each, [`FLOAT_TURN`] and [`RAGGED_TURN`].
+    /// Types of either eight, a byte each, and [`RAGGED_TURN`].
     pub types: u32,
     pub rest: u32,
     pub shares: Shares,
@@ -194,13 +194,8 @@ impl Segment {
 }
 
 fn types(first: &Matrix, second: &Matrix) -> u32 {
-    let float = |m: &Matrix| type_bit(m.ty) & FLOATS != 0;
-    let flag = |is: bool, flag: u32| if is { flag } else { 0 };
-    let part = GROUPS * GROUP as u32;
-    first.ty
-        | (second.ty << 8)
-        | flag(float(first) && float(second), FLOAT_TURN)
-        | flag(!first.cols.is_multiple_of(part), RAGGED_TURN)
+    let ragged = !first.cols.is_multiple_of(GROUPS * GROUP as u32);
+    first.ty | (second.ty << 8) | if ragged { RAGGED_TURN } else { 0 }
 }
 
 impl Op {

@@ -8,7 +8,7 @@ quantised_weights! {
     /// `d * value[q]`.
     Iq4Nl, 20, block 32 of 18, planes [group 16, group 2],
     uniform true,
-    load |m, g| -> ([u32; 4], u16) { (read::level_runs4(m, 0, g), read::half_word(m, 1, g)) }
+    load |m, g| -> ([u32; 4], u16) { (read::words4(m, 0, g), read::half_word(m, 1, g)) }
     levels |(qs, _)| grid::look_up(qs, TABLE),
     affine |(_, d), _| {
         let d = read::f16(d);

@@ -6,7 +6,7 @@ quantised_weights! {
     Iq4Xs, 23, block 256 of 136, planes [group 16, block 8],
     uniform true,
     load |m, g| -> ([u32; 4], [u32; 2]) {
-        (read::level_runs4(m, 0, g), read::words2(m, 1, g / BLOCK_GROUPS))
+        (read::words4(m, 0, g), read::words2(m, 1, g / BLOCK_GROUPS))
     }
     levels |(qs, _)| grid::look_up(qs, TABLE),
     affine |(_, header), g| {

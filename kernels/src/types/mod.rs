@@ -256,6 +256,14 @@ pub trait Quantised: Weights {
     /// The levels of a group, unsigned bytes in order.
     fn levels(raw: Self::Raw) -> [u32; 8];
 
+    /// The same, but those of the second half [`RAISED`](Self::RAISED) times as large, where they lie so: a shift less for
+    /// each word.
+    #[inline(always)]
+    fn raised_levels(raw: Self::Raw) -> [u32; 8] {
+        Self::levels(raw)
+    }
+    const RAISED: u8 = 1;
+
     /// The scales of a group; `g` is its number in the row, or in a tile.
     fn affine(raw: Self::Raw, g: usize) -> Affine;
 
@@ -267,7 +275,8 @@ macro_rules! quantised_weights {
     ($(#[$doc:meta])* $name:ident, $ty:literal, block $block:literal of $bytes:literal, planes [$($per:ident $plane:literal),*],
      uniform $uniform:literal,
      load |$lm:ident, $lg:ident| -> $raw:ty { $load:expr }
-     levels |$lr:pat_param| $levels:expr,
+     $(levels |$lr:pat_param| $levels:expr,)?
+     $(nibbles |$nr:pat_param| $nibbles:expr,)?
      affine |$ar:pat_param, $ag:pat_param| $affine:expr,
      repack |$s:ident, $rm:ident, $rb:ident| $repack:expr) => {
         $(#[$doc])*
@@ -283,10 +292,21 @@ macro_rules! quantised_weights {
                 unsafe { $load }
             }
 
-            #[inline(always)]
+            $(#[inline(always)]
             fn levels($lr: $raw) -> [u32; 8] {
                 $levels
+            })?
+
+            $(#[inline(always)]
+            fn levels($nr: $raw) -> [u32; 8] {
+                read::nibbles($nibbles)
             }
+
+            #[inline(always)]
+            fn raised_levels($nr: $raw) -> [u32; 8] {
+                read::raised_nibbles($nibbles)
+            }
+            const RAISED: u8 = 16;)?
 
             #[inline(always)]
             fn affine($ar: $raw, $ag: usize) -> Affine {
@@ -323,8 +343,7 @@ macro_rules! quantised_weights {
     };
 }
 
-/// Calls `$then!` with every type: `GGML number => file and Rust type, kind`. Kinds are `float`, `quantised`, and
-/// `looked_up`: quantised too, but a group's levels come of all its bytes, and none of them by itself.
+/// Calls `$then!` with every type: `GGML number => file and Rust type, kind`. Kinds are `float` and `quantised`.
 macro_rules! type_list {
     ($then:ident $(, $arg:ident)*) => {
         $then! {
@@ -341,17 +360,17 @@ macro_rules! type_list {
             12 => q4_k::Q4K, quantised;
             13 => q5_k::Q5K, quantised;
             14 => q6_k::Q6K, quantised;
-            16 => iq2_xxs::Iq2Xxs, looked_up;
-            17 => iq2_xs::Iq2Xs, looked_up;
-            18 => iq3_xxs::Iq3Xxs, looked_up;
-            19 => iq1_s::Iq1S, looked_up;
+            16 => iq2_xxs::Iq2Xxs, quantised;
+            17 => iq2_xs::Iq2Xs, quantised;
+            18 => iq3_xxs::Iq3Xxs, quantised;
+            19 => iq1_s::Iq1S, quantised;
             20 => iq4_nl::Iq4Nl, quantised;
-            21 => iq3_s::Iq3S, looked_up;
-            22 => iq2_s::Iq2S, looked_up;
+            21 => iq3_s::Iq3S, quantised;
+            22 => iq2_s::Iq2S, quantised;
             23 => iq4_xs::Iq4Xs, quantised;
-            29 => iq1_m::Iq1M, looked_up;
+            29 => iq1_m::Iq1M, quantised;
             30 => bfloat16::Bf16, float;
-            34 => tq1_0::Tq1_0, looked_up;
+            34 => tq1_0::Tq1_0, quantised;
             35 => tq2_0::Tq2_0, quantised;
             39 => mxfp4::Mxfp4, quantised;
         }
@@ -485,18 +504,18 @@ macro_rules! by_type {
         }
     };
     (@float levels $name:ident, $($arg:expr),*) => { ([0; 8], Affine::uniform(0.0, 0.0)) };
-    ($(@quantised)? $(@looked_up)? levels $name:ident, $m:expr, $r:expr, $g:expr) => {{
+    (@quantised levels $name:ident, $m:expr, $r:expr, $g:expr) => {{
         let raw = $name::load(&$m.row::<$name>($r), $g);
         ($name::levels(raw), $name::affine(raw, $g))
     }};
     (@float unpack_four $name:ident, $m:expr, $r:expr, $g:expr, $w:expr, $none:expr) => {
         $name::unpack_four($m, $r, $g, $w)
     };
-    ($(@quantised)? $(@looked_up)? unpack_four $name:ident, $m:expr, $r:expr, $g:expr, $w:expr, $none:expr) => {
+    (@quantised unpack_four $name:ident, $m:expr, $r:expr, $g:expr, $w:expr, $none:expr) => {
         $none
     };
     (@float $unpack:ident $name:ident, $m:expr, $r:expr, $g:expr, $none:expr) => { $name::$unpack($m, $r, $g) };
-    ($(@quantised)? $(@looked_up)? $unpack:ident $name:ident, $m:expr, $r:expr, $g:expr, $none:expr) => { $none };
+    (@quantised $unpack:ident $name:ident, $m:expr, $r:expr, $g:expr, $none:expr) => { $none };
 }
 for_each_type!(by_type);
 
@@ -544,33 +563,6 @@ pub trait Planes {
     unsafe fn word(&self, plane: usize, index: usize) -> u32;
     unsafe fn half_word(&self, plane: usize, index: usize) -> u16;
     unsafe fn single(&self, plane: usize, index: usize) -> u8;
-
-    /// [`Planes::words4`] of which only levels come: words `w` and `w + 4` of a group's levels from word `w`. Who reads
-    /// no more than these two may leave it at word `w` for all four, and so with what follows, such that they come
-    /// to be the levels' words 0 and 4.
-    #[inline(always)]
-    unsafe fn level_words4(&self, plane: usize, index: usize) -> [u32; 4] {
-        unsafe { self.words4(plane, index) }
-    }
-
-    /// The same of nibbles in order: words `w` and `w + 4` of the levels from halves `w % 2` of words `w / 2` and
-    /// `w / 2 + 2`.
-    #[inline(always)]
-    unsafe fn level_runs4(&self, plane: usize, index: usize) -> [u32; 4] {
-        unsafe { self.words4(plane, index) }
-    }
-
-    /// The same of pairs of bits: words `w` and `w + 4` of the levels from bits `2 w` on of each byte of the two words.
-    #[inline(always)]
-    unsafe fn level_words2(&self, plane: usize, index: usize) -> [u32; 2] {
-        unsafe { self.words2(plane, index) }
-    }
-
-    /// The same of bits: words `w` and `w + 4` from bits `w` and `w + 4` of each byte.
-    #[inline(always)]
-    unsafe fn level_word(&self, plane: usize, index: usize) -> u32 {
-        unsafe { self.word(plane, index) }
-    }
 }
 
 impl<T: Weights> Planes for MatrixRow<'_, T> {

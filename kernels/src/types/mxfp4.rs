@@ -8,7 +8,7 @@ quantised_weights! {
     /// `2^(e - 128) * value[q]`.
     Mxfp4, 39, block 32 of 17, planes [group 16, group 1],
     uniform true,
-    load |m, g| -> ([u32; 4], u8) { (read::level_runs4(m, 0, g), read::single(m, 1, g)) }
+    load |m, g| -> ([u32; 4], u8) { (read::words4(m, 0, g), read::single(m, 1, g)) }
     levels |(qs, _)| grid::look_up(qs, TABLE),
     affine |(_, e), _| {
         let d = mxfp4_scale(e);

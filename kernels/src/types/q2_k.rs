@@ -5,7 +5,7 @@ quantised_weights! {
     Q2K, 10, block 256 of 84, planes [group 8, group 2, block 4],
     uniform false,
     load |m, g| -> ([u32; 2], u16, u32) {
-        (read::level_words2(m, 0, g), read::half_word(m, 1, g), read::word(m, 2, g / BLOCK_GROUPS))
+        (read::words2(m, 0, g), read::half_word(m, 1, g), read::word(m, 2, g / BLOCK_GROUPS))
     }
     levels |(qs, _, _)| read::pairs(qs),
     affine |(_, scales, d), _| {

@@ -6,8 +6,8 @@ quantised_weights! {
     uniform false,
     load |m, g| -> ([u32; 2], u32, u16, u16) {
         (
-            read::level_words2(m, 0, g),
-            read::level_word(m, 1, g),
+            read::words2(m, 0, g),
+            read::word(m, 1, g),
             read::half_word(m, 2, g),
             read::half_word(m, 3, g / BLOCK_GROUPS),
         )

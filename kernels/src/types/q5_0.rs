@@ -5,7 +5,7 @@ quantised_weights! {
     Q5_0, 6, block 32 of 22, planes [group 16, group 4, group 2],
     uniform true,
     load |m, g| -> ([u32; 4], u32, u16) {
-        (read::level_words4(m, 0, g), read::level_word(m, 1, g), read::half_word(m, 2, g))
+        (read::words4(m, 0, g), read::word(m, 1, g), read::half_word(m, 2, g))
     }
     levels |(qs, high, _)| read::five_bits(read::nibbles(qs), read::bits(high)),
     affine |(_, _, d), _| {

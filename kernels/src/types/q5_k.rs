@@ -5,7 +5,7 @@ quantised_weights! {
     Q5K, 13, block 256 of 176, planes [group 16, group 4, block 16],
     uniform true,
     load |m, g| -> ([u32; 4], u32, [u32; 4]) {
-        (read::level_words4(m, 0, g), read::level_word(m, 1, g), read::words4(m, 2, g / BLOCK_GROUPS))
+        (read::words4(m, 0, g), read::word(m, 1, g), read::words4(m, 2, g / BLOCK_GROUPS))
     }
     levels |(low, high, _)| {
         let (low, high) = (read::nibbles(low), read::bits(high));

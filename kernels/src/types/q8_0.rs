@@ -5,7 +5,7 @@ quantised_weights! {
     Q8_0, 8, block 32 of 34, planes [group 16, group 16, group 2],
     uniform true,
     load |m, g| -> ([u32; 4], [u32; 4], u16) {
-        (read::level_words4(m, 0, g), read::level_words4(m, 1, g), read::half_word(m, 2, g))
+        (read::words4(m, 0, g), read::words4(m, 1, g), read::half_word(m, 2, g))
     }
     levels |(lo, hi, _)| unrolled!(8, |w| if w < 4 { lo[w] } else { hi[w - 4] }),
     affine |(_, _, d), _| {

@@ -28,30 +28,6 @@ pub unsafe fn single(m: &impl Planes, plane: usize, index: usize) -> u8 {
     unsafe { m.single(plane, index) }
 }
 
-/// [`nibbles`], or half of the bytes of a group.
-#[inline(always)]
-pub unsafe fn level_words4(m: &impl Planes, plane: usize, index: usize) -> [u32; 4] {
-    unsafe { m.level_words4(plane, index) }
-}
-
-/// Nibbles in order, as [`grid::look_up`] takes them.
-#[inline(always)]
-pub unsafe fn level_runs4(m: &impl Planes, plane: usize, index: usize) -> [u32; 4] {
-    unsafe { m.level_runs4(plane, index) }
-}
-
-/// [`pairs`].
-#[inline(always)]
-pub unsafe fn level_words2(m: &impl Planes, plane: usize, index: usize) -> [u32; 2] {
-    unsafe { m.level_words2(plane, index) }
-}
-
-/// [`bits`].
-#[inline(always)]
-pub unsafe fn level_word(m: &impl Planes, plane: usize, index: usize) -> u32 {
-    unsafe { m.level_word(plane, index) }
-}
-
 #[inline(always)]
 pub fn f16(bits: u16) -> f32 {
     cuda_std::half::F16::from_bits(bits).to_f32()
@@ -61,6 +37,12 @@ pub fn f16(bits: u16) -> f32 {
 #[inline(always)]
 pub fn nibbles(v: [u32; 4]) -> [u32; 8] {
     unrolled!(8, |w| (v[w % 4] >> (4 * (w / 4))) & 0x0f0f_0f0f)
+}
+
+/// The same, but the last 16 of them 16 times as large: where they lie.
+#[inline(always)]
+pub fn raised_nibbles(v: [u32; 4]) -> [u32; 8] {
+    unrolled!(8, |w| v[w % 4] & (0x0f0f_0f0f << (4 * (w / 4))))
 }
 
 /// Bit `8b + w` is one bit of weight `4w + b`.
@@ -99,9 +81,14 @@ pub fn header_k4(h: [u32; 4], g: usize) -> Affine {
     let low = prmt(h[1], h[2], j);
     // The nibble comes to bits 8 to 11, above the two bits of the byte: the minimum times 64.
     let high = funnel_shift_right(h[3], h[3], 4 * j + 24);
-    let (scale, min) = (low & 63, (low & 0xc0) | (high & 0xf00));
-    let d = f16(h[0] as u16) * scale as f32;
-    let m = f16((h[0] >> 16) as u16) * (min as f32 * (-1.0 / 64.0));
+    // Set into mantissas whose last places are 1 and -1/64, which takes less than conversions.
+    const SCALE: f32 = 8_388_608.0;
+    const MIN: f32 = -131_072.0;
+    let set_into = |of: f32, bits: u32| f32::from_bits(of.to_bits() | bits) - of;
+    let scale = set_into(SCALE, low & 0x3f);
+    let min = set_into(MIN, (low & 0xc0) | (high & 0xf00));
+    let d = f16(h[0] as u16) * scale;
+    let m = f16((h[0] >> 16) as u16) * min;
     Affine {
         d: [d, d],
         m: [m, m],

@@ -5,7 +5,7 @@ quantised_weights! {
     Tq2_0, 35, block 256 of 66, planes [group 8, block 2],
     uniform true,
     load |m, g| -> ([u32; 2], u16) {
-        (read::level_words2(m, 0, g), read::half_word(m, 1, g / BLOCK_GROUPS))
+        (read::words2(m, 0, g), read::half_word(m, 1, g / BLOCK_GROUPS))
     }
     levels |(qs, _)| read::pairs(qs),
     affine |(_, d), _| {
