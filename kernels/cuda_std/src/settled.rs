@@ -7,11 +7,16 @@
 #[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
+/// How many numbers a kernel may have, from 0 on.
+pub const COUNT: usize = 4;
+
 /// The number `ID`; all ones unless the module's PTX was settled.
 ///
-/// In the PTX it is `mov.b32 …, 0xffffffff; // cuda_std settled ID`.
+/// In the PTX it is `mov.b32 …, 0xffffffff; // cuda_std settled ID`; in the emulator a launch says it
+/// (`emulator::Options::settled`).
 #[inline(always)]
 pub fn settled<const ID: u32>() -> u32 {
+    const { assert!((ID as usize) < COUNT) };
     #[cfg(target_arch = "nvptx64")]
     unsafe {
         let number: u32;
@@ -21,6 +26,6 @@ pub fn settled<const ID: u32>() -> u32 {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     {
-        u32::MAX
+        crate::emulator::settled(ID)
     }
 }

@@ -7,6 +7,7 @@ use common::{run, try_run};
 use cuda_std::emulator::{GuardedBuffer, Options, launch_cooperative, launch_with};
 use cuda_std::params;
 use cuda_std::prelude::*;
+use cuda_std::settled::settled;
 
 #[test]
 fn barriers_order_shared_memory() {
@@ -377,6 +378,42 @@ fn odd_blocks_run_backwards() {
         .unwrap();
     }
     assert_eq!(out.as_slice(), [6, 7, 8, 9, 10, 11]);
+}
+
+/// Two numbers of those that a module is settled for.
+#[kernel]
+unsafe fn settled_numbers(out: *mut u32) {
+    *out = settled::<0>();
+    *out.add(1) = settled::<3>();
+}
+
+#[test]
+fn a_launch_says_what_a_kernel_is_settled_for() {
+    let mut out = GuardedBuffer::<u32>::new(2);
+    let at = out.as_mut_ptr();
+    let with = |options: Options| {
+        // Safety: as `run`.
+        unsafe {
+            let params = [(&raw const at).cast()];
+            let one = (1, 1, 1);
+            launch_with(
+                &__KERNEL_settled_numbers,
+                one,
+                one,
+                0,
+                params.as_ptr(),
+                options,
+            )
+            .unwrap();
+        }
+        out.as_slice().to_vec()
+    };
+    assert_eq!(with(Options::default()), [u32::MAX; 2]);
+    let options = Options {
+        settled: [5, 6, 7, 8],
+        ..Options::default()
+    };
+    assert_eq!(with(options), [5, 8]);
 }
 
 /// x, y, z of thread and block.

@@ -5,6 +5,7 @@ use crate::device::DeviceInfo;
 use crate::error::{Error, Result};
 use cuda_std::emulator;
 use cuda_std::tensor::{TensorMap, Tiling};
+use kernels::decode::NEEDS;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -14,6 +15,8 @@ use std::ptr;
 pub struct Emulated {
     info: DeviceInfo,
     allocations: HashMap<Address, Layout>,
+    /// What the kernel `decode` is settled for, if anything, as a module would be.
+    settled: u64,
 }
 
 /// Alignment of device memory, as CUDA's.
@@ -33,6 +36,7 @@ impl Emulated {
                 architecture: "rust".into(),
             },
             allocations: HashMap::new(),
+            settled: 0,
         }
     }
 
@@ -54,19 +58,25 @@ impl Emulated {
             .find(|k| k.name == kernel)
             .ok_or_else(|| fail(format!("no kernel is named {kernel}")))?;
         let parameters = [ptr::from_ref(args).cast::<c_void>()];
-        let launch = if cooperative {
-            emulator::launch_cooperative
-        } else {
-            emulator::launch
+        let mut options = emulator::Options {
+            cooperative,
+            ..emulator::Options::default()
         };
+        if Self::DECODE_KERNELS.contains(&kernel) && self.settled != 0 {
+            let halves = [self.settled as u32, (self.settled >> 32) as u32];
+            for (id, half) in NEEDS.into_iter().zip(halves) {
+                options.settled[id as usize] = half;
+            }
+        }
         // The caller answers for what the pointers in `args` point to.
         unsafe {
-            launch(
+            emulator::launch_with(
                 entry,
                 grid,
                 (block, 1, 1),
                 shared as u32,
                 parameters.as_ptr(),
+                options,
             )
         }
         .map_err(|e| fail(e.to_string()))
@@ -163,6 +173,11 @@ impl Driver for Emulated {
         args: &A,
     ) -> Result<()> {
         self.run(kernel, (grid, 1, 1), block, shared, args, true)
+    }
+
+    fn settle(&mut self, needs: u64) -> Result<()> {
+        self.settled |= needs;
+        Ok(())
     }
 
     fn wait(&mut self) -> Result<()> {

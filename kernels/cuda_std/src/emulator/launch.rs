@@ -3,6 +3,7 @@
 use super::Dim3;
 use super::block::Group;
 use super::shared_memory::SHARED_LIMIT;
+use crate::settled;
 use std::ffi::c_void;
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -61,6 +62,8 @@ pub struct Options {
     pub cooperative: bool,
     /// Runs the threads of odd blocks in reverse order.
     pub alternate: bool,
+    /// The numbers that the kernel is [settled](crate::settled) for: all ones where nothing is known of one.
+    pub settled: [u32; settled::COUNT],
 }
 
 impl Default for Options {
@@ -69,6 +72,7 @@ impl Default for Options {
             threads: 0,
             cooperative: false,
             alternate: true,
+            settled: [u32::MAX; settled::COUNT],
         }
     }
 }

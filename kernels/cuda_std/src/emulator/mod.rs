@@ -28,7 +28,7 @@ pub(crate) use block::BarrierKind;
 pub(crate) use shared_memory::{DYNAMIC_START, access as shared_access};
 pub(crate) use thread::{
     barrier, block_dim, block_idx, commit_copies, copy_async, dynamic_shared_bytes, fail, grid_dim,
-    lane, shared_pointer, shared_to_pointer, spin, thread_idx, wait_copies,
+    lane, settled, shared_pointer, shared_to_pointer, spin, thread_idx, wait_copies,
 };
 pub(crate) use warp::exchange;
 

@@ -144,6 +144,10 @@ pub(crate) fn grid_dim() -> Dim3 {
     current().0.group().launch().grid
 }
 
+pub(crate) fn settled(id: u32) -> u32 {
+    current().0.group().launch().options.settled[id as usize]
+}
+
 pub(crate) fn dynamic_shared_bytes() -> u32 {
     current().0.group().launch().shared_bytes
 }
