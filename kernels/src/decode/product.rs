@@ -7,7 +7,7 @@
 //! warps add it up and write what the tasks are for ([`super::finish`]).
 
 use super::ring::Head;
-use super::row::{Columns, GROUPS, Kept, PART_OF, Part, ask, fill, parts};
+use super::row::{GROUPS, Kept, PART_OF, Part, ask, fill, parts};
 use super::seal::Seal;
 use super::task::{BlockTasks, EIGHT, ROWS, block_tasks, matrix_field};
 use super::tile::Tile;
@@ -144,12 +144,11 @@ unsafe fn dot_quantised<T: Quantised>(
     parts: Parts,
     sums: &mut [f32; 2],
 ) -> u32 {
-    let columns = unsafe { Columns::of(op) };
     let mut part = parts.first;
     while part < parts.end {
         unsafe {
             let w = pair::<T>(&turn.part(part));
-            let x = columns.load(op, part);
+            let x = Kept::new(op, part).load();
             let products = products(&w, &x);
             for i in 0..2 {
                 add::<T>(&mut sums[i], &w.affine[i], products[i], &x);
@@ -490,7 +489,7 @@ impl Team {
             let mut sums = [0.0f32; 2];
             let mut part = self.warp;
             if first.ready {
-                let (w, x) = (&first.weights, Columns::of(op).load(op, part));
+                let (w, x) = (&first.weights, Kept::new(op, part).load());
                 let products = products(w, &x);
                 for i in 0..2 {
                     add_halves(&mut sums[i], &w.affine[i], products[i], &x);

@@ -325,35 +325,6 @@ pub struct Part {
     pub d_part: f32,
 }
 
-/// The row as a lane finds it: its column in the first part and from part to part, which are zeros where these are other groups'.
-#[derive(Clone, Copy)]
-pub struct Columns {
-    first: u32,
-    step: u32,
-}
-
-impl Columns {
-    #[inline(always)]
-    pub unsafe fn of(op: Current) -> Columns {
-        let own = lane() % 4 == lane() / 8;
-        let first = unsafe { Kept::new(op, 0).at } + lane() / 4 * COLUMN_BYTES;
-        Columns {
-            first: if own {
-                first
-            } else {
-                shared::at::<u8>(ZEROS_AT).addr()
-            },
-            step: if own { unsafe { Kept::bytes(op) } } else { 0 },
-        }
-    }
-
-    /// What [`fill`] left of part `part`.
-    #[inline(always)]
-    pub unsafe fn load(self, op: Current, part: u32) -> Part {
-        unsafe { Kept::new(op, part).load(SharedPtr::from_addr(self.first + part * self.step)) }
-    }
-}
-
 /// The shared memory of a part.
 #[derive(Clone, Copy)]
 pub struct Kept {
@@ -405,11 +376,23 @@ impl Kept {
         SharedPtr::from_addr(self.at + VALUES_AT)
     }
 
+    /// Of column `lane / 4` what is of group `lane % 4`: zeros, where it is another group's.
+    #[inline(always)]
+    fn column(self) -> SharedPtr<u32> {
+        let own = lane() % 4 == lane() / 8;
+        SharedPtr::from_addr(if own {
+            self.at + lane() / 4 * COLUMN_BYTES
+        } else {
+            shared::at::<u8>(ZEROS_AT).addr()
+        })
+    }
+
     /// What [`fill`] left.
     #[inline(always)]
-    unsafe fn load(self, column: SharedPtr<u32>) -> Part {
+    pub unsafe fn load(self) -> Part {
         unsafe {
             let [d, first, second, d_part] = self.meta().load_v4();
+            let column = self.column();
             let (near, far) = (column.load_v4(), column.add(4).load_v4());
             Part {
                 bytes: unrolled!(8, |j| if j < 4 { near[j % 4] } else { far[j % 4] }),
