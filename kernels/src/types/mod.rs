@@ -262,6 +262,7 @@ pub trait Quantised: Weights {
     fn raised_levels(raw: Self::Raw) -> [u32; 8] {
         Self::levels(raw)
     }
+    /// 1, or 16 for nibbles.
     const RAISED: u8 = 1;
 
     /// The scales of a group; `g` is its number in the row, or in a tile.
